@@ -1,0 +1,296 @@
+"""From the backends' three functions to differentiable ops.
+
+`linear_logprobs` is a pair of custom ops, so that torch.compile keeps it as one node although the number of real rows
+depends on the data; `one_pass_loss` is an autograd.Function whose forward already holds the gradients.
+
+Rows that must cost nothing are dropped here, before any backend sees them: ignored targets on the way forward, rows
+whose upstream gradient is exactly zero on the way back.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rlhf import backends
+from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    backend: str,
+) -> Stats:
+    """Statistics of (N, H) rows, (N,) each, zero where the target is `ignore_index`."""
+    logprobs, lse, *extra = torch.ops.fused_rlhf.logprobs(
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        temperature,
+        ignore_index,
+        head.logit_scale,
+        head.softcap,
+        head.compute_dtype,
+        head.round_logits,
+        head.grad_filter,
+        ",".join(outputs),
+        backend,
+    )
+    named = dict(zip(_EXTRA, extra))
+    return Stats(logprobs, lse, **{name: named[name] for name in outputs if name != "lse"})
+
+
+_EXTRA = tuple(name for name in OUTPUTS if name != "lse")
+
+
+def live_rows(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
+    """Indices of the rows to compute; None for all of them. Refuses a target outside the vocabulary."""
+    live = targets != ignore_index
+    rows = live.nonzero().squeeze(-1)  # on a GPU this waits for the device: the one sync of the op
+    wrong = live & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, "
+            f"got {int(targets[row])} at flat position {row}"
+        )
+    return None if rows.numel() == targets.numel() else rows
+
+
+def select(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
+
+
+def scatter(values: Tensor | None, rows: Tensor | None, count: int) -> Tensor | None:
+    """The inverse of `select`, zero in the rows that were left out."""
+    if values is None or rows is None:
+        return values
+    return values.new_zeros((count, *values.shape[1:])).index_copy_(0, rows, values)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager:
+    # The compute dtype was read from autocast at the door; from here on a cast would be a second one.
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _check_temperature(temperature: Tensor) -> None:
+    if not bool((temperature > 0).all() & temperature.isfinite().all()):
+        wrong = temperature[~((temperature > 0) & temperature.isfinite())]
+        raise ValueError(f"temperature must be positive and finite for every scored token, got {wrong[0]:g}")
+
+
+@torch.library.custom_op("fused_rlhf::logprobs", mutates_args=())
+def _logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    round_logits: bool,
+    grad_filter: float,
+    outputs: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = targets.numel()
+    rows = live_rows(targets, ignore_index, weight.shape[0])
+    x, y, t = hidden, targets, temperature
+    if rows is not None:
+        x, y, t = (tensor.index_select(0, rows) for tensor in (hidden, targets, temperature))
+    empty = _empty(hidden, targets, temperature, outputs)
+    if y.numel() == 0:
+        return empty
+    _check_temperature(t)
+    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
+    names = tuple(outputs.split(",")) if outputs else ()
+    with _no_autocast(hidden):
+        stats = backends.resolve(backend, hidden).forward(x, head, y, t, names)
+    results = [stats.logprobs, stats.lse, *(getattr(stats, name) if name in names else None for name in _EXTRA)]
+    full = [scatter(value, rows, count) for value in results]
+    return tuple(e if value is None else value for value, e in zip(full, empty))  # type: ignore[return-value]
+
+
+def _empty(hidden: Tensor, targets: Tensor, temperature: Tensor, outputs: str) -> tuple[Tensor, ...]:
+    """Zeros of the op's result shapes; what was not asked for has no elements."""
+    full = (targets.numel(),)
+    shapes = [full, full, *(full if name in outputs.split(",") else (0,) for name in _EXTRA)]
+    dtypes = [torch.bool if name == "is_top1" else temperature.dtype for name in ("logprobs", "lse", *_EXTRA)]
+    return tuple(torch.zeros(s, dtype=d, device=hidden.device) for s, d in zip(shapes, dtypes))
+
+
+@_logprobs.register_fake
+def _(hidden, weight, bias, targets, temperature, ignore_index, *options):  # type: ignore[no-untyped-def]
+    return _empty(hidden, targets, temperature, options[5])
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, targets, temperature, ignore_index, *options = inputs
+    logprobs, lse, entropy, sum_sq, mean_logit, is_top1 = output
+    ctx.save_for_backward(hidden, weight, bias, targets, temperature, logprobs, lse, entropy)
+    ctx.mark_non_differentiable(sum_sq, mean_logit, is_top1)
+    ctx.set_materialize_grads(False)
+    ctx.ignore_index, ctx.options = ignore_index, options
+
+
+def _backward(ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple:
+    hidden, weight, bias, targets, temperature, logprobs, lse, entropy = ctx.saved_tensors
+    logit_scale, softcap, compute_dtype, round_logits, grad_filter, _outputs, backend = ctx.options
+    d_hidden, d_weight, d_bias = torch.ops.fused_rlhf.logprobs_backward(
+        d_logprobs,
+        d_lse,
+        d_entropy if entropy.numel() else None,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        logprobs,
+        lse,
+        entropy,
+        ctx.ignore_index,
+        logit_scale,
+        softcap,
+        compute_dtype,
+        round_logits,
+        grad_filter,
+        backend,
+        *(bool(need) for need in ctx.needs_input_grad[:3]),
+    )
+    kept = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), ctx.needs_input_grad)]
+    return (*kept, *[None] * (2 + 1 + len(ctx.options)))
+
+
+_logprobs.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fused_rlhf::logprobs_backward", mutates_args=())
+def _logprobs_backward(
+    d_logprobs: Tensor | None,
+    d_lse: Tensor | None,
+    d_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor,
+    logprobs: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    ignore_index: int,
+    logit_scale: float,
+    softcap: float | None,
+    compute_dtype: torch.dtype,
+    round_logits: bool,
+    grad_filter: float,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    live = torch.zeros_like(targets, dtype=torch.bool)
+    for g in (d_logprobs, d_lse, d_entropy):
+        if g is not None:
+            live |= g != 0  # a NaN is not zero: it stays, and is seen
+    live &= targets != ignore_index
+    rows = live.nonzero().squeeze(-1)
+    needs = Needs(need_hidden, need_weight, need_bias)
+    if rows.numel() == 0:
+        return _materialise(Grads(None, None, None), hidden, weight, bias, needs)
+    if rows.numel() == targets.numel():
+        rows = None
+    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
+    stats = Stats(select(logprobs, rows), select(lse, rows), select(entropy, rows) if entropy.numel() else None)
+    token_grads = TokenGrads(*(select(g, rows) for g in (d_logprobs, d_entropy, d_lse)))
+    with _no_autocast(hidden):
+        grads = backends.resolve(backend, hidden).backward(
+            select(hidden, rows), head, select(targets, rows), select(temperature, rows), stats, token_grads, needs
+        )
+    grads = Grads(scatter(grads.hidden, rows, targets.numel()), grads.weight, grads.bias)
+    return _materialise(grads, hidden, weight, bias, needs)
+
+
+def _materialise(
+    grads: Grads, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Custom ops return tensors: zeros where a needed gradient was not computed, no elements where it is not needed."""
+    return tuple(  # type: ignore[return-value]
+        grad if grad is not None else (like.new_zeros(like.shape) if need and like is not None else hidden.new_empty(0))
+        for grad, like, need in zip(grads, (hidden, weight, bias), needs)
+    )
+
+
+@_logprobs_backward.register_fake
+def _(d_logprobs, d_lse, d_entropy, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+    return _materialise(Grads(None, None, None), hidden, weight, bias, Needs(*rest[-3:]))
+
+
+class _OnePassLoss(torch.autograd.Function):
+    """Sum of a token-level objective. The forward leaves gradients for an upstream of 1; the backward scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        targets: Tensor,
+        temperature: Tensor,
+        outputs: tuple[str, ...],
+        objective: TokenObjective,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        needs = Needs(*ctx.needs_input_grad[:3])
+        with _no_autocast(hidden):
+            stats, loss, grads = backends.resolve(backend, hidden).one_pass(
+                hidden, head, targets, temperature, outputs, objective, needs
+            )
+        ctx.grads = grads
+        statistics = [s for s in stats if s is not None]
+        ctx.mark_non_differentiable(*statistics)
+        ctx.set_materialize_grads(False)
+        return (loss.sum(), *statistics)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        grads, nothing = ctx.grads, (None,) * 6
+        if grads is None:
+            raise RuntimeError("one-pass gradients were already handed out; call backward with retain_graph=True first")
+        if upstream is None:
+            return (None, None, None, *nothing)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return (*(None if g is None else g * upstream for g in grads), *nothing)
+        # The last use: the buffers themselves become the gradients, so that no second dW ever exists.
+        ctx.grads = None
+        return (*(None if g is None else g.mul_(upstream) for g in grads), *nothing)
+
+
+@torch.compiler.disable
+def one_pass_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: Tensor,
+    outputs: tuple[str, ...],
+    objective: TokenObjective,
+    backend: str,
+) -> tuple[Tensor, Stats]:
+    """Sum of the objective over (N, H) real rows, and their statistics (not differentiable, (N,) each)."""
+    _check_temperature(temperature)
+    total, *values = _OnePassLoss.apply(
+        hidden, head.weight, head.bias, head, targets, temperature, outputs, objective, backend
+    )
+    # lse is always returned; the other statistics only when asked for.
+    names = [name for name in Stats._fields if name in ("logprobs", "lse") or name in outputs]
+    return total, Stats(**dict(zip(names, values)))

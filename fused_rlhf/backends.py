@@ -1,0 +1,49 @@
+"""Which implementation runs: the three functions of `kernels/interface.py`, by name or by the tensor's device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+BACKENDS = {
+    "triton": "fused_rlhf.kernels.ops",
+    "chunked": "fused_rlhf.chunked",
+    "reference": "fused_rlhf.reference",
+}
+_VARIABLE = "FUSED_RLHF_BACKEND"
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def choose(name: str, tensor: Tensor) -> str:
+    """The backend that `name` means: "auto" takes `FUSED_RLHF_BACKEND`, else triton for a GPU tensor, else chunked.
+
+    A name never falls back to another backend: what cannot run raises.
+
+    Raises:
+        ValueError: the name is not one of "auto", "triton", "chunked", "reference".
+        RuntimeError: triton was asked for by name and is not installed, or the tensor is not on a GPU.
+    """
+    source = "backend"
+    if name == "auto" and os.environ.get(_VARIABLE, "auto") != "auto":
+        name, source = os.environ[_VARIABLE], _VARIABLE
+    if name == "auto":
+        return "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {name!r}")
+    if name == "triton":
+        if not _HAS_TRITON:
+            raise RuntimeError('backend="triton" needs the package triton, which is missing; use backend="chunked"')
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+            raise RuntimeError(
+                f'backend="triton" needs tensors on a GPU, got hidden on {tensor.device}; use backend="chunked"'
+            )
+    return name
+
+
+def resolve(name: str, tensor: Tensor) -> ModuleType:
+    """The module of the backend that `name` means for this tensor."""
+    return importlib.import_module(BACKENDS[choose(name, tensor)])

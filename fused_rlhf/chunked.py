@@ -1,0 +1,293 @@
+"""The op in plain torch with bounded memory: the backend for CPUs, and the twin of `kernels/ops.py` anywhere.
+
+Work is cut into blocks of ROWS rows by TILE columns, small enough that everything done to a tile of logits between two
+matrix products happens in cache. Per tile of logits z, with running maximum m:
+
+    s = sum exp(z - m)    e = sum exp(z - m) (z - m)    logprob = (z_y - m) - log s    H = log s - e / s
+
+and back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy):
+
+    dz = g onehot(y) + p (k - g - h (log p + H))
+
+Operands are cast to the compute dtype and multiplied in fp32 (fp64 for fp64), so that the logits are never rounded;
+`round_logits` therefore buys nothing here and is accepted without effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+
+TILE = 2048  # columns: with ROWS rows of fp32, a few MB
+ROWS = 512
+ONE_PASS_BYTES = 320 << 20  # the block of logits that one_pass keeps: fewer rows for a larger vocabulary
+_FAR = -1e4  # stands for -inf under an exp that underflows to 0 either way, so that 0 * z is 0
+
+
+def row_block(vocabulary: int, itemsize: int) -> int:
+    """Rows per block. The same for every function here, so that they see the same bits."""
+    return max(32, min(ROWS, ONE_PASS_BYTES // (vocabulary * itemsize) // 32 * 32))
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+class _Operands:
+    """One call's inputs in the dtype of the arithmetic, block by block."""
+
+    def __init__(self, hidden: Tensor, head: Head, temperature: Tensor) -> None:
+        self.hidden, self.head, self.temperature = hidden, head, temperature
+        self.compute = head.compute_dtype
+        self.wide = torch.promote_types(head.compute_dtype, torch.float32)
+        self.rows = row_block(head.weight.shape[0], self.wide.itemsize)
+        scale = torch.full_like(temperature, head.logit_scale)
+        # Without a softcap the whole transform is one factor per row, which the (n, H) operand can carry.
+        self.row_scale = scale if head.softcap is not None else scale / temperature
+        self.scaled = not bool((self.row_scale == 1).all())
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.wide, device=self.hidden.device)
+
+    def x(self, rows: slice) -> Tensor:
+        """(n, H) hidden states times row_scale."""
+        x = self.hidden[rows].to(self.compute).to(self.wide)
+        return x * self.row_scale[rows, None] if self.scaled else x
+
+    def w(self, columns: slice) -> Tensor:
+        return self.head.weight[columns].to(self.compute).to(self.wide)
+
+    def logits(self, x: Tensor, w: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
+        """(n, v) logits into `out`."""
+        z = torch.mm(x, w.T, out=out)
+        if self.head.bias is not None:
+            z.addr_(self.row_scale[rows], self.head.bias[columns].to(self.wide))
+        cap = self.head.softcap
+        if cap is not None:
+            z.div_(cap).tanh_().mul_((cap / self.temperature[rows])[:, None])
+        return z
+
+
+class _Running:
+    """Statistics of one call's rows, merged tile by tile in the order of the vocabulary."""
+
+    def __init__(self, op: _Operands, targets: Tensor, outputs: tuple[str, ...]) -> None:
+        count, like = targets.numel(), op.temperature
+        self.targets, self.outputs, self.vocabulary = targets, outputs, op.head.weight.shape[0]
+        self.maximum = torch.full_like(like, -torch.inf)
+        self.total = torch.zeros_like(like)
+        self.target = torch.zeros_like(like)
+        self.weighted = torch.zeros_like(like) if "entropy" in outputs else None
+        self.squares = torch.zeros_like(like) if "sum_sq" in outputs else None
+        self.logit_sum = torch.zeros_like(like) if "mean_logit" in outputs else None
+        self.best = torch.zeros_like(targets) if "is_top1" in outputs else None
+        self.scratch = [op.new(min(op.rows, count) * TILE) for _ in range(1 + (self.weighted is not None))]
+
+    def update(self, z: Tensor, rows: slice, columns: slice) -> None:
+        """Takes in the (n, v) logits of these rows and columns, which it leaves as they are."""
+        inside = self.targets[rows] - columns.start
+        hit = (inside >= 0) & (inside < z.shape[1])
+        found = z.gather(1, inside.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
+        self.target[rows] = torch.where(hit, found, self.target[rows])
+        if self.logit_sum is not None:
+            self.logit_sum[rows] += z.sum(1)
+
+        before = self.maximum[rows].clone()
+        if self.best is None:
+            tile_max = z.amax(1)
+        else:
+            tile_max, index = z.max(1)
+            self.best[rows] = torch.where(tile_max > before, index + columns.start, self.best[rows])
+        now = torch.maximum(before, tile_max)
+        # A row may have seen nothing but -inf so far; its sums are 0 whatever the reference.
+        reference = now.masked_fill(now == -torch.inf, 0.0)
+        rescale = (before - reference).exp()
+        self.maximum[rows] = now
+
+        d = torch.sub(z, reference[:, None], out=self.scratch[0][: z.numel()].view(z.shape))
+        if self.weighted is None:
+            e = d.exp_()
+        else:
+            d.clamp_(min=_FAR)
+            e = torch.exp(d, out=self.scratch[1][: z.numel()].view(z.shape))
+            moved = self.weighted[rows] + self.total[rows] * (before - reference).clamp(min=_FAR)
+            self.weighted[rows] = rescale * moved + d.mul_(e).sum(1)
+        self.total[rows] = rescale * self.total[rows] + e.sum(1)
+        if self.squares is not None:
+            self.squares[rows] = rescale.square() * self.squares[rows] + e.square_().sum(1)
+
+    def stats(self, rows: slice = slice(None)) -> Stats:
+        total, log_total = self.total[rows], self.total[rows].log()
+        return Stats(
+            logprobs=(self.target[rows] - self.maximum[rows]) - log_total,
+            lse=self.maximum[rows] + log_total,
+            entropy=None if self.weighted is None else log_total - self.weighted[rows] / total,
+            sum_sq=None if self.squares is None else self.squares[rows] / total.square(),
+            mean_logit=None if self.logit_sum is None else self.logit_sum[rows] / self.vocabulary,
+            is_top1=None if self.best is None else self.best[rows] == self.targets[rows],
+        )
+
+
+class _BackwardBlock:
+    """Some rows on their way back: logits become dz tile by tile, and dz goes into the gradients."""
+
+    def __init__(
+        self, op: _Operands, x: Tensor, scale: Tensor, temperature: Tensor, targets: Tensor, stats: Stats,
+        grads: TokenGrads, needs: Needs,
+    ) -> None:  # fmt: skip
+        self.x, self.scale, self.scaled, self.lse, self.targets = x, scale, op.scaled, stats.lse, targets
+        self.d_x = torch.zeros_like(x) if needs.hidden else None
+        zero = torch.zeros_like(stats.lse)
+        g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
+        self.ratio = None
+        if op.head.softcap is not None:
+            # du/dz of the cap is 1 - tanh^2, and tanh = z temperature / softcap; the 1 / temperature goes into g, h, k.
+            g, h, k = g / temperature, h / temperature, k / temperature
+            self.ratio = temperature / op.head.softcap
+        self.onehot, self.constant, self.slope = g, k - g, None
+        if grads.entropy is not None:
+            assert stats.entropy is not None
+            self.slope = h
+            self.constant = self.constant - h * stats.entropy
+
+    def add(
+        self, z: Tensor, w: Tensor, columns: slice, d_weight: Tensor | None, d_bias: Tensor | None, first: bool
+    ) -> None:
+        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole."""
+        dz = self._to_dlogits_(z, columns)
+        if self.d_x is not None:
+            self.d_x.addmm_(dz, w)
+        if d_weight is not None:
+            d_weight.addmm_(dz.T, self.x, beta=0 if first else 1)
+        if d_bias is not None:
+            d_bias[columns].addmv_(dz.T, self.scale)
+
+    def d_hidden(self) -> Tensor | None:
+        if self.d_x is None or not self.scaled:
+            return self.d_x
+        return self.d_x.mul_(self.scale[:, None])
+
+    def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
+        keep = None if self.ratio is None else 1 - (z * self.ratio[:, None]).square_()
+        log_p = z.sub_(self.lse[:, None])
+        if self.slope is None:
+            dz = log_p.exp_().mul_(self.constant[:, None])
+        else:
+            log_p.clamp_(min=_FAR)
+            coefficient = torch.addcmul(self.constant[:, None], log_p, self.slope[:, None], value=-1)
+            dz = log_p.exp_().mul_(coefficient)
+        inside = self.targets - columns.start
+        hit = (inside >= 0) & (inside < z.shape[1])
+        column = inside.clamp(0, z.shape[1] - 1)[:, None]
+        dz.scatter_add_(1, column, torch.where(hit, self.onehot, 0.0)[:, None])
+        return dz if keep is None else dz.mul_(keep)
+
+
+def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
+    op = _Operands(hidden, head, temperature)
+    running = _Running(op, targets, outputs)
+    tile = op.new(min(op.rows, targets.numel()) * TILE)
+    xs = [(rows, op.x(rows)) for rows in _slices(targets.numel(), op.rows)]
+    for columns in _slices(head.weight.shape[0], TILE):
+        w = op.w(columns)
+        for rows, x in xs:
+            out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
+            running.update(op.logits(x, w, rows, columns, out), rows, columns)
+    return running.stats()
+
+
+def _pick(tensors: Stats | TokenGrads, rows: slice | Tensor) -> list[Tensor | None]:
+    return [None if t is None else t[rows] for t in tensors]
+
+
+def backward(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+) -> Grads:
+    """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
+    op = _Operands(hidden, head, temperature)
+    weight, bias = head.weight, head.bias
+    d_weight = torch.empty_like(weight) if needs.weight else None
+    d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
+    tile = op.new(min(op.rows, targets.numel()) * TILE)
+    blocks = []
+    for rows in _slices(targets.numel(), op.rows):
+        upstream, known = TokenGrads(*_pick(grads, rows)), Stats(*_pick(stats, rows))  # type: ignore[arg-type]
+        block = _BackwardBlock(
+            op, op.x(rows), op.row_scale[rows], temperature[rows], targets[rows], known, upstream, needs
+        )
+        blocks.append((rows, block))
+    for columns in _slices(weight.shape[0], TILE):
+        w = op.w(columns)
+        d_tile = None
+        if d_weight is not None:
+            d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(*w.shape)
+        for rows, block in blocks:
+            out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
+            z = op.logits(block.x, w, rows, columns, out)
+            block.add(z, w, columns, d_tile, d_bias, first=rows.start == 0)
+        if d_weight is not None and weight.dtype != op.wide:
+            d_weight[columns] = d_tile
+    d_hidden = torch.empty_like(hidden) if needs.hidden else None
+    if d_hidden is not None:
+        for rows, block in blocks:
+            d_hidden[rows] = block.d_hidden()
+    return Grads(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
+
+
+def one_pass(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: Tensor,
+    outputs: tuple[str, ...],
+    objective: TokenObjective,
+    needs: Needs,
+) -> tuple[Stats, Tensor, Grads]:
+    """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.
+
+    Holds one fp32 (V, H) accumulator when the weight is narrower than that.
+    """
+    op = _Operands(hidden, head, temperature)
+    weight, bias, count = head.weight, head.bias, targets.numel()
+    d_hidden = torch.zeros_like(hidden) if needs.hidden else None
+    d_weight = torch.empty_like(weight, dtype=op.wide) if needs.weight else None
+    d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
+    running = _Running(op, targets, outputs)
+    losses = torch.zeros_like(temperature)
+    kept = op.new(min(op.rows, count), weight.shape[0])
+    first = True
+    for rows in _slices(count, op.rows):
+        x = op.x(rows)
+        logits = kept[: x.shape[0]]
+        for columns in _slices(weight.shape[0], TILE):
+            running.update(op.logits(x, op.w(columns), rows, columns, logits[:, columns]), rows, columns)
+        stats = running.stats(rows)
+        losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
+        live = torch.zeros_like(targets[rows], dtype=torch.bool)
+        for g in upstream:
+            if g is not None:
+                live |= g != 0
+        if not live.any():
+            continue
+        index = live.nonzero().squeeze(1)
+        every = index.numel() == live.numel()
+        here = index + rows.start
+        block = _BackwardBlock(
+            op, x if every else x[index], op.row_scale[here], temperature[here], targets[here],
+            Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index)), needs,  # type: ignore[arg-type]
+        )  # fmt: skip
+        for columns in _slices(weight.shape[0], TILE):
+            z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
+            d_tile = None if d_weight is None else d_weight[columns]
+            block.add(z, op.w(columns), columns, d_tile, d_bias, first)
+        if d_hidden is not None:
+            d_hidden[here] = block.d_hidden().to(hidden.dtype)  # type: ignore[union-attr]
+        first = False
+    if d_weight is not None:
+        d_weight = torch.zeros_like(weight) if first else d_weight.to(weight.dtype)
+    d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+    return running.stats(), losses, Grads(d_hidden, d_weight, d_bias)

@@ -1,0 +1,410 @@
+"""The LM head of any transformers causal LM: hidden states, weight, bias, and the transform of the logits.
+
+    z = softcap tanh(logit_scale (h W^T + b) / softcap)        without softcap: z = logit_scale (h W^T + b)
+
+Nothing here knows a model by name. The model's own forward runs with hooks on its output embeddings. One keeps the head's
+input, which makes whatever happens before the head right by construction, and leaves the head no rows to multiply. The
+other puts known values where the logits would be; what `.logits` then holds tells scale and softcap, and is compared with
+them value by value, so that a head of any other kind is refused instead of being trained wrongly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_rlhf.functional import DTYPES, LogProbs, linear_logprobs
+
+# 2^-30 ... 2^30 in steps of sqrt 2, both signs, and 0: slope and saturation of any sane head lie inside.
+_MAGNITUDES = 2.0 ** torch.arange(-30, 30.25, 0.5, dtype=torch.float64)
+_GRID = torch.cat([_MAGNITUDES, -_MAGNITUDES, torch.zeros(1, dtype=torch.float64)])
+_SMALLEST, _LARGEST = 0, len(_MAGNITUDES) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class LMHead:
+    """An LM head and what the model does to its logits, in the terms of `linear_logprobs`."""
+
+    weight: Tensor  # (V, H), the model's own parameter
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+    def kwargs(self) -> dict[str, Any]:
+        """For `linear_logprobs(hidden, head.weight, targets, **head.kwargs())`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadInputs:
+    """What one forward of a model leaves for its head."""
+
+    hidden: Tensor  # the head's own input, (B, T, H), with its graph
+    head: LMHead
+    aux_loss: Tensor | None  # a mixture of experts' auxiliary loss, where asked for (`output_router_logits=True`)
+    autocast_dtype: torch.dtype | None  # of the autocast the head would have run in; None outside of one
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The autocast of the model's own head, which accelerate, for one, keeps inside the model's forward."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast_dtype)
+
+
+def logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    completion_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    outputs: Sequence[str] = (),
+    backend: str = "auto",
+    round_logits: bool = False,
+    **model_inputs: Any,
+) -> LogProbs:
+    """Log-probabilities a causal LM gives to its own input, without the logits.
+
+    Entry [b, t] of every result belongs to the token input_ids[b, t + 1], predicted from those up to t.
+
+    Args:
+        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, accelerate).
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 0 at padding on either side. Padding, and a token whose predecessor is padding, is left
+            out: 0 in the results, at no cost.
+        completion_mask: (B, T) bool or 0 / 1, aligned with input_ids: the tokens whose log-probability is wanted.
+        temperature: positive; one number or (B, T - 1).
+        outputs, backend, round_logits: as in `linear_logprobs`.
+        model_inputs: anything else the model's forward takes (position_ids, pixel_values ...).
+
+    Returns:
+        `LogProbs`, (B, T - 1) each, fp32; differentiable in the model's parameters, the head's among them.
+
+    Raises:
+        ValueError, TypeError: as `forward` and `linear_logprobs`.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype != torch.int64:
+        raise ValueError(f"input_ids must be (B, T) int64, got {_describe(input_ids)}")
+    for name, mask in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {_describe(mask)}")
+    if "logits_to_keep" in model_inputs:
+        raise ValueError("logits_to_keep must not be given: use completion_mask to choose tokens")
+
+    inputs = forward(model, input_ids, attention_mask, **model_inputs)
+    if inputs.hidden.shape[:-1] != input_ids.shape:
+        raise ValueError(
+            f"the head of {_name(model)} must see the (B, T) positions of input_ids, {tuple(input_ids.shape)}, "
+            f"got hidden states {tuple(inputs.hidden.shape)}"
+        )
+    wanted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        wanted = wanted & real[:, 1:] & real[:, :-1]
+    if completion_mask is not None:
+        wanted = wanted & completion_mask[:, 1:].bool()
+    targets = torch.where(wanted, input_ids[:, 1:], -100)
+    with inputs.autocast():
+        return linear_logprobs(
+            inputs.hidden[:, :-1],
+            inputs.head.weight,
+            targets.to(inputs.hidden.device),
+            temperature=temperature,
+            outputs=outputs,
+            backend=backend,
+            round_logits=round_logits,
+            **inputs.head.kwargs(),
+        )
+
+
+def hidden_states(
+    model: nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **model_inputs: Any
+) -> Tensor:
+    """The input of the model's head, (B, T, H), after any norm, projection or scaling the model puts before it.
+
+    Arguments and errors as `forward`, which gives the head too.
+    """
+    return forward(model, input_ids, attention_mask, **model_inputs).hidden
+
+
+def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
+    """Head weight, bias and logit transform of a causal LM, probed by a forward over two tokens.
+
+    Keeps nothing between calls, so the weight is the one in use now and the transform the model's present one. Where a
+    forward over real tokens follows anyway, `forward` gives the head at no further cost.
+
+    Args:
+        model: as in `forward`. In a sharded model every rank must call.
+        model_inputs: what the model's forward needs, should two tokens of id 0 not do.
+
+    Raises:
+        ValueError, TypeError: as `forward`.
+    """
+    base = _unwrap(model).base
+    if not model_inputs:
+        device = base.get_input_embeddings().weight.device
+        model_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=device)}
+    cuda = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=cuda), torch.no_grad():  # dropout must not move the training's random numbers
+        forward(model, **model_inputs)
+        probed = forward(model, **model_inputs).head
+    return probed
+
+
+def forward(
+    model: nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **model_inputs: Any
+) -> HeadInputs:
+    """Run a causal LM up to its head: hidden states, head and auxiliary loss of one forward, no (B, T, V) logits.
+
+    The whole of `model` is called, so the hooks of DDP, FSDP2, PEFT and accelerate run, and gradients of what is
+    computed from `hidden` and `head.weight` arrive as usual. Other threads may use the model meanwhile. Parts compiled
+    together with the head (`torch.compile(model)`) run uncompiled here; compile the backbone alone to keep its speed.
+
+    Args:
+        model: a transformers causal LM, bare or wrapped.
+        input_ids: (B, T) int64.
+        attention_mask: as the model takes it.
+        model_inputs: anything else the model's forward takes; `use_cache` defaults to False. With `logits_to_keep`,
+            `hidden` holds the positions kept. `labels` are refused: the loss would be that of the probe.
+
+    Returns:
+        `HeadInputs`. Under prompt tuning the virtual tokens are left out of `hidden`.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: the head is not one that `LMHead` can say; the message tells why.
+    """
+    if model_inputs.get("labels") is not None:
+        raise ValueError("labels must not be given: the logits are never computed, and so no loss")
+    found = _unwrap(model)
+    embeddings = found.base.get_output_embeddings()
+    if embeddings is None:
+        raise ValueError(f"{_name(found.base)} has no output embeddings: not a causal LM with a linear head")
+    _linear(embeddings)
+
+    if input_ids is not None:
+        model_inputs["input_ids"] = input_ids
+    if attention_mask is not None:
+        model_inputs["attention_mask"] = attention_mask
+    if _takes(found.base, "use_cache"):
+        model_inputs.setdefault("use_cache", False)
+    stance = torch.compiler.set_stance("force_eager") if found.compiled(embeddings) else contextlib.nullcontext()
+    with _stubbed(embeddings) as stub, stance:
+        try:
+            result = model(**model_inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if stub.calls == 0:
+                raise
+            raise ValueError(f"unsupported head: {_name(found.base)} fails on the probe of its logits: {error}") from error
+
+    logit_scale, softcap = _fit(_logits(result, found.base, stub), stub)
+    # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
+    weight, bias = _operands(_linear(embeddings))
+    hidden = stub.hidden
+    if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
+        hidden = hidden[:, -input_ids.shape[1] :]
+    return HeadInputs(
+        hidden, LMHead(weight, bias, logit_scale, softcap), getattr(result, "aux_loss", None), stub.autocast_dtype
+    )
+
+
+@dataclass
+class _Unwrapped:
+    base: Any  # the transformers model
+    chain: list[nn.Module]  # from the outermost wrapper to the base
+    prompt_learning: bool = False
+
+    def compiled(self, embeddings: nn.Module) -> bool:
+        """Whether hooks on the head would be traced into, or left out of, a compiled graph."""
+        modules = [*self.chain, *embeddings.modules()]
+        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+
+
+def _unwrap(model: nn.Module) -> _Unwrapped:
+    """Down through torch.compile, DDP, FSDP, DeepSpeed and PEFT to the transformers model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers causal LM, got {type(model).__name__}")
+    chain, prompt_learning = [model], False
+    while not hasattr(type(chain[-1]), "get_output_embeddings"):
+        outer: Any = chain[-1]
+        if hasattr(type(outer), "get_base_model"):  # PEFT
+            prompt_learning |= outer.active_peft_config.is_prompt_learning
+            inner = outer.get_base_model()
+        else:
+            inner = outer._modules.get("_orig_mod", outer._modules.get("module"))
+        if inner is None or inner is outer:
+            raise TypeError(f"model must be a transformers causal LM, bare or wrapped; {_name(outer)} is neither")
+        chain.append(inner)
+    return _Unwrapped(chain[-1], chain, prompt_learning)
+
+
+class _Stub:
+    """The hooks that stand in for the head during one forward, in the thread that runs it."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.calls = 0
+        self.autocast_dtype: torch.dtype | None = None
+        self.hidden: Tensor
+        self.probe: Tensor
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != self.thread:
+            return None
+        self.calls += 1
+        if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+            raise ValueError(f"the output embeddings are called with {[_describe(a) for a in args]}, not (B, T, H)")
+        self.hidden = args[0]
+        kind = self.hidden.device.type
+        self.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return (self.hidden[..., :0, :], *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if threading.get_ident() != self.thread:
+            return None
+        V = output.shape[-1]
+        # At least two rows and all V columns: a slice of either, or a column treated apart, shows.
+        rows = max(2, math.ceil(len(_GRID) / V))
+        values = _GRID.repeat(math.ceil(rows * V / len(_GRID)))[: rows * V]
+        self.probe = values.view(*(1 for _ in output.shape[:-2]), rows, V)
+        wide = torch.float32 if output.device.type == "mps" else torch.float64
+        # The empty product ties the model's output to all its parameters: DDP looks there for unused ones.
+        return self.probe.to(output.device, wide) + output.sum().to(wide)
+
+
+@contextlib.contextmanager
+def _stubbed(embeddings: nn.Module) -> Iterator[_Stub]:
+    stub = _Stub()
+    # Hooks that were there first run before `before` and after `after`: they are part of what is probed.
+    handles = [
+        embeddings.register_forward_pre_hook(stub.before),
+        embeddings.register_forward_hook(stub.after, prepend=True),
+    ]
+    try:
+        yield stub
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _logits(result: Any, base: nn.Module, stub: _Stub) -> Tensor:
+    """The probe as the model returns it, once it is known to be that."""
+    name = _name(base)
+    if stub.calls != 1:
+        raise ValueError(f"unsupported head: {name} calls its output embeddings {stub.calls} times a forward, not once")
+    logits = result[0] if isinstance(result, tuple) else getattr(result, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"unsupported head: {name} returns no logits, but {_describe(logits)}")
+    if logits.shape != stub.probe.shape:
+        raise ValueError(
+            f"unsupported head: {name} makes logits of shape {tuple(logits.shape)} from a head output of shape "
+            f"{tuple(stub.probe.shape)}; they must be equal (no padded or cut vocabulary, no positions dropped)"
+        )
+    return logits.detach()
+
+
+def _fit(logits: Tensor, stub: _Stub) -> tuple[float, float | None]:
+    """logit_scale and softcap that turn the probe into `logits`, every value of it; or a ValueError."""
+    eps = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 1.0
+    if eps > 1e-6:
+        raise ValueError(f"unsupported head: the model rounds its logits to {logits.dtype}, too coarse to tell a transform")
+    x, z = stub.probe.flatten(), logits.to("cpu", torch.float64).flatten()
+
+    def neat(value: float) -> float:  # 1.0 rather than 0.9999999999999999
+        short = float(f"{value:.6g}")
+        return short if abs(short - value) <= 4 * eps * abs(value) else value
+
+    logit_scale = neat(float(z[_SMALLEST] / x[_SMALLEST]))
+    largest = float(z[_LARGEST])
+    softcap = None
+    if abs(largest - logit_scale * float(x[_LARGEST])) > 64 * eps * abs(largest):
+        softcap = neat(abs(largest))
+    if logit_scale == 0 or not math.isfinite(logit_scale) or softcap == 0 or not math.isfinite(softcap or 1.0):
+        raise ValueError(_misfit(x, z, torch.tensor(_LARGEST)))
+    u = logit_scale * x
+    expected = u if softcap is None else softcap * torch.tanh(u / softcap)
+    # `not <=` so that NaN counts as a misfit
+    wrong = ~((z - expected).abs() <= 64 * eps * expected.abs())
+    if wrong.any():
+        raise ValueError(_misfit(x, z, wrong.int().argmax()))
+    return logit_scale, softcap
+
+
+def _misfit(x: Tensor, z: Tensor, where: Tensor) -> str:
+    return (
+        "unsupported head: the model's logits are not softcap tanh(logit_scale (h W^T + b) / softcap), the same for all "
+        f"tokens and columns; for one, a head output of {float(x[where]):.6g} became {float(z[where]):.6g}"
+    )
+
+
+def _linear(embeddings: nn.Module) -> nn.Linear:
+    """The nn.Linear that does the head's work; refuses what multiplies in any other way."""
+    module: Any = embeddings
+    peft = sys.modules.get("peft")  # whoever has wrapped a head with it has imported it
+    if peft is not None:
+        if isinstance(module, peft.utils.other.ModulesToSaveWrapper):
+            active = [name for name in module.active_adapters if name in module.modules_to_save]
+            on = active and not module.disable_adapters
+            module = module.modules_to_save[active[0]] if on else module.original_module
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            if not (module.disable_adapters or getattr(module, "merged", False)):
+                raise ValueError(
+                    f"unsupported head: an adapter on the head itself ({_name(module)}) is row OP14, not implemented yet; "
+                    "leave the head out of target_modules, merge the adapter, or list the head in modules_to_save"
+                )
+            module = module.get_base_layer()
+    # accelerate's device hooks replace the instance's forward and call the class's.
+    replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or replaced:
+        raise ValueError(
+            f"unsupported head: the output embeddings must compute h W^T + b as nn.Linear does, got {_name(module)}"
+            " (quantised, sharded or custom)"
+        )
+    weight = module.weight
+    if weight.dtype not in DTYPES or not (_is_dtensor(weight) or type(weight) in (Tensor, nn.Parameter)):
+        raise ValueError(
+            f"unsupported head: the head's weight must be a plain tensor of one of {[str(d) for d in DTYPES]}, "
+            f"got {_name(weight)} of {weight.dtype} (quantised?)"
+        )
+    return module
+
+
+def _operands(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    weight, bias = linear.weight, linear.bias
+    if _is_dtensor(weight) or weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)}); row OP16 is not "
+            "implemented yet; keep the head whole (FSDP2: reshard_after_forward=False where it is)"
+        )
+    if weight.is_meta:
+        raise ValueError("unsupported head: its weight is on the meta device (offloaded?); keep the head in memory")
+    return weight, bias
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _takes(base: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(base.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__
+
+
+def _describe(thing: object) -> str:
+    return f"{tuple(thing.shape)} {thing.dtype}" if isinstance(thing, Tensor) else _name(thing)

@@ -1,0 +1,82 @@
+"""The definition of correct: dense, obvious, any floating dtype (fp64 too).
+
+Everything is written on the whole `[N, V]` matrix of logits. Operands are rounded to `head.compute_dtype`, products and
+logits are fp32 (fp64 when that is the compute dtype); gradients are the closed forms in `kernels/interface.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, temperature: Tensor) -> Tensor:
+    wide = torch.promote_types(head.compute_dtype, torch.float32)
+    u = hidden.to(head.compute_dtype).to(wide) @ weight.to(head.compute_dtype).to(wide).T
+    if bias is not None:
+        u = u + bias.to(wide)
+    u = u * head.logit_scale
+    if head.softcap is not None:
+        u = head.softcap * torch.tanh(u / head.softcap)
+    return u / temperature.to(wide)[:, None]
+
+
+def _stats(z: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
+    lse = torch.logsumexp(z, dim=-1)
+    p = torch.exp(z - lse[:, None])
+    target_logits = z.gather(-1, targets[:, None]).squeeze(-1)
+    # p z is 0 where a logit is -inf, as for the columns of a padded vocabulary.
+    pz = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, z))
+    return Stats(
+        logprobs=target_logits - lse,
+        lse=lse,
+        entropy=lse - pz.sum(-1) if "entropy" in outputs else None,
+        sum_sq=(p * p).sum(-1) if "sum_sq" in outputs else None,
+        mean_logit=z.mean(-1) if "mean_logit" in outputs else None,
+        is_top1=z.argmax(-1) == targets if "is_top1" in outputs else None,
+    )
+
+
+def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
+    return _stats(_logits(hidden, head.weight, head.bias, head, temperature), targets, outputs)
+
+
+def backward(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+) -> Grads:
+    z = _logits(hidden, head.weight, head.bias, head, temperature)
+    log_p = z - stats.lse[:, None]
+    p = log_p.exp()
+    zero = torch.zeros_like(stats.lse)
+    g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in grads)
+    dz = (k - g) * p
+    dz.scatter_add_(1, targets[:, None], g)
+    if grads.entropy is not None:
+        assert stats.entropy is not None
+        dz = dz - h * p * torch.where(p == 0, 0.0, log_p + stats.entropy[:, None])
+    du = dz / temperature.to(z.dtype)[:, None]
+    if head.softcap is not None:
+        du = du * (1 - (z * temperature.to(z.dtype)[:, None] / head.softcap).square())
+    du = du * head.logit_scale
+    x, w = (t.to(head.compute_dtype).to(z.dtype) for t in (hidden, head.weight))
+    return Grads(
+        (du @ w).to(hidden.dtype) if needs.hidden else None,
+        (du.T @ x).to(head.weight.dtype) if needs.weight else None,
+        du.sum(0).to(head.bias.dtype) if needs.bias and head.bias is not None else None,
+    )
+
+
+def one_pass(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: Tensor,
+    outputs: tuple[str, ...],
+    objective: TokenObjective,
+    needs: Needs,
+) -> tuple[Stats, Tensor, Grads]:
+    stats = forward(hidden, head, targets, temperature, outputs)
+    loss, grads = objective(slice(0, hidden.shape[0]), stats.logprobs, stats.entropy)
+    return stats, loss, backward(hidden, head, targets, temperature, stats, grads, needs)

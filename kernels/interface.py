@@ -1,0 +1,103 @@
+"""What every backend is: three functions over flat rows, with the same arguments and results.
+
+    forward(hidden, head, targets, temperature, outputs)                             -> Stats
+    backward(hidden, head, targets, temperature, stats, grads, needs)                -> Grads
+    one_pass(hidden, head, targets, temperature, outputs, objective, needs)          -> Stats, loss, Grads
+
+`fused_rlhf.reference`, `fused_rlhf.chunked` and `fused_rlhf.kernels.ops` (Triton) are backends. The rows they get are
+real tokens only: arguments are checked, padding is dropped and tensors are contiguous before they are called.
+
+N tokens, H hidden, V vocabulary. With u = logit_scale (h W^T + b), the logits are
+
+    z = u / temperature                                  without softcap
+    z = softcap tanh(u / softcap) / temperature          with it
+
+This file needs torch alone, so that a machine without triton can import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "is_top1")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head and how it turns products into logits."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    # Operands of the products are cast to this tile by tile; accumulation and logits are fp32 (fp64 for fp64).
+    compute_dtype: torch.dtype = torch.float32
+    # Logits may be rounded to compute_dtype before the softmax where that is faster. Off by default: it costs accuracy.
+    round_logits: bool = False
+    # Share of probability mass per token that the backward may leave out; 0 is exact.
+    grad_filter: float = 0.0
+
+
+class Stats(NamedTuple):
+    """Per-row results, fp32 (fp64 for fp64 inputs), (N,) each; None where not asked for. `lse` is always there."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    sum_sq: Tensor | None = None  # sum_v p_v^2
+    mean_logit: Tensor | None = None  # mean_v z_v
+    is_top1: Tensor | None = None  # bool: the target is the first of the largest logits
+
+
+class TokenGrads(NamedTuple):
+    """dloss / d(statistic) per row, (N,); None means zero everywhere.
+
+    dloss/dz_v = logprobs (1[v = y] - p_v) + lse p_v - entropy p_v (log p_v + H)
+    """
+
+    logprobs: Tensor | None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; the work and memory of the others must be absent."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Grads(NamedTuple):
+    """Gradients in the dtypes of the tensors they belong to; None where not needed."""
+
+    hidden: Tensor | None  # (N, H)
+    weight: Tensor | None  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+class TokenObjective(Protocol):
+    """A token-level objective with everything but the log-probs known, so that the backward can follow at once.
+
+    Calling it with a slice of rows and their statistics gives each row's contribution to the (summed) loss and the
+    derivatives of it. A backend that has a fused twin of `surrogate` and `kl` may read the fields instead of calling.
+    """
+
+    surrogate: str
+    kl: str  # "" without a KL term
+    old_logprobs: Tensor | None  # (N,) fp32; None: on-policy, the ratio is exactly 1 and keeps its gradient
+    ref_logprobs: Tensor | None  # (N,) fp32, present when kl is
+    advantages: Tensor  # (N,) fp32
+    # The loss is sum_n token_weights[n] (surrogate[n] + beta kl[n]) - entropy_weight H[n].
+    token_weights: Tensor  # (N,) fp32
+    entropy_weight: Tensor | float  # 0.0: no entropy bonus, and no entropy needed
+    beta: float
+    options: dict[str, float | None]  # the surrogate's own: epsilon_low, epsilon_high, delta ...
+
+    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        """-> loss (n,) of these rows, and its derivatives by their log-probs and entropies."""
+        ...

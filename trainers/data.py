@@ -1,0 +1,174 @@
+"""Prompts with a verifiable answer.
+
+A sample is a dict of strings with `prompt` and `answer`; whatever else it holds reaches the reward functions as well. A
+task is a list of samples to train on, another to be tested on, and the reward that says what a right answer is.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+Sample = dict[str, Any]
+
+# A calculator annotation of GSM8K, `<<48/2=24>>`, and the expressions that the steps task takes from them.
+ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
+BINARY = re.compile(r"(\d+)([-+*/])(\d+)")
+OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train on, what to be tested on, and the name of the reward that decides whether an answer is right."""
+
+    train: Sequence[Sample]
+    test: Sequence[Sample]
+    reward: str
+    note: str = ""
+
+    def unseen(self) -> list[Sample]:
+        """The test samples whose prompt does not occur in the training samples."""
+        seen = {sample["prompt"] for sample in self.train}
+        return [sample for sample in self.test if sample["prompt"] not in seen]
+
+
+def arithmetic(max_operand: int = 99, operators: str = "+-", num_test: int = 500, seed: int = 0) -> Task:
+    """Every `a+b=` and `a-b=` (a >= b) up to `max_operand`, each once; `num_test` of them are held out of training."""
+    samples = [
+        {"prompt": f"{a}{sign}{b}=", "answer": str(OPERATORS[sign](Fraction(a), Fraction(b)))}
+        for sign in operators
+        for a in range(max_operand + 1)
+        for b in range(max_operand + 1)
+        if sign != "-" or a >= b
+    ]
+    if num_test >= len(samples):
+        raise ValueError(f"num_test: {num_test} leaves nothing of the {len(samples)} expressions to train on")
+    random.Random(seed).shuffle(samples)
+    return Task(samples[num_test:], samples[:num_test], "exact_match", "held-out expressions do not occur in training")
+
+
+def steps_of(answer: str, max_operand: int) -> list[Sample]:
+    """The calculator steps of one GSM8K answer that are `a op b = c` in non-negative integers, a and b <= `max_operand`.
+
+    Steps with decimals, brackets, more than two operands or an annotated result that is not exactly right are left out.
+    """
+    samples = []
+    for expression, result in ANNOTATION.findall(answer):
+        match = BINARY.fullmatch(expression.strip())
+        if match is None or not result.strip().isdecimal():
+            continue
+        a, b = Fraction(match[1]), Fraction(match[3])
+        if max(a, b) > max_operand or (match[2] == "/" and b == 0):
+            continue
+        if OPERATORS[match[2]](a, b) == Fraction(result.strip()):
+            samples.append({"prompt": f"{int(a)}{match[2]}{int(b)}=", "answer": str(int(result))})
+    return samples
+
+
+def gsm8k_steps(folder: str | Path, max_operand: int = 20) -> Task:
+    """The calculator steps of `folder`/train.jsonl and test.jsonl as prompts: `48/2=`, answer `24`."""
+    splits, notes = [], []
+    for name in ("train.jsonl", "test.jsonl"):
+        answers = [row["answer"] for row in read_jsonl(Path(folder) / name, ("question", "answer"))]
+        splits.append([sample for answer in answers for sample in steps_of(answer, max_operand)])
+        total = sum(len(ANNOTATION.findall(answer)) for answer in answers)
+        notes.append(f"{name} {len(splits[-1])} of {total} steps")
+    task = Task(*splits, "exact_match")
+    unseen = len(task.unseen())
+    note = f"operands up to {max_operand}: {', '.join(notes)}; {unseen} of the test steps do not occur in training"
+    return Task(task.train, task.test, task.reward, note)
+
+
+def gsm8k(folder: str | Path) -> Task:
+    """Whole GSM8K questions; the answer is the number after `####`."""
+    splits = []
+    for name in ("train.jsonl", "test.jsonl"):
+        path = Path(folder) / name
+        samples = []
+        for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
+            _, marker, answer = row["answer"].rpartition("####")
+            if not marker:
+                raise ValueError(f"{path}, row {number}: the answer has no '####' before its number")
+            prompt = f"Question: {row['question']}\nAnswer:"
+            samples.append({"prompt": prompt, "answer": answer.strip().replace(",", "")})
+        splits.append(samples)
+    return Task(*splits, "numeric_answer")
+
+
+def prompts(source: str | Path, num_test: int = 500, seed: int = 0) -> Task:
+    """Your own samples: a folder with train.jsonl and test.jsonl, a .jsonl or .parquet file, or a hub data set's id.
+
+    Each row needs `prompt` and `answer`. Where there is no test split, `num_test` rows (at most a fifth) are held out.
+    """
+    path = Path(source).expanduser()
+    columns = ("prompt", "answer")
+    if path.is_dir():
+        train, test = (read_jsonl(path / name, columns) for name in ("train.jsonl", "test.jsonl"))
+        return Task(train, test, "exact_match")
+    if path.suffix == ".jsonl":
+        rows, test = read_jsonl(path, columns), []
+    elif path.suffix == ".parquet" and not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {str(path)!r}")
+    else:
+        from datasets import load_dataset  # slow to import, and only parquet files and the hub need it
+
+        if path.suffix == ".parquet":
+            splits = load_dataset("parquet", data_files=str(path))
+        elif str(source).count("/") == 1 and not path.parent.is_dir():
+            splits = load_dataset(str(source))
+        else:
+            raise FileNotFoundError(f"data: there is no folder or .jsonl or .parquet file {str(path)!r}")
+        rows, test = list(splits["train"]), list(splits["test"]) if "test" in splits else []
+    if not test:
+        rows = random.Random(seed).sample(rows, len(rows))
+        num_test = min(num_test, len(rows) // 5)
+        rows, test = rows[num_test:], rows[:num_test]
+    return Task(rows, test, "exact_match")
+
+
+def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
+    """The rows of a JSON-lines file. Raises naming the file, and the row, where one is not an object with `columns`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {str(path)!r}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object with {list(columns)}, got {line[:60]!r}")
+        require_columns(row, columns, f"{path}, line {number}")
+        rows.append(row)
+    return rows
+
+
+def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
+    missing = [name for name in columns if name not in row]
+    if missing:
+        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}")
+
+
+def check(task: Task) -> None:
+    """Raises ValueError where either split is empty or a sample lacks a text `prompt` or an `answer`."""
+    for name, samples in (("train", task.train), ("test", task.test)):
+        if len(samples) == 0:
+            raise ValueError(f"the {name} data set is empty: expected at least one sample with a prompt and an answer")
+        for index, sample in enumerate(samples):
+            require_columns(sample, ("prompt", "answer"), f"{name} sample {index}")
+            if not isinstance(sample["prompt"], str) or not sample["prompt"]:
+                raise ValueError(f"{name} sample {index}: prompt must be a text that is not empty, got {sample['prompt']!r}")
