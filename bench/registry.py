@@ -12,8 +12,8 @@ candidate rows of W, so that the candidates' logits are (to within the overlap o
     25 % uncertain   eight candidates in [22, 25]: where rounded logits hurt most
     15 % flat        eight candidates in [8, 12]: the other tokens together hold most of the mass
 
-and, in every row, four more tokens at -25. Targets are drawn from the candidates' softmax. Rows beyond `BASE_ROWS` repeat
-the first ones, so that one fp64 reference serves every N. The entropy that results is recorded beside the figures.
+and, in every row, four more tokens at -25. Targets are drawn from the candidates' softmax. Rows beyond `BASE_ROWS`
+repeat the first ones, so that one fp64 reference serves every N. The resulting entropy is recorded beside the figures.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def tile(rows: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Op:
-    """`loss` maps (N,) log-probs to the scalar that is differentiated; None: the log-probs themselves, without gradient."""
+    """`loss` maps (N,) log-probs to the scalar that is differentiated; None: log-probs alone, no gradient."""
 
     name: str
     loss: Callable[[Tensor, Inputs], Tensor] | None
@@ -246,9 +246,12 @@ class Tolerance(NamedTuple):
     gradient: float  # |error| / |truth|, Frobenius
 
 
-# fp32 logits: the numerics contract, and a gradient rounded to its dtype once. Rounded logits: bf16 resolves 0.125 at 25.
-EXACT = {"fp32": Tolerance(5e-5, 1e-4), "bf16": Tolerance(5e-5, 1e-2)}
-ROUNDED = {"fp32": EXACT["fp32"], "bf16": Tolerance(0.3, 0.1)}
+# Ours: the numerics contract, and a gradient of a few roundings to its dtype.
+CONTRACT = {"fp32": Tolerance(5e-5, 1e-4), "bf16": Tolerance(5e-5, 1e-2)}
+# fp32 logits in another library: torch's own log-softmax over 152k columns is off by 1e-4 in fp32.
+FP32_LOGITS = {"fp32": Tolerance(5e-4, 1e-3), "bf16": Tolerance(5e-4, 1e-2)}
+# bf16 resolves 0.125 at a logit of 25; a log-prob that far off also carries some tokens across the clip.
+ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5)}
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,7 @@ class Provider:
     setup: Callable[[Inputs], Step]
     packages: tuple[str, ...] = ("torch",)
     ops: tuple[str, ...] = tuple(OPS)
-    tolerance: dict[str, Tolerance] = field(default_factory=lambda: EXACT)
+    tolerance: dict[str, Tolerance] = field(default_factory=lambda: CONTRACT)
     roof: bool = False  # bare matrix products: a yardstick, nothing to check
 
     def step(self, inputs: Inputs) -> Callable[[], Output]:
@@ -298,7 +301,7 @@ def dense(inputs: Inputs) -> Step:
     return run
 
 
-@provider("dense-fp32")
+@provider("dense-fp32", tolerance=FP32_LOGITS)
 def dense_fp32(inputs: Inputs) -> Step:
     """Dense torch with fp32 logits: the operands are converted first."""
 
@@ -315,7 +318,8 @@ def trl(inputs: Inputs) -> Step:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def run() -> Tensor:
-        return ChunkedLogProbFunction.apply(inputs.hidden, inputs.weight, None, inputs.targets, 1.0, 32768, None, 1.0, ())[0]
+        options = (1.0, 32768, None, 1.0, ())  # temperature, chunk_size, softcap, logit_scale, outputs
+        return ChunkedLogProbFunction.apply(inputs.hidden, inputs.weight, None, inputs.targets, *options)[0]
 
     return run
 
@@ -356,7 +360,7 @@ def liger(inputs: Inputs) -> Step:
 
 @provider("gemm", roof=True)
 def gemm(inputs: Inputs) -> Step:
-    """The bare products into buffers made beforehand: X W^T, then dZ W and dZ^T X. No softmax, nothing else."""
+    """The bare products, whole, into buffers made beforehand: X W^T, then dZ W and dZ^T X. No softmax, nothing else."""
     x, w = inputs.hidden.detach(), inputs.weight.detach()
     z, dx = x.new_empty(len(x), len(w)), torch.empty_like(x)
     dw = None if inputs.case.frozen_head else torch.empty_like(w)
@@ -373,13 +377,33 @@ def gemm(inputs: Inputs) -> Step:
     return run
 
 
+@provider("gemm-blocked", roof=True)
+def gemm_blocked(inputs: Inputs) -> Step:
+    """The same products, 512 rows at a time: on a CPU faster than whole ones, and possible at any N."""
+    x, w = inputs.hidden.detach().split(512), inputs.weight.detach()
+    z, dx = x[0].new_empty(len(x[0]), len(w)), torch.empty_like(x[0])
+    dw = None if inputs.case.frozen_head else torch.zeros_like(w)
+
+    def backward() -> None:
+        for block in x:
+            torch.mm(z[: len(block)], w, out=dx[: len(block)])
+            if dw is not None:
+                dw.addmm_(z[: len(block)].T, block)
+
+    def run() -> Output:
+        for block in x:
+            torch.mm(block, w.T, out=z[: len(block)])
+        return Output(backward=backward)
+
+    return run
+
+
 def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
     import fused_rlhf as fr
 
     if inputs.case.op != "grpo":
-        return lambda: fr.linear_logprobs(
-            inputs.hidden, inputs.weight, inputs.targets, backend=backend, round_logits=rounded
-        ).logprobs
+        logprobs = partial(fr.linear_logprobs, backend=backend, round_logits=rounded)
+        return lambda: logprobs(inputs.hidden, inputs.weight, inputs.targets).logprobs
     objective = fr.GRPO(beta=inputs.case.beta, epsilon_low=EPSILON, epsilon_high=EPSILON)
     ref = None if inputs.ref_logprobs is None else inputs.sequences(inputs.ref_logprobs)
 
@@ -410,7 +434,7 @@ for _backend in ("auto", "triton", "chunked", "reference"):
                 "-".join(_parts),
                 packages=("fused-rlhf", "torch", "triton"),
                 ops=tuple(OPS) if _mode == "auto" else ("grpo",),
-                tolerance=ROUNDED if _rounded else EXACT,
+                tolerance=ROUNDED if _rounded else CONTRACT,
             )(partial(ours, backend=_backend, mode=_mode, rounded=_rounded))
 
 
@@ -445,15 +469,15 @@ def errors(inputs: Inputs, reference: Reference, output: Output, samples: int = 
     found |= _distance("dhidden", inputs.hidden.grad, rows, truth * g[rows, None])
 
     if inputs.weight.requires_grad:
-        columns = torch.cat([inputs.targets[rows], torch.arange(samples, device=device) * (case.V // samples or 1) % case.V])
-        columns = columns.unique()
+        spread = torch.linspace(0, case.V - 1, samples, device=device).long()
+        columns = torch.cat([inputs.targets[rows], spread]).unique()
         truth = torch.zeros(len(columns), case.H, dtype=torch.float64, device=device)
         for start in range(0, case.N, 2048):
-            part = slice(start, start + 2048)
-            xs = x[part].double()
-            p = (xs @ w[columns].double().T - lse[part, None]).exp()
-            hit = (inputs.targets[part, None] == columns).double()
-            truth += (g[part, None] * (hit - p)).T @ xs
+            block = slice(start, start + 2048)
+            xs = x[block].double()
+            p = (xs @ w[columns].double().T - lse[block, None]).exp()
+            hit = (inputs.targets[block, None] == columns).double()
+            truth += (g[block, None] * (hit - p)).T @ xs
         found |= _distance("dweight", inputs.weight.grad, columns, truth)
     return found
 

@@ -2,10 +2,10 @@
 
     z = softcap tanh(logit_scale (h W^T + b) / softcap)        without softcap: z = logit_scale (h W^T + b)
 
-Nothing here knows a model by name. The model's own forward runs with hooks on its output embeddings. One keeps the head's
-input, which makes whatever happens before the head right by construction, and leaves the head no rows to multiply. The
-other puts known values where the logits would be; what `.logits` then holds tells scale and softcap, and is compared with
-them value by value, so that a head of any other kind is refused instead of being trained wrongly.
+Nothing here knows a model by name. The model's own forward runs with hooks on its output embeddings. One keeps the
+head's input, which makes whatever happens before the head right by construction, and leaves the head no rows to
+multiply. The other puts known values where the logits would be; what `.logits` then holds tells scale and softcap, and
+is compared with them value by value, so that a head of any other kind is refused instead of being trained wrongly.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ class HeadInputs:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """The autocast of the model's own head, which accelerate, for one, keeps inside the model's forward."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.hidden.device.type, dtype=self.autocast_dtype)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.hidden.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def logprobs(
@@ -153,11 +152,11 @@ def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
     if not model_inputs:
         device = base.get_input_embeddings().weight.device
         model_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=device)}
-    cuda = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():  # dropout must not move the training's random numbers
-        forward(model, **model_inputs)
-        probed = forward(model, **model_inputs).head
-    return probed
+    gpus = {p.device.index for p in base.parameters() if p.is_cuda}
+    with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
+        head = forward(model, **model_inputs).head
+    weight, bias = _operands(_linear(base.get_output_embeddings()))  # a parametrised weight wants its graph
+    return LMHead(weight, bias, head.logit_scale, head.softcap)
 
 
 def forward(
@@ -206,7 +205,9 @@ def forward(
         except Exception as error:
             if stub.calls == 0:
                 raise
-            raise ValueError(f"unsupported head: {_name(found.base)} fails on the probe of its logits: {error}") from error
+            raise ValueError(
+                f"unsupported head: {_name(found.base)} fails on the probe of its logits: {error}"
+            ) from error
 
     logit_scale, softcap = _fit(_logits(result, found.base, stub), stub)
     # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
@@ -318,7 +319,9 @@ def _fit(logits: Tensor, stub: _Stub) -> tuple[float, float | None]:
     """logit_scale and softcap that turn the probe into `logits`, every value of it; or a ValueError."""
     eps = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 1.0
     if eps > 1e-6:
-        raise ValueError(f"unsupported head: the model rounds its logits to {logits.dtype}, too coarse to tell a transform")
+        raise ValueError(
+            f"unsupported head: the model rounds its logits to {logits.dtype}, too coarse to tell a transform"
+        )
     x, z = stub.probe.flatten(), logits.to("cpu", torch.float64).flatten()
 
     def neat(value: float) -> float:  # 1.0 rather than 0.9999999999999999
@@ -343,8 +346,8 @@ def _fit(logits: Tensor, stub: _Stub) -> tuple[float, float | None]:
 
 def _misfit(x: Tensor, z: Tensor, where: Tensor) -> str:
     return (
-        "unsupported head: the model's logits are not softcap tanh(logit_scale (h W^T + b) / softcap), the same for all "
-        f"tokens and columns; for one, a head output of {float(x[where]):.6g} became {float(z[where]):.6g}"
+        "unsupported head: the model's logits are not softcap tanh(logit_scale (h W^T + b) / softcap), the same for "
+        f"all tokens and columns; for one, a head output of {float(x[where]):.6g} became {float(z[where]):.6g}"
     )
 
 
@@ -360,8 +363,8 @@ def _linear(embeddings: nn.Module) -> nn.Linear:
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             if not (module.disable_adapters or getattr(module, "merged", False)):
                 raise ValueError(
-                    f"unsupported head: an adapter on the head itself ({_name(module)}) is row OP14, not implemented yet; "
-                    "leave the head out of target_modules, merge the adapter, or list the head in modules_to_save"
+                    f"unsupported head: an adapter on the head itself ({_name(module)}) is row OP14, not implemented "
+                    "yet; leave the head out of target_modules, merge the adapter, or list the head in modules_to_save"
                 )
             module = module.get_base_layer()
     # accelerate's device hooks replace the instance's forward and call the class's.
@@ -385,7 +388,7 @@ def _operands(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     if _is_dtensor(weight) or weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(
             f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)}); row OP16 is not "
-            "implemented yet; keep the head whole (FSDP2: reshard_after_forward=False where it is)"
+            "implemented yet; keep the head whole after the forward (FSDP2: reshard_after_forward=False for its group)"
         )
     if weight.is_meta:
         raise ValueError("unsupported head: its weight is on the meta device (offloaded?); keep the head in memory")

@@ -256,7 +256,7 @@ def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | N
         low = (ratio < 1 - bound.options["epsilon_low"]) & (bound.advantages < 0)
         high = (ratio > 1 + bound.options["epsilon_high"]) & (bound.advantages > 0)
         for key, clipped in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{key}_mean"] = clipped.sum() / count
+            metrics[f"clip_ratio/{key}_mean"] = clipped.to(ratio.dtype).sum() / count
     if bound.ref_logprobs is not None:
         metrics["kl"] = KL_ESTIMATORS[bound.kl or "k3"](logprobs, bound.ref_logprobs).sum() / count
     if entropy is not None:

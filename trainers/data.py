@@ -10,11 +10,13 @@ import json
 import operator
 import random
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 Sample = dict[str, Any]
 
@@ -36,12 +38,18 @@ class Task:
     train: Sequence[Sample]
     test: Sequence[Sample]
     reward: str
-    note: str = ""
+    note: str = ""  # where the samples come from, and what was left out
 
-    def unseen(self) -> list[Sample]:
-        """The test samples whose prompt does not occur in the training samples."""
-        seen = {sample["prompt"] for sample in self.train}
-        return [sample for sample in self.test if sample["prompt"] not in seen]
+
+def load(name: str, source: str | None, *, max_operand: int, seed: int) -> Task:
+    """The task of that name, read from `source`; see the functions below."""
+    if name == "arithmetic":
+        return arithmetic(max_operand, seed=seed)
+    if source is None:
+        raise ValueError(f"data: expected where the task {name!r} is read from; got None")
+    if name == "gsm8k-steps":
+        return gsm8k_steps(source, max_operand)
+    return gsm8k(source) if name == "gsm8k" else prompts(source, seed=seed)
 
 
 def arithmetic(max_operand: int = 99, operators: str = "+-", num_test: int = 500, seed: int = 0) -> Task:
@@ -56,11 +64,12 @@ def arithmetic(max_operand: int = 99, operators: str = "+-", num_test: int = 500
     if num_test >= len(samples):
         raise ValueError(f"num_test: {num_test} leaves nothing of the {len(samples)} expressions to train on")
     random.Random(seed).shuffle(samples)
-    return Task(samples[num_test:], samples[:num_test], "exact_match", "held-out expressions do not occur in training")
+    note = f"a {' or '.join(operators)} b, operands up to {max_operand}; no test expression occurs in training"
+    return Task(samples[num_test:], samples[:num_test], "exact_match", note)
 
 
 def steps_of(answer: str, max_operand: int) -> list[Sample]:
-    """The calculator steps of one GSM8K answer that are `a op b = c` in non-negative integers, a and b <= `max_operand`.
+    """The calculator steps of a GSM8K answer that are `a op b = c` in non-negative integers, a and b <= `max_operand`.
 
     Steps with decimals, brackets, more than two operands or an annotated result that is not exactly right are left out.
     """
@@ -79,21 +88,23 @@ def steps_of(answer: str, max_operand: int) -> list[Sample]:
 
 def gsm8k_steps(folder: str | Path, max_operand: int = 20) -> Task:
     """The calculator steps of `folder`/train.jsonl and test.jsonl as prompts: `48/2=`, answer `24`."""
-    splits, notes = [], []
+    splits: list[list[Sample]] = []
+    notes = []
     for name in ("train.jsonl", "test.jsonl"):
         answers = [row["answer"] for row in read_jsonl(Path(folder) / name, ("question", "answer"))]
         splits.append([sample for answer in answers for sample in steps_of(answer, max_operand)])
         total = sum(len(ANNOTATION.findall(answer)) for answer in answers)
         notes.append(f"{name} {len(splits[-1])} of {total} steps")
-    task = Task(*splits, "exact_match")
-    unseen = len(task.unseen())
+    seen = {sample["prompt"] for sample in splits[0]}
+    unseen = sum(sample["prompt"] not in seen for sample in splits[1])
     note = f"operands up to {max_operand}: {', '.join(notes)}; {unseen} of the test steps do not occur in training"
-    return Task(task.train, task.test, task.reward, note)
+    train, test = splits
+    return Task(train, test, "exact_match", note)
 
 
 def gsm8k(folder: str | Path) -> Task:
     """Whole GSM8K questions; the answer is the number after `####`."""
-    splits = []
+    splits: list[list[Sample]] = []
     for name in ("train.jsonl", "test.jsonl"):
         path = Path(folder) / name
         samples = []
@@ -104,7 +115,8 @@ def gsm8k(folder: str | Path) -> Task:
             prompt = f"Question: {row['question']}\nAnswer:"
             samples.append({"prompt": prompt, "answer": answer.strip().replace(",", "")})
         splits.append(samples)
-    return Task(*splits, "numeric_answer")
+    train, test = splits
+    return Task(train, test, "numeric_answer", f"GSM8K questions of {folder}")
 
 
 def prompts(source: str | Path, num_test: int = 500, seed: int = 0) -> Task:
@@ -116,7 +128,7 @@ def prompts(source: str | Path, num_test: int = 500, seed: int = 0) -> Task:
     columns = ("prompt", "answer")
     if path.is_dir():
         train, test = (read_jsonl(path / name, columns) for name in ("train.jsonl", "test.jsonl"))
-        return Task(train, test, "exact_match")
+        return Task(train, test, "exact_match", f"prompts of {source}")
     if path.suffix == ".jsonl":
         rows, test = read_jsonl(path, columns), []
     elif path.suffix == ".parquet" and not path.is_file():
@@ -135,7 +147,7 @@ def prompts(source: str | Path, num_test: int = 500, seed: int = 0) -> Task:
         rows = random.Random(seed).sample(rows, len(rows))
         num_test = min(num_test, len(rows) // 5)
         rows, test = rows[num_test:], rows[:num_test]
-    return Task(rows, test, "exact_match")
+    return Task(rows, test, "exact_match", f"prompts of {source}")
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
@@ -163,6 +175,20 @@ def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}")
 
 
+def apply_chat_template(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The same task with every prompt as a user's message, up to where the assistant's answer begins."""
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template: expected a tokenizer that has one; this one has none")
+
+    def render(sample: Sample) -> Sample:
+        message = [{"role": "user", "content": sample["prompt"]}]
+        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        # A template may begin with the BOS token, which tokenising the text adds anyhow.
+        return {**sample, "prompt": text.removeprefix(tokenizer.bos_token or "")}
+
+    return replace(task, train=[render(s) for s in task.train], test=[render(s) for s in task.test])
+
+
 def check(task: Task) -> None:
     """Raises ValueError where either split is empty or a sample lacks a text `prompt` or an `answer`."""
     for name, samples in (("train", task.train), ("test", task.test)):
@@ -171,4 +197,11 @@ def check(task: Task) -> None:
         for index, sample in enumerate(samples):
             require_columns(sample, ("prompt", "answer"), f"{name} sample {index}")
             if not isinstance(sample["prompt"], str) or not sample["prompt"]:
-                raise ValueError(f"{name} sample {index}: prompt must be a text that is not empty, got {sample['prompt']!r}")
+                raise ValueError(f"{name} sample {index}: prompt must be a text, not empty; got {sample['prompt']!r}")
+
+
+def endless(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
+    """The samples, in a new order in every epoch."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(samples, len(samples))

@@ -4,7 +4,9 @@
     <output>/metrics.jsonl   one JSON object a line, written as it happens
     <output>/samples.jsonl   prompts, completions and rewards
     <output>/curves.png      the metrics by step
-    <output>/model/          the latest checkpoint, model and tokenizer; replaced as a whole
+    <output>/model/          the latest checkpoint, model and tokenizer
+
+A checkpoint replaces the one before it as a whole, so that there is a complete one whenever the process dies.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from tqdm import tqdm
@@ -38,7 +40,7 @@ class Run:
         self.samples_path = self.folder / "samples.jsonl"
         self.curves_path = self.folder / "curves.png"
         if self.metrics_path.exists() and not overwrite:
-            raise FileExistsError(f"output: {str(self.folder)!r} already holds a run; choose another or set --overwrite")
+            raise FileExistsError(f"output: {str(self.folder)!r} already holds a run; choose another or --overwrite")
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.metrics_path, self.samples_path):
             path.write_text("")
@@ -46,22 +48,29 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         self._bar: tqdm[int] | None = None
+        self._shown: dict[str, str] = {}
 
     def steps(self, count: int, description: str) -> Iterator[int]:
         """1 ... count with a progress bar, on which `log` shows what it is told to."""
         with tqdm(range(1, count + 1), desc=description, dynamic_ncols=True, mininterval=0.5) as self._bar:
+            self._shown = {}
             yield from self._bar
         self._bar = None
 
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.started
+
     def log(self, phase: str, step: int, metrics: dict[str, float], show: Sequence[str] = ()) -> None:
         """Append a line to metrics.jsonl (non-finite numbers as null) and show some of it on the progress bar."""
-        row = {"phase": phase, "step": step, "seconds": round(time.perf_counter() - self.started, 3)}
+        row = {"phase": phase, "step": step, "seconds": round(self.seconds(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.metrics.append(row)
         with self.metrics_path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self._bar is not None and show:
-            self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in show if name in metrics}, refresh=False)
+            self._shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
+            self._bar.set_postfix(self._shown, refresh=False)
 
     def say(self, text: str) -> None:
         """Print without breaking the progress bar."""
@@ -114,6 +123,19 @@ class Run:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(self.curves_path, dpi=100)
+
+
+def require(holds: bool, name: str, value: object, expectation: str) -> None:
+    """Raises ValueError naming an option, its value and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expectation}; got {value!r}")
+
+
+def require_choices(config: Any) -> None:
+    """Raises ValueError where a field annotated with a Literal holds something else."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            require(getattr(config, name) in get_args(hint), name, getattr(config, name), f"one of {get_args(hint)}")
 
 
 def to_yaml(config: Any) -> str:

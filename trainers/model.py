@@ -1,11 +1,12 @@
 """Models and tokenizers: loading them, and building a small pair from nothing but this file.
 
-The small model is a Qwen3 decoder over a character vocabulary, saved and loaded like any other; the demo and the recipes
-start from it, so that they need no download.
+The small model is a Qwen3 decoder over a character vocabulary, saved and loaded like any other; the demo and the
+recipes start from it, so that they need no download.
 """
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-ALPHABET = "0123456789+-*/=.,()%$ \n" + "".join(chr(c) for c in range(ord("A"), ord("z") + 1) if chr(c).isalpha()) + "?!:;'\"#&"
+ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
 def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
@@ -61,6 +62,12 @@ def small_model(
     return Qwen3ForCausalLM(config)
 
 
+def build(hidden_size: int, num_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The small model and its character tokenizer."""
+    tokenizer = char_tokenizer()
+    return small_model(tokenizer, hidden_size, num_layers), tokenizer
+
+
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a local folder (nothing is downloaded) or a hub id such as `Qwen/Qwen3-0.6B`.
 
@@ -71,7 +78,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model: the folder {str(folder)!r} has no config.json, so it holds no model")
     if not local and (name.count("/") != 1 or name[0] in "/.~" or folder.parent.is_dir()):
-        raise FileNotFoundError(f"model: there is no folder {str(folder)!r}")
+        raise FileNotFoundError(f"model: there is no folder {str(folder)!r} (a hub id is written owner/name)")
     source = str(folder) if local else name
     try:
         AutoConfig.from_pretrained(source, local_files_only=local)
@@ -89,7 +96,3 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence `model` was made for, or None where its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

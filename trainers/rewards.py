@@ -1,8 +1,8 @@
 """Rewards of completions, and the advantages made from them.
 
 A reward is a function `(prompts, completions, **columns) -> one number per completion`, where `columns` are the other
-columns of the samples (`answer`, ...) as lists of the same length, so that `def f(completions, answer, **_)` is one. None
-or NaN says that a completion cannot be scored: it is left out of its group's statistics and gets no advantage.
+columns of the samples (`answer`, ...) as lists of the same length, so that `def f(completions, answer, **_)` is one.
+None or NaN says that a completion cannot be scored: it is left out of its group's statistics and gets no advantage.
 
     advantage_i = (R_i - mean of the group) / (std of the group + 1e-4),    R_i = sum_r weight_r reward_ri
 """
@@ -70,25 +70,32 @@ def resolve(name: str) -> Reward:
     return reward
 
 
-def score(
-    rewards: Sequence[Reward], prompts: Sequence[str], completions: Sequence[str], samples: Sequence[dict[str, Any]]
-) -> Tensor:
+def name_of(reward: Reward) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def score(rewards: Sequence[Reward], completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> Tensor:
     """Rewards of the completions, (B, R) fp32 with NaN where unscorable.
 
     Raises RewardError, naming the function and the sample, where a function raises or returns anything but one finite
     number or None per completion.
     """
-    columns = {name: [sample[name] for sample in samples] for name in samples[0] if name != "prompt"}
-    return torch.stack([_call(reward, prompts, completions, columns) for reward in rewards], dim=1)
+    return torch.stack([_call(reward, completions, samples) for reward in rewards], dim=1)
 
 
-def _call(reward: Reward, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list[Any]]) -> Tensor:
-    name = getattr(reward, "__name__", type(reward).__name__)
+def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]]) -> None:
+    """Score the answers of the first two samples as if a model had given them: a broken reward shows before a run."""
+    some = samples[:2]
+    score(rewards, [str(sample["answer"]) for sample in some], some)
+
+
+def _call(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> Tensor:
+    name = name_of(reward)
     try:
-        values = reward(prompts=list(prompts), completions=list(completions), **columns)
+        values = reward(**_arguments(completions, samples))
     except Exception as error:
-        culprit = _first_failing(reward, prompts, completions, columns)
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; at {culprit}") from error
+        where = _first_failing(reward, completions, samples)
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; {where}") from error
     try:
         values = list(values)
     except TypeError:
@@ -96,28 +103,35 @@ def _call(reward: Reward, prompts: Sequence[str], completions: Sequence[str], co
     if len(values) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(completions)} completions")
     numbers = []
-    for value, prompt, completion in zip(values, prompts, completions, strict=True):
+    for value, completion, sample in zip(values, completions, samples, strict=True):
         try:
             number = math.nan if value is None else float(value)
         except (TypeError, ValueError):
             number = math.inf
         if math.isinf(number) or isinstance(value, str):
-            where = f"prompt {prompt!r}, completion {completion!r}"
-            raise RewardError(f"reward {name!r} returned {value!r}, expected a finite number or None; at {where}")
+            at = _place(completion, sample)
+            raise RewardError(f"reward {name!r} returned {value!r}, expected a finite number or None; {at}")
         numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _first_failing(
-    reward: Reward, prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list[Any]]
-) -> str:
+def _arguments(completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    return {"prompts": columns.pop("prompt"), "completions": list(completions), **columns}
+
+
+def _place(completion: str, sample: dict[str, Any]) -> str:
+    return f"at prompt {sample['prompt']!r}, completion {completion!r}"
+
+
+def _first_failing(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> str:
     """The sample on which a reward raises when it is called on one sample at a time."""
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for completion, sample in zip(completions, samples, strict=True):
         try:
-            reward(prompts=[prompt], completions=[completion], **{name: [column[i]] for name, column in columns.items()})
+            reward(**_arguments([completion], [sample]))
         except Exception:
-            return f"prompt {prompt!r}, completion {completion!r}"
-    return f"a batch of {len(prompts)} completions, though at none of them alone"
+            return _place(completion, sample)
+    return f"in a batch of {len(completions)} completions, at none of them alone"
 
 
 def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
@@ -143,15 +157,15 @@ def group_advantages(
     groups = rewards.float().view(-1, num_generations)
     centred = groups - groups.nanmean(dim=1, keepdim=True)
     if scale == "group":
-        centred = centred / (_std(groups).unsqueeze(1) + 1e-4)
+        centred = centred / (std(groups).unsqueeze(1) + 1e-4)
     elif scale == "batch":
-        centred = centred / (_std(groups.reshape(1, -1)) + 1e-4)
+        centred = centred / (std(groups.reshape(1, -1)) + 1e-4)
     elif scale != "none":
         raise ValueError(f"scale: expected 'group', 'batch' or 'none', got {scale!r}")
     return centred.nan_to_num(0.0).reshape(-1)
 
 
-def _std(rows: Tensor) -> Tensor:
+def std(rows: Tensor) -> Tensor:
     """Unbiased standard deviation of each row's numbers, NaN ones left out; 0 for fewer than two."""
     count = (~rows.isnan()).sum(dim=1)
     centred = rows - rows.nanmean(dim=1, keepdim=True)

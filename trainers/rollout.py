@@ -1,18 +1,21 @@
 """Completions of prompts, as right-padded rows that the losses can use.
 
-`generate` pads prompts on the left; afterwards the padding is moved to the right end, so that position ids, and with them
-the log-probabilities, are what they would be without padding, for every model and without passing them on.
+`generate` pads prompts on the left; afterwards the padding is moved to the right end, so that position ids, and with
+them the log-probabilities, are what they would be without padding, for every model and without passing them on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.model import max_positions
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,20 @@ class Completions:
     truncated: Tensor  # (B,) bool: max_new_tokens came before an EOS
     texts: list[str]  # completions without special tokens
 
-    def __len__(self) -> int:
-        return len(self.texts)
+    def __getitem__(self, rows: slice) -> Completions:
+        """Some of the rows, cut to the longest of them."""
+        length = int(self.attention_mask[rows].sum(dim=1).max())
+        return Completions(
+            self.input_ids[rows, :length],
+            self.attention_mask[rows, :length],
+            self.completion_mask[rows, :length],
+            self.truncated[rows],
+            self.texts[rows],
+        )
+
+    def without_truncated(self) -> Completions:
+        """The same rows, with an empty completion mask where a completion did not end."""
+        return replace(self, completion_mask=self.completion_mask & ~self.truncated.unsqueeze(1))
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -51,21 +66,19 @@ def generate(
     generation configuration says, so that the log-probabilities of the op are those of the sampler); greedy at 0.
     """
     ends = eos_ids(model, tokenizer)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
+        **(sampling if temperature > 0 else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        top_k=0,
-        top_p=1.0,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
     batches = []
-    for some in batched(prompts, batch_size or max(len(prompts), 1)):
-        inputs = tokenizer(list(some), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    for rows in slices(slice(0, len(prompts)), batch_size or len(prompts)):
+        inputs = tokenizer(list(prompts[rows]), return_tensors="pt", padding=True, padding_side="left").to(model.device)
         with torch.no_grad(), _generation_config(model, config):
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
             )
         batches.append(pack(output, inputs["attention_mask"].bool(), ends, tokenizer))
@@ -105,6 +118,20 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
         model.generation_config = own
 
 
-def batched(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def slices(rows: slice, size: int) -> list[slice]:
+    """`rows` cut into pieces of `size`, the last one maybe shorter."""
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+
+def check_lengths(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, max_new_tokens: int) -> None:
+    """Raises ValueError where a prompt and `max_new_tokens` exceed the model's context, or a prompt has no tokens."""
+    limit = max_positions(model)
+    for name, samples in (("train", task.train), ("test", task.test)):
+        for index, ids in enumerate(tokenizer([sample["prompt"] for sample in samples])["input_ids"]):
+            if not ids:
+                raise ValueError(f"{name} sample {index}: the prompt {samples[index]['prompt']!r} has no tokens")
+            if limit is not None and len(ids) + max_new_tokens > limit:
+                raise ValueError(
+                    f"{name} sample {index}: its prompt of {len(ids)} tokens and max_new_tokens={max_new_tokens} "
+                    f"exceed the model's context of {limit}; prompt {samples[index]['prompt'][:60]!r}"
+                )

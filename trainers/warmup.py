@@ -1,6 +1,6 @@
 """Supervised steps on prompts and their answers, so that a small model has something to explore from.
 
-    loss = -mean over answer tokens (EOS included) of log p(token)
+loss = -mean over answer tokens (EOS included) of log p(token)
 """
 
 from __future__ import annotations
@@ -17,26 +17,21 @@ import fused_rlhf as fr
 from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.loop import Run
 
-IGNORE = -100
-
 
 def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> input_ids (B, T) padded on the right, attention_mask (B, T) bool, targets (B, T - 1) with -100 at the prompt."""
+    """-> input_ids (B, T) padded on the right, attention_mask and answer_mask (B, T) bool; the EOS is of the answer."""
     prompts = [tokenizer(sample["prompt"])["input_ids"] for sample in samples]
-    answers = [
-        [*tokenizer(str(sample["answer"]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        for sample in samples
-    ]
-    length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+    answers = [tokenizer(str(sample["answer"]), add_special_tokens=False)["input_ids"] for sample in samples]
+    length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) + 1
     input_ids = torch.full((len(samples), length), tokenizer.pad_token_id)
     attention_mask = torch.zeros(len(samples), length, dtype=torch.bool)
-    targets = torch.full((len(samples), length - 1), IGNORE)
+    answer_mask = torch.zeros(len(samples), length, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
+        end = len(prompt) + len(answer) + 1
+        input_ids[row, :end] = torch.tensor([*prompt, *answer, tokenizer.eos_token_id])
         attention_mask[row, :end] = True
-        targets[row, len(prompt) - 1 : end - 1] = torch.tensor(answer)
-    return input_ids, attention_mask, targets
+        answer_mask[row, len(prompt) : end] = True
+    return input_ids, attention_mask, answer_mask
 
 
 def warm_up(
@@ -59,19 +54,15 @@ def warm_up(
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0))
     ramp = max(min(50, steps // 4), 1)
     rng = random.Random(seed)
-    head = fr.lm_head.find_head(model)
     for step in run.steps(steps, "warm-up"):
-        input_ids, attention_mask, targets = (
+        input_ids, attention_mask, answer_mask = (
             x.to(model.device) for x in encode(tokenizer, rng.choices(samples, k=batch_size))
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(step / ramp, 1.0)
         with accelerator.autocast():
-            hidden = fr.lm_head.hidden_states(model, input_ids, attention_mask)[:, :-1]
-            out = fr.linear_logprobs(
-                hidden, head.weight, targets, bias=head.bias, ignore_index=IGNORE, backend=backend, **head.kwargs()
-            )
-        loss = -out.logprobs.sum() / (targets != IGNORE).sum()
+            out = fr.lm_head.logprobs(model, input_ids, attention_mask, completion_mask=answer_mask, backend=backend)
+        loss = -out.logprobs.sum() / answer_mask.sum()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

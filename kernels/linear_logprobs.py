@@ -1,0 +1,676 @@
+"""Log-probabilities of an LM head without its logits, and their gradient.
+
+    u = h W^T + b        z = softcap tanh(scale u / softcap) / temperature, or scale u / temperature
+    logprob[n] = z[n, y[n]] - lse[n]          lse[n] = log sum_v exp z[n, v]          entropy = lse - sum_v p z
+
+Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while it is in registers, to a maximum m and the sums
+
+    S = sum e      T = sum e (z - m)      Q = sum e^2      Z = sum z          e = exp(z - m)
+
+which `finish_kernel` merges over the vocabulary in a fixed order. Tiles do not depend on N, so a row's values do not
+depend on its neighbours.
+
+Backward, with upstream gradients g of logprob, h of entropy and l of lse:
+
+    dz = g onehot(y) + p ((l - g) - h (z - lse + entropy))       dW = dz^T x       dx = dz W
+
+`dlogits_kernel` recomputes a tile of z and writes dz, times the slope of the transform, in the compute dtype; the two
+products are left to cuBLAS.
+
+In one pass the forward also stores E = exp(z - c), where c[n] is the target's logit to within rounding: a row's largest
+logit is at least c, so nothing that matters underflows, and the exponent range of bf16 and fp32 covers z - c < 60. Where
+a tile lies higher, E is relative to that tile's own maximum, and `repair_kernel` brings the row to one reference. Then
+
+    dz = factor (E - onehot / p_y) with one factor per row,      so dx = factor (E W)      and dW = E^T (factor x):
+
+the products need no pass over E in between. The target's element is computed in fp32 from logprob, since p_y - 1 loses
+every digit in bf16 when p_y is near 1.
+
+N tokens, H hidden, V vocabulary; a vocabulary block is a range of columns handled by one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_rlhf.kernels.interface import Head, Stats, TokenObjective
+from fused_rlhf.kernels import objectives
+from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
+from fused_rlhf.kernels.primitives import (
+    LOG2E,
+    column_slices,
+    expm1,
+    logit_transform,
+    softcap_slope,
+    tile_origin,
+    tile_product,
+)
+from fused_rlhf.kernels.tiles import Tile, multiprocessors
+
+# exp(60) times a vocabulary of 2^26 is below the largest bf16 and fp32.
+MAX_ABOVE_REFERENCE = tl.constexpr(60.0)
+
+
+@triton.jit
+def load_product(
+    x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile's products: from the GEMM inside this kernel, or ready from cuBLAS in `raw` (N, V) fp32."""
+    if raw_ptr is None:
+        return tile_product(
+            x, w, n_start, v_start, N, V, H, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION
+        )
+    else:
+        offs_n = n_start + tl.arange(0, BLOCK_N)
+        offs_v = v_start + tl.arange(0, BLOCK_V)
+        ptrs = raw_ptr + offs_n[:, None].to(tl.int64) * stride_raw + offs_v[None, :]
+        return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(out, tile, n_start, v_start, N, V, stride_out, TMA: tl.constexpr):
+    """Stores into (N, V): `out` is a descriptor with TMA, else a pointer."""
+    if TMA:
+        out.store([n_start, v_start], tile.to(out.dtype))
+    else:
+        offs_n = n_start + tl.arange(0, tile.shape[0])
+        offs_v = v_start + tl.arange(0, tile.shape[1])
+        ptrs = out + offs_n[:, None].to(tl.int64) * stride_out + offs_v[None, :]
+        tl.store(ptrs, tile.to(out.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_v < V)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "capacity"])
+def stats_kernel(
+    x,  # (N, H), descriptor or pointer
+    w,  # (V, H), descriptor or pointer: the rows of this vocabulary block
+    raw_ptr,  # (N, V) fp32 products from cuBLAS, or None
+    bias_ptr,  # (V,) or None
+    inv_temperature_ptr,  # (N,) fp32
+    targets_ptr,  # (N,) int64
+    reference_ptr,  # (N,) fp32, with exps
+    exps,  # (N, V) E in the compute dtype, descriptor or pointer; or None
+    partials_ptr,  # (slots, CAPACITY, TILES) fp32: m, S, then those of T, Q, Z, argmax that are asked for
+    target_logits_ptr,  # (N,) fp32
+    N,
+    V,
+    H,
+    block_start,  # first column of this vocabulary block, a multiple of BLOCK_V
+    tiles,  # vocabulary tiles of the whole head
+    capacity,  # rows of partials
+    stride_xn,
+    stride_wv,
+    stride_raw,
+    stride_exps,
+    logit_scale,
+    softcap,
+    ENTROPY: tl.constexpr,
+    SUM_SQ: tl.constexpr,
+    MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SLICE: tl.constexpr = BLOCK_V // SLICES
+    plane = capacity.to(tl.int64) * tiles
+    all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(
+        tl.program_id(0), all_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
+        n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
+        product = load_product(
+            x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
+            BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
+        )  # fmt: skip
+        offs_n = n_start + tl.arange(0, BLOCK_N)
+        offs_v = v_start + tl.arange(0, BLOCK_V)
+        mask_n = offs_n < N
+        inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+        z = logit_transform(product, bias, inv_temperature, logit_scale, softcap)
+        if v_start + BLOCK_V > V:
+            z = tl.where((offs_v < V)[None, :], z, float("-inf"))
+
+        target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+        here = (target >= 0) & (target < BLOCK_V)
+        if tl.max(here.to(tl.int32), 0) > 0:
+            chosen = tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], z, 0.0)
+            tl.store(target_logits_ptr + offs_n, tl.sum(chosen, 1), mask=here)
+
+        m = tl.max(z, 1)
+        shift = tl.where(m == float("-inf"), 0.0, m)
+        if exps is not None:
+            reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
+            rise = tl.where(m > reference + MAX_ABOVE_REFERENCE, 1.0, tl.exp2((m - reference) * LOG2E))
+        s = tl.zeros((BLOCK_N,), tl.float32)
+        t = tl.zeros((BLOCK_N,), tl.float32)
+        q = tl.zeros((BLOCK_N,), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        first = tl.full((BLOCK_N,), float("inf"), tl.float32)
+        parts = column_slices(z, SLICES)
+        for i in tl.static_range(SLICES):
+            part = parts[i]
+            depth = part - shift[:, None]
+            e = tl.exp2(depth * LOG2E)
+            s += tl.sum(e, 1)
+            if ENTROPY:
+                t += tl.sum(tl.where(e > 0, e * depth, 0.0), 1)  # 0 x -inf for a column of a padded vocabulary
+            if SUM_SQ:
+                q += tl.sum(e * e, 1)
+            slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+            if MEAN:
+                total += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
+            if TOP1:
+                columns = tl.where(part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf"))
+                first = tl.minimum(first, tl.min(columns, 1))
+            if exps is not None:
+                kept = e * rise[:, None]
+                if softcap is not None:
+                    kept *= softcap_slope(part, inv_temperature, softcap)
+                store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
+
+        ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + (block_start + v_start) // BLOCK_V
+        tl.store(ptrs, m, mask=mask_n)
+        tl.store(ptrs + plane, s, mask=mask_n)
+        if ENTROPY:
+            tl.store(ptrs + 2 * plane, t, mask=mask_n)
+        if SUM_SQ:
+            tl.store(ptrs + (2 + ENTROPY) * plane, q, mask=mask_n)
+        if MEAN:
+            tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, total, mask=mask_n)
+        if TOP1:
+            tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def finish_kernel(
+    partials_ptr,
+    target_logits_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    lse_ptr,
+    entropy_ptr,  # this and the next three: (N,) or None
+    sum_sq_ptr,
+    mean_logit_ptr,
+    is_top1_ptr,
+    row_max_ptr,  # (N,) or None
+    old_ptr,  # from here on with a SURROGATE; None: old = logprob
+    ref_ptr,
+    advantages_ptr,
+    token_weights_ptr,
+    loss_ptr,
+    slope_ptr,  # dloss / dlogprob
+    tiles,
+    capacity,
+    V,
+    beta,
+    option_a,
+    option_b,
+    option_c,
+    SURROGATE: tl.constexpr,  # a function of kernels/objectives.py, or None
+    KL: tl.constexpr,  # likewise
+    BLOCK_T: tl.constexpr,
+):
+    """One row: merges its partials, and with a SURROGATE goes on to the token's loss and slope."""
+    n = tl.program_id(0)
+    plane = capacity.to(tl.int64) * tiles
+    row_ptr = partials_ptr + n.to(tl.int64) * tiles
+    ENTROPY: tl.constexpr = entropy_ptr is not None
+    SUM_SQ: tl.constexpr = sum_sq_ptr is not None
+    MEAN: tl.constexpr = mean_logit_ptr is not None
+
+    m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        offs = start + tl.arange(0, BLOCK_T)
+        m = tl.maximum(m, tl.load(row_ptr + offs, mask=offs < tiles, other=float("-inf")))
+    top = tl.max(m, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+
+    s = tl.zeros((BLOCK_T,), tl.float32)
+    t = tl.zeros((BLOCK_T,), tl.float32)
+    q = tl.zeros((BLOCK_T,), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    first = tl.full((BLOCK_T,), float("inf"), tl.float32)
+    for start in range(0, tiles, BLOCK_T):
+        offs = start + tl.arange(0, BLOCK_T)
+        mask = offs < tiles
+        m = tl.load(row_ptr + offs, mask=mask, other=float("-inf"))
+        depth = m - shift
+        scale = tl.exp2(depth * LOG2E)
+        s_tile = tl.load(row_ptr + plane + offs, mask=mask, other=0.0)
+        s += scale * s_tile
+        if ENTROPY:
+            t_tile = tl.load(row_ptr + 2 * plane + offs, mask=mask, other=0.0)
+            t += tl.where(scale > 0, scale * (t_tile + depth * s_tile), 0.0)
+        if SUM_SQ:
+            q += scale * scale * tl.load(row_ptr + (2 + ENTROPY) * plane + offs, mask=mask, other=0.0)
+        if MEAN:
+            total += tl.load(row_ptr + (2 + ENTROPY + SUM_SQ) * plane + offs, mask=mask, other=0.0)
+        if is_top1_ptr is not None:
+            column = tl.load(row_ptr + (2 + ENTROPY + SUM_SQ + MEAN) * plane + offs, mask=mask, other=float("inf"))
+            first = tl.minimum(first, tl.where(m == top, column, float("inf")))
+
+    total_s = tl.sum(s, 0)
+    log_s = tl.log(total_s)
+    target_logit = tl.load(target_logits_ptr + n)
+    logprob = target_logit - shift - log_s
+    tl.store(logprobs_ptr + n, logprob)
+    tl.store(lse_ptr + n, shift + log_s)
+    if ENTROPY:
+        tl.store(entropy_ptr + n, log_s - tl.sum(t, 0) / total_s)
+    if SUM_SQ:
+        tl.store(sum_sq_ptr + n, tl.sum(q, 0) / (total_s * total_s))
+    if MEAN:
+        tl.store(mean_logit_ptr + n, tl.sum(total, 0) / V)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + n, tl.min(first, 0) == tl.load(targets_ptr + n).to(tl.float32))
+    if row_max_ptr is not None:
+        tl.store(row_max_ptr + n, top)
+    if SURROGATE is not None:
+        old = logprob
+        if old_ptr is not None:
+            old = tl.load(old_ptr + n)
+        loss, slope = SURROGATE(logprob, old, tl.load(advantages_ptr + n), option_a, option_b, option_c)
+        if KL is not None:
+            kl, kl_slope = KL(logprob, tl.load(ref_ptr + n))
+            loss += beta * kl
+            slope += beta * kl_slope
+        weight = tl.load(token_weights_ptr + n)
+        tl.store(loss_ptr + n, weight * loss)
+        tl.store(slope_ptr + n, weight * slope)
+
+
+@triton.jit
+def reference_kernel(
+    x_ptr, w_ptr, bias_ptr, inv_temperature_ptr, targets_ptr, reference_ptr, H, stride_xn, stride_wv,
+    logit_scale, softcap, COMPUTE: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One row's target logit, to within rounding; finite."""
+    n = tl.program_id(0)
+    y = tl.load(targets_ptr + n)
+    acc = tl.zeros((1, BLOCK_H), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        offs = (start + tl.arange(0, BLOCK_H))[None, :]
+        x = tl.load(x_ptr + n.to(tl.int64) * stride_xn + offs, mask=offs < H, other=0.0)
+        w = tl.load(w_ptr + y * stride_wv + offs, mask=offs < H, other=0.0).to(COMPUTE)
+        acc += x.to(tl.float32) * w.to(tl.float32)
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + y + tl.arange(0, 1)).to(tl.float32)
+    inv_temperature = tl.load(inv_temperature_ptr + n + tl.arange(0, 1))
+    z = logit_transform(tl.sum(acc, 1, keep_dims=True), bias, inv_temperature, logit_scale, softcap)
+    tl.store(reference_ptr + n + tl.zeros_like(z).to(tl.int32), tl.maximum(z, -1e30))
+
+
+@triton.jit
+def repair_kernel(
+    exps_ptr,  # (N, V) E
+    partials_ptr,
+    reference_ptr,
+    row_max_ptr,
+    logprobs_ptr,
+    lse_ptr,
+    slope_ptr,
+    inv_temperature_ptr,
+    targets_ptr,
+    factor_ptr,  # (N,) fp32 out: dz (N, V) = factor E
+    V,
+    tiles,
+    stride_exps,
+    logit_scale,
+    softcap,
+    TILE_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of E: to one reference where its tiles have several, and p - 1 in place of p at the target."""
+    n = tl.program_id(0)
+    row = exps_ptr + n.to(tl.int64) * stride_exps
+    reference = tl.load(reference_ptr + n)
+    top = tl.load(row_max_ptr + n)
+    lse = tl.load(lse_ptr + n)
+    if top > reference + MAX_ABOVE_REFERENCE:
+        for start in range(0, V, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < V
+            m = tl.load(partials_ptr + n.to(tl.int64) * tiles + offs // TILE_V, mask=mask, other=0.0)
+            stored = tl.where(m > reference + MAX_ABOVE_REFERENCE, m, reference)
+            e = tl.load(row + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(row + offs, (e * tl.exp2((stored - top) * LOG2E)).to(exps_ptr.dtype.element_ty), mask=mask)
+        reference = top
+        tl.debug_barrier()  # the target's element is stored once more below
+
+    logprob = tl.load(logprobs_ptr + n)
+    inv_temperature = tl.load(inv_temperature_ptr + n)
+    at_target = expm1(logprob) * tl.exp2((lse - reference) * LOG2E)
+    if softcap is not None:
+        t = (logprob + lse) / (softcap * inv_temperature)
+        at_target *= 1 - t * t
+    tl.store(row + tl.load(targets_ptr + n), at_target.to(exps_ptr.dtype.element_ty))
+    slope = tl.load(slope_ptr + n)
+    tl.store(factor_ptr + n, -slope * tl.exp2((reference - lse) * LOG2E) * logit_scale * inv_temperature)
+
+
+@triton.jit(do_not_specialize=["N"])
+def dlogits_kernel(
+    x,  # (N, H), descriptor or pointer
+    w,  # (V, H), descriptor or pointer: the rows of this vocabulary block
+    raw_ptr,  # (N, V) fp32 products from cuBLAS, or None
+    bias_ptr,  # (V,) or None
+    inv_temperature_ptr,
+    targets_ptr,
+    lse_ptr,
+    g_ptr,  # (N,) fp32: g scale / temperature; so with the next two
+    l_minus_g_ptr,  # (N,) fp32
+    h_ptr,  # (N,) fp32, or None
+    entropy_ptr,  # (N,) fp32, with h
+    dlogits,  # (N, V) out in the compute dtype, descriptor or pointer
+    dbias_ptr,  # (tiles of rows, V) fp32 column sums, or None
+    N,
+    V,
+    H,
+    block_start,
+    stride_xn,
+    stride_wv,
+    stride_raw,
+    stride_out,
+    logit_scale,
+    softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLICES: tl.constexpr,
+    TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SLICE: tl.constexpr = BLOCK_V // SLICES
+    all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(
+        tl.program_id(0), all_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
+    ):
+        n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
+        product = load_product(
+            x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
+            BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
+        )  # fmt: skip
+        offs_n = n_start + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+        target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+        lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
+        g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
+        l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
+        if h_ptr is not None:
+            h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
+            entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+        parts = column_slices(product, SLICES)
+        for i in tl.static_range(SLICES):
+            slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+            mask_v = slice_v < V
+            bias = None
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
+            z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
+            depth = z - lse[:, None]
+            p = tl.exp2(depth * LOG2E)
+            if h_ptr is not None:
+                slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
+                dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
+            else:
+                dz = p * l_minus_g[:, None]
+            here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
+            dz += tl.where(here, g[:, None], 0.0)
+            if softcap is not None:
+                dz *= softcap_slope(z, inv_temperature, softcap)
+            store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
+            if dbias_ptr is not None:
+                sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
+                tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
+
+
+@triton.jit
+def add_split_kernel(hi_ptr, lo_ptr, addend_ptr, size, BLOCK: tl.constexpr):
+    """hi + lo += addend, where hi is the sum rounded to its dtype and lo what that rounding left: twice the digits."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    hi = tl.load(hi_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    lo = tl.load(lo_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    total = hi + (lo + tl.load(addend_ptr + offs, mask=mask, other=0.0))
+    rounded = total.to(hi_ptr.dtype.element_ty)
+    tl.store(hi_ptr + offs, rounded, mask=mask)
+    tl.store(lo_ptr + offs, (total - rounded.to(tl.float32)).to(lo_ptr.dtype.element_ty), mask=mask)
+
+@dataclass(frozen=True)
+class Rows:
+    """The tokens of one launch."""
+
+    x: Tensor  # (n, H) in the compute dtype
+    targets: Tensor  # (n,) int64
+    inv_temperature: Tensor  # (n,) fp32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns [start, start + V) of the vocabulary, start a multiple of every tile's width."""
+
+    start: int
+    w: Tensor  # (V, H) in the compute dtype
+    bias: Tensor | None  # (V,)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.w.shape[0])
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (+)= a @ b, accumulated in fp32; `out` in the operands' dtype or fp32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.add_(product) if accumulate else out.copy_(product)
+
+
+def descriptors_fit(*operands: Tensor) -> bool:
+    """Whether tensor descriptors can address these: 16-byte aligned rows."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in operands)
+
+
+def _operands(tile: Tile, rows: Rows, w: Tensor, out: Tensor | None) -> tuple:
+    if not tile.tma:
+        return rows.x, w, out
+    x = TensorDescriptor.from_tensor(rows.x, [tile.block_n, tile.block_h])
+    blocks = TensorDescriptor.from_tensor(w, [tile.block_v, tile.block_h])
+    return x, blocks, None if out is None else TensorDescriptor.from_tensor(out, [tile.block_n, tile.block_v // tile.slices])
+
+
+def _pieces(tile: Tile, rows: Rows, block: Block) -> Iterator[tuple[Tensor | None, slice]]:
+    """The block in pieces, with the products of each where they come from cuBLAS."""
+    width = block.w.shape[0]
+    if not tile.raw_columns:
+        yield None, slice(0, width)
+        return
+    scratch = rows.x.new_empty((rows.x.shape[0], min(width, tile.raw_columns)), dtype=torch.float32)
+    for start in range(0, width, tile.raw_columns):
+        piece = slice(start, min(start + tile.raw_columns, width))
+        raw = scratch[:, : piece.stop - piece.start]
+        matmul(rows.x, block.w[piece].T, raw)
+        yield raw, piece
+
+
+def _grid(tile: Tile, rows: int, columns: int, device: torch.device) -> tuple[int]:
+    count = triton.cdiv(rows, tile.block_n) * triton.cdiv(columns, tile.block_v)
+    return (min(count, tile.programs_per_sm * multiprocessors(device)) if tile.programs_per_sm else count,)
+
+
+def _multiply_as(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Scratch of the forward for up to `capacity` rows."""
+
+    values: Tensor  # (slots, capacity, tiles of the vocabulary)
+    target_logits: Tensor  # (capacity,)
+    outputs: tuple[str, ...]
+
+    @classmethod
+    def empty(cls, tile: Tile, capacity: int, V: int, outputs: tuple[str, ...], device: torch.device) -> Partials:
+        slots = 2 + len(set(outputs) - {"lse"})
+        values = torch.empty((slots, capacity, triton.cdiv(V, tile.block_v)), dtype=torch.float32, device=device)
+        return cls(values, torch.empty(capacity, dtype=torch.float32, device=device), outputs)
+
+
+def launch_stats(
+    tile: Tile,
+    rows: Rows,
+    block: Block,
+    head: Head,
+    partials: Partials,
+    exps: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> None:
+    """Reduces the block's logits into `partials`; with exps (n, columns of the block) and reference (n,), also stores E."""
+    n, H = rows.x.shape
+    for raw, piece in _pieces(tile, rows, block):
+        w = block.w[piece]
+        kept = None if exps is None else exps[:, piece]
+        x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
+        stats_kernel[_grid(tile, n, w.shape[0], w.device)](
+            x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
+            reference, out_arg, partials.values, partials.target_logits,
+            n, w.shape[0], H, block.start + piece.start, partials.values.shape[2], partials.values.shape[1],
+            rows.x.stride(0), w.stride(0), 0 if raw is None else raw.stride(0), 0 if kept is None else kept.stride(0),
+            head.logit_scale, head.softcap,
+            ENTROPY=int("entropy" in partials.outputs), SUM_SQ=int("sum_sq" in partials.outputs),
+            MEAN=int("mean_logit" in partials.outputs), TOP1=int("is_top1" in partials.outputs),
+            PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
+        )  # fmt: skip
+
+
+def launch_finish(
+    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: TokenObjective | None = None,
+    at: slice = slice(None),
+) -> tuple[Stats, Tensor | None, Tensor | None]:  # fmt: skip
+    """Merges `partials` -> (Stats, loss, dloss / dlogprob), (n,) each; the last two with an objective that has a twin.
+
+    `at`: where these rows lie in the objective's vectors.
+    """
+    n = rows.x.shape[0]
+    fp32 = {"dtype": torch.float32, "device": rows.x.device}
+    logprobs, lse = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
+    extra = {
+        name: torch.empty(n, dtype=torch.bool if name == "is_top1" else torch.float32, device=rows.x.device)
+        for name in partials.outputs
+        if name != "lse"
+    }
+    loss = slope = surrogate = kl = None
+    vectors: list[Tensor | None] = [None] * 4
+    options = (0.0, 0.0, 0.0)
+    if objective is not None:
+        loss, slope = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
+        surrogate, options = SURROGATES[objective.surrogate].function, options_of(objective)
+        kl = KL_ESTIMATORS[objective.kl] if objective.kl else None
+        whole = (objective.old_logprobs, objective.ref_logprobs if kl else None, objective.advantages, objective.token_weights)
+        vectors = [None if v is None else v[at] for v in whole]
+    finish_kernel[(n,)](
+        partials.values, partials.target_logits, rows.targets, logprobs, lse,
+        extra.get("entropy"), extra.get("sum_sq"), extra.get("mean_logit"), extra.get("is_top1"), row_max,
+        *vectors, loss, slope, partials.values.shape[2], partials.values.shape[1], V,
+        0.0 if objective is None else float(objective.beta), *options,
+        SURROGATE=surrogate, KL=kl, BLOCK_T=1024, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return Stats(logprobs=logprobs, lse=lse, **extra), loss, slope
+
+
+def launch_reference(rows: Rows, head: Head) -> Tensor:
+    """The target's logit of each row, to within rounding."""
+    n, H = rows.x.shape
+    reference = torch.empty_like(rows.inv_temperature)
+    reference_kernel[(n,)](
+        rows.x, head.weight, head.bias, rows.inv_temperature, rows.targets, reference, H, rows.x.stride(0),
+        head.weight.stride(0), head.logit_scale, head.softcap,
+        COMPUTE=_TRITON_DTYPES[rows.x.dtype], BLOCK_H=1024,
+    )  # fmt: skip
+    return reference
+
+
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def launch_repair(
+    tile: Tile, rows: Rows, head: Head, partials: Partials, exps: Tensor, reference: Tensor, row_max: Tensor, stats: Stats,
+    slope: Tensor,
+) -> Tensor:  # fmt: skip
+    """Makes E (n, V) ready for the products and returns the factor (n,) with dz = factor E."""
+    factor = torch.empty_like(slope)
+    repair_kernel[(rows.x.shape[0],)](
+        exps, partials.values, reference, row_max, stats.logprobs, stats.lse, slope, rows.inv_temperature, rows.targets,
+        factor, head.weight.shape[0], partials.values.shape[2], exps.stride(0), head.logit_scale, head.softcap,
+        TILE_V=tile.block_v, BLOCK=1024,
+    )  # fmt: skip
+    return factor
+
+
+@dataclass(frozen=True)
+class RowGrads:
+    """Upstream gradients of one launch's rows times logit_scale / temperature, (n,) fp32."""
+
+    g: Tensor  # of logprobs
+    l_minus_g: Tensor  # of lse, less g
+    h: Tensor | None  # of entropy
+    entropy: Tensor | None  # the entropy itself, with h
+    lse: Tensor
+
+
+def launch_dlogits(
+    tile: Tile, rows: Rows, block: Block, head: Head, grads: RowGrads, out: Tensor, need_bias: bool
+) -> Tensor | None:
+    """Writes dloss/du (n, columns of the block) into `out` in the compute dtype; returns its fp32 column sums if needed."""
+    n, H = rows.x.shape
+    sums = []
+    for raw, piece in _pieces(tile, rows, block):
+        w, kept = block.w[piece], out[:, piece]
+        dbias = None
+        if need_bias:
+            dbias = torch.empty((triton.cdiv(n, tile.block_n), w.shape[0]), dtype=torch.float32, device=w.device)
+        x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
+        dlogits_kernel[_grid(tile, n, w.shape[0], w.device)](
+            x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
+            grads.lse, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
+            n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
+            0 if raw is None else raw.stride(0), kept.stride(0), head.logit_scale, head.softcap,
+            PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
+        )  # fmt: skip
+        if dbias is not None:
+            sums.append(dbias.sum(0))
+    return torch.cat(sums) if sums else None
+
+
+def add_split(hi: Tensor, lo: Tensor, addend: Tensor) -> None:
+    """hi + lo += addend (fp32), all contiguous and of one shape; see `add_split_kernel`."""
+    add_split_kernel[(triton.cdiv(hi.numel(), 4096),)](hi, lo, addend, hi.numel(), BLOCK=4096, num_warps=8)

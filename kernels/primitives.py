@@ -1,0 +1,117 @@
+"""Device functions shared by the kernels: tile order, tile products, the logit transform, column slices.
+
+N tokens, H hidden, V vocabulary. A tile is `[BLOCK_N, BLOCK_V]` of the matrix of logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_origin(tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first column of a tile; GROUP tiles of rows share the columns that lie in L2."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = tl.cdiv(V, BLOCK_V)
+    group = tile // (GROUP * tiles_v)
+    rows_in_group = tl.minimum(tiles_n - group * GROUP, GROUP)
+    within = tile - group * GROUP * tiles_v
+    tile_n = group * GROUP + within % rows_in_group
+    tile_v = within // rows_in_group
+    return tile_n * BLOCK_N, tile_v * BLOCK_V
+
+
+@triton.jit
+def tile_product(
+    x,  # (N, H): a tensor descriptor of [BLOCK_N, BLOCK_H] blocks with TMA, else a pointer
+    w,  # (V, H): likewise, [BLOCK_V, BLOCK_H]
+    n_start,
+    v_start,
+    N,
+    V,
+    H,
+    stride_xn,
+    stride_wv,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x[n_start:] @ w[v_start:].T, fp32 [BLOCK_N, BLOCK_V]. Rows and columns past the end hold numbers of no meaning."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if TMA:
+        for h in range(0, H, BLOCK_H):
+            acc = tl.dot(x.load([n_start, h]), w.load([v_start, h]).T, acc, input_precision=PRECISION)
+    else:
+        # Clamped instead of masked: a repeated row costs nothing and its products are never stored.
+        rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        cols = tl.minimum(v_start + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        offs_h = tl.arange(0, BLOCK_H)
+        x_ptrs = x + rows[:, None] * stride_xn + offs_h[None, :]
+        w_ptrs = w + cols[None, :] * stride_wv + offs_h[:, None]
+        for h in range(0, H, BLOCK_H):
+            mask_h = offs_h < H - h
+            x_tile = tl.load(x_ptrs, mask=mask_h[None, :], other=0.0)
+            w_tile = tl.load(w_ptrs, mask=mask_h[:, None], other=0.0)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            x_ptrs += BLOCK_H
+            w_ptrs += BLOCK_H
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 the quotient cancels; the series there is exact to 2e-9 relative.
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    quotient = 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1)
+    return tl.where(tl.abs(x) < 0.25, series, quotient)
+
+
+@triton.jit
+def expm1(x):
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(tl.abs(x) < 0.125, series, tl.exp2(x * LOG2E) - 1)
+
+
+@triton.jit
+def logit_transform(product, bias, inv_temperature, logit_scale, softcap):
+    """Products h W^T [BLOCK_N, BLOCK] -> logits z; bias [BLOCK] or None, inv_temperature [BLOCK_N], softcap or None."""
+    if bias is not None:
+        product += bias[None, :]
+    if softcap is not None:
+        return softcap * tanh(product * (logit_scale / softcap)) * inv_temperature[:, None]
+    else:
+        return product * (logit_scale * inv_temperature)[:, None]
+
+
+@triton.jit
+def softcap_slope(z, inv_temperature, softcap):
+    """1 - tanh(u / softcap)^2, from the logits z = softcap tanh(u / softcap) inv_temperature."""
+    t = z / (softcap * inv_temperature)[:, None]
+    return 1 - t * t
+
+
+@triton.jit
+def _halves(tile):
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def column_slices(tile, SLICES: tl.constexpr):
+    """A tile as a tuple of SLICES (1, 2 or 4) tiles of adjacent columns, without moving a register."""
+    if SLICES == 1:
+        return (tile,)
+    elif SLICES == 2:
+        return _halves(tile)
+    else:
+        left, right = _halves(tile)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        return a, b, c, d

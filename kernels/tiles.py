@@ -1,0 +1,164 @@
+"""Launch configurations: one frozen record per (kernel, architecture, dtype).
+
+Nothing here depends on N, the number of tokens: a new sequence length neither recompiles nor retunes. With
+`FUSED_RLHF_AUTOTUNE=1` a few records are timed at the first launch, once per process and per (kernel, architecture,
+dtype, H, transform); the statistics of one process then still come from one record, so that ratios stay exact.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    block_n: int  # rows of a tile
+    block_v: int  # columns; divides 256
+    block_h: int  # depth of one step of the product
+    num_warps: int
+    num_stages: int
+    slices: int = 1  # the epilogue works on 1 / slices of the columns at a time, to save registers
+    group: int = 8  # tiles of rows that share the columns in L2
+    tma: bool = False  # tensor descriptors (Hopper and later)
+    programs_per_sm: int = 0  # > 0: persistent, that many programs per multiprocessor take tiles in turn
+    flatten: bool = False  # loads of the next tile are issued during the epilogue of this one
+    warp_specialize: bool = False
+    raw_columns: int = 0  # > 0: the products come from cuBLAS, this many columns at a time, instead of from the kernel
+
+    @property
+    def options(self) -> dict[str, object]:
+        # Without contraction a statistic has the same bits whichever others are asked for.
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_V": self.block_v,
+            "BLOCK_H": self.block_h,
+            "GROUP": self.group,
+            "SLICES": self.slices,
+            "TMA": self.tma,
+            "FLATTEN": self.flatten,
+            "WARP_SPECIALIZE": self.warp_specialize,
+        }
+
+
+_HOPPER = dict(num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
+RAW = Tile(32, 256, 16, num_warps=8, num_stages=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
+_SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2)
+
+# dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.
+TILES: dict[tuple[str, str, str], Tile] = {
+    ("stats", "sm_80", "half"): Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2),
+    ("stats", "sm_90", "half"): Tile(128, 256, 64, slices=4, **_HOPPER),  # type: ignore[arg-type]
+    ("stats", "sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=4, tma=True, programs_per_sm=1),
+    ("stats", "gfx942", "half"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2),
+    ("dlogits", "sm_80", "half"): Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2),
+    ("dlogits", "sm_90", "half"): Tile(128, 256, 64, slices=4, **_HOPPER),  # type: ignore[arg-type]
+    ("dlogits", "sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=4, tma=True, programs_per_sm=1),
+    ("dlogits", "gfx942", "half"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2),
+    **{
+        (kernel, arch, "ieee"): _SIMT
+        for kernel in ("stats", "dlogits")
+        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
+    },
+    **{
+        (kernel, arch, "tf32"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
+        for kernel in ("stats", "dlogits")
+        for arch in ("sm_80", "sm_90", "sm_100")
+    },
+    **{
+        (kernel, "interpreter", dtype): Tile(16, 32, 16, num_warps=1, num_stages=1, slices=2, group=2, programs_per_sm=1)
+        for kernel in ("stats", "dlogits")
+        for dtype in ("half", "ieee")
+    },
+}
+
+# Shared memory a block can have; a record must fit its architecture. sm_80 records also serve sm_86, sm_89 and sm_120.
+SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+
+@lru_cache
+def arch(device: torch.device) -> str:
+    """The architecture whose records `device` uses.
+
+    Raises:
+        RuntimeError: the device cannot run the kernels; the message names the backend that can.
+    """
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    if device.type != "cuda":
+        raise RuntimeError(f'the Triton kernels need a CUDA or HIP device, got {device}; use backend="chunked"')
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if name in ("gfx90a", "gfx942", "gfx950"):
+            return "gfx942"
+        raise RuntimeError(f'the Triton kernels need matrix cores (gfx90a, gfx942, gfx950), got {name}; use backend="chunked"')
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f'the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}; use backend="chunked"'
+        )
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of `dtype` are multiplied: "half", or for fp32 what torch is set to."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return "half"
+    if dtype != torch.float32:
+        raise RuntimeError(f'the Triton kernels compute in bf16, fp16 or fp32, got {dtype}; use backend="reference"')
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def lookup(kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool) -> Tile:
+    """The record for a launch; `aligned`: the operands suit tensor descriptors (16-byte rows)."""
+    name, how = arch(device), precision(dtype)
+    if (kernel, name, how) not in TILES:
+        raise RuntimeError(f'the Triton kernels have no {how} products on {name}; use backend="chunked"')
+    tile = TILES[kernel, name, how]
+    if tile.tma and not aligned:
+        return TILES[kernel, "sm_80", how]
+    return tile
+
+
+_tuned: dict[Hashable, Tile] = {}
+
+
+def candidates(kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool) -> list[Tile]:
+    """The record in use first, then its neighbours: other group sizes, one stage fewer, cuBLAS for the products."""
+    tile = lookup(kernel, device, dtype, aligned)
+    return [
+        tile,
+        *(replace(tile, group=group) for group in (4, 16) if group != tile.group),
+        *([replace(tile, num_stages=tile.num_stages - 1)] if tile.num_stages > 2 else []),
+        RAW,
+    ]
+
+
+def tune(
+    kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool, key: Hashable, run: Callable[[Tile], object]
+) -> Tile:
+    """The record for a launch, searched for with FUSED_RLHF_AUTOTUNE=1; `run` launches the kernel with a given one."""
+    if os.environ.get("FUSED_RLHF_AUTOTUNE", "0") != "1":
+        return lookup(kernel, device, dtype, aligned)
+    key = (kernel, device, dtype, aligned, key)
+    if key not in _tuned:
+        times = {
+            tile: triton.testing.do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")
+            for tile in candidates(kernel, device, dtype, aligned)
+        }
+        _tuned[key] = min(times, key=lambda tile: times[tile])
+    return _tuned[key]

@@ -1,0 +1,188 @@
+import pytest
+import torch
+
+import fused_rlhf as fr
+from fused_rlhf import chunked
+from fused_rlhf.kernels.interface import Head, Needs, TokenGrads
+from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, relative, worst
+from tests.memory import peak_tensor_bytes
+
+BACKENDS = ["reference", "chunked"]
+
+
+@pytest.fixture(params=[None, (8, 16)], ids=["one-tile", "many-tiles"])
+def _tiling(request, monkeypatch):
+    """The real tile sizes hold a test's whole input; tiny ones make every loop and merge run."""
+    if request.param:
+        rows, columns = request.param
+        monkeypatch.setattr(chunked, "ROWS", rows)
+        monkeypatch.setattr(chunked, "TILE", columns)
+        monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: rows)
+
+
+def leaves(data):
+    return {
+        k: v.clone().requires_grad_() for k, v in data.items() if k in ("hidden", "weight", "bias") and v is not None
+    }
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bias", "scale", "softcap", "per_token"), TRANSFORMS)
+def test_outputs_and_gradients_equal_dense_fp64(backend, bias, scale, softcap, per_token):
+    data = inputs(37, 11, 103, bias=bias, per_token=per_token)
+    ours, theirs = leaves(data), leaves(data)
+    transform = {"logit_scale": scale, "softcap": softcap}
+    found = fr.linear_logprobs(**{**data, **ours}, **transform, outputs=ALL_OUTPUTS, backend=backend)
+    truth = dense(**{**data, **theirs}, **transform)
+    for name, expected in truth.items():
+        assert worst(getattr(found, name), expected) < 1e-12, name
+    upstream = torch.randn(3, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    names = ("logprobs", "entropy", "lse")
+    sum((getattr(found, n) * u).sum() for n, u in zip(names, upstream)).backward()
+    sum((truth[n] * u).sum() for n, u in zip(names, upstream)).backward()
+    for name in ours:
+        assert relative(ours[name].grad, theirs[name].grad) < 1e-12, name
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("round_logits", [False, True])
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_logprobs_and_gradients_at_logits_of_25(monkeypatch, native, round_logits):
+    """Contract 1 and 2: |d logprob| <= 5e-5, gradients within twice dense torch's own error with fp32 logits."""
+    monkeypatch.setattr(chunked, "native_bf16", lambda device: native)
+    data = plausible_logits(96, 1003, torch.bfloat16)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
+    truth_leaves = leaves(wide)
+    truth = dense(**{**wide, **truth_leaves})
+    peak = (wide["hidden"] @ wide["weight"].T).abs().max()
+    assert 24 < peak < 30  # the input is the hard one it claims to be
+    assert truth["entropy"].median() > 0.5
+    upstream = torch.randn(96, generator=torch.Generator().manual_seed(2))
+    (truth["logprobs"] * upstream).sum().backward()
+
+    plain = leaves(data)
+    log_p = torch.log_softmax(plain["hidden"].float() @ plain["weight"].float().T, -1)
+    (log_p.gather(1, data["targets"][:, None]).squeeze(1) * upstream).sum().backward()
+
+    ours = leaves(data)
+    found = fr.linear_logprobs(**{**data, **ours}, backend="chunked", round_logits=round_logits)
+    assert found.logprobs.dtype == torch.float32
+    (found.logprobs * upstream).sum().backward()
+    error = worst(found.logprobs, truth["logprobs"])
+    if native and round_logits:
+        assert error > 1e-3  # rounding was allowed, and is seen: the contract's check can fail
+        return
+    assert error <= 5e-5
+    for name in ours:
+        exact = truth_leaves[name].grad
+        rounding = relative(exact.to(torch.bfloat16), exact)
+        assert relative(ours[name].grad, exact) <= 2 * max(relative(plain[name].grad, exact), rounding)
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("level", [-120.0, 6e4, -6e4])
+def test_extreme_logits_are_finite_and_right(backend, level):
+    data = inputs(9, 4, 53)
+    data["hidden"][:, 0], data["weight"][:, 0] = 1.0, level
+    found = fr.linear_logprobs(**data, outputs=ALL_OUTPUTS, backend=backend)
+    truth = dense(**data)
+    assert all(torch.isfinite(getattr(found, name)).all() for name in ("logprobs", *ALL_OUTPUTS[:-1]))
+    assert worst(found.logprobs, truth["logprobs"]) < 1e-9
+    assert (found.logprobs <= 0).all()
+    single = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in data.items()}
+    error = worst(fr.linear_logprobs(**single, backend=backend).logprobs, dense(**single)["logprobs"])
+    assert error <= 2 * abs(level) * 2**-23 + 1e-5  # one rounding of a logit of that size
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_of_a_padded_vocabulary_hold_no_mass(backend):
+    data = inputs(13, 6, 40)
+    bias = torch.zeros(40, dtype=torch.float64)
+    bias[33:] = -torch.inf
+    data["targets"] %= 33
+    data["bias"] = bias
+    kept = {**data, "weight": data["weight"][:33], "bias": bias[:33]}
+    ours, theirs = leaves(data), leaves(kept)
+    names = ("logprobs", "entropy", "lse", "sum_sq")
+    found = fr.linear_logprobs(**{**data, **ours}, outputs=("entropy", "lse", "sum_sq"), backend=backend)
+    truth = dense(**{**kept, **theirs})
+    for name in names:
+        assert worst(getattr(found, name), truth[name]) < 1e-12
+    (found.logprobs.sum() + found.entropy.sum()).backward()
+    (truth["logprobs"].sum() + truth["entropy"].sum()).backward()
+    assert relative(ours["hidden"].grad, theirs["hidden"].grad) < 1e-12
+    assert relative(ours["weight"].grad[:33], theirs["weight"].grad) < 1e-12
+    assert (ours["weight"].grad[33:] == 0).all()
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_row_stays_in_that_row(backend):
+    data = inputs(11, 5, 64)
+    clean = fr.linear_logprobs(**data, outputs=("entropy",), backend=backend)
+    data["hidden"][4] = torch.nan
+    found = fr.linear_logprobs(**data, outputs=("entropy",), backend=backend)
+    others = torch.arange(11) != 4
+    assert found.logprobs[4].isnan()
+    assert found.entropy[4].isnan()
+    assert torch.equal(found.logprobs[others], clean.logprobs[others])
+
+
+@pytest.mark.usefixtures("_tiling")
+def test_top1_takes_the_first_of_equal_logits():
+    hidden = torch.ones(2, 3)
+    weight = torch.ones(70, 3)
+    found = fr.linear_logprobs(hidden, weight, torch.tensor([0, 1]), outputs=("is_top1",), backend="chunked")
+    assert found.is_top1.tolist() == [True, False]
+
+
+def test_forward_and_backward_repeat_to_the_bit():
+    data = inputs(700, 24, 5000, torch.float32)
+
+    def run():
+        ours = leaves(data)
+        found = fr.linear_logprobs(**{**data, **ours}, outputs=("entropy",), backend="chunked")
+        (found.logprobs.sum() + found.entropy.sum()).backward()
+        return found.logprobs, ours["hidden"].grad, ours["weight"].grad
+
+    for a, b in zip(run(), run()):
+        assert torch.equal(a, b)
+
+
+def test_one_pass_sees_the_bits_of_the_forward():
+    """Contract 3: old log-probs from the forward alone give a ratio of exactly 1 in the one-pass loss."""
+    data = inputs(700, 24, 5000, torch.float32)
+    old = fr.linear_logprobs(**data, backend="chunked").logprobs
+    hidden = data["hidden"].requires_grad_()
+    _, metrics = fr.linear_policy_loss(
+        hidden, data["weight"], data["targets"], advantages=torch.ones(700), old_logprobs=old, objective=fr.GRPO()
+    )
+    assert metrics["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("function", ["forward", "backward", "one_pass"])
+def test_scratch_does_not_grow_with_tokens(function):
+    """OP7: beyond inputs and gradients, memory is constant in N but for O(N) vectors."""
+
+    def scratch(n):
+        data = inputs(n, 16, 6000, torch.float32)
+        x, y, head = data["hidden"], data["targets"], Head(data["weight"])
+        ones, needs = torch.ones(n), Needs(True, True, False)
+        bound = fr.GRPO().bind(
+            advantages=ones, lengths=ones, old_logprobs=None, ref_logprobs=None, num_sequences=1, num_tokens=n
+        )
+        stats = chunked.forward(x, head, y, ones, ())
+        run = {
+            "forward": lambda: chunked.forward(x, head, y, ones, ALL_OUTPUTS),
+            "backward": lambda: chunked.backward(x, head, y, ones, stats, TokenGrads(ones), needs),
+            "one_pass": lambda: chunked.one_pass(x, head, y, ones, (), bound, needs),
+        }[function]
+        return peak_tensor_bytes(run)
+
+    small, large = scratch(1024), scratch(8192)
+    assert small > 0
+    assert large - small < (8192 - 1024) * (16 * 4 * 2 + 40 * 8)  # x and dX block by block, and per-row vectors
+    assert large < 3 * 4 * chunked.ROWS * (chunked.TILE + 6000) + 8192 * 500

@@ -1,0 +1,121 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fused_rlhf.trainers import data
+from fused_rlhf.trainers.data import Task
+
+GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
+needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the GSM8K files are not at {GSM8K}")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.", [("48/2=", "24")]),
+        ("<<48+24=72>>72 and <<5-3=2>>2\n#### 72", [("48+24=", "72"), ("5-3=", "2")]),
+        ("<<12/60=0.2>>0.2 per minute", []),  # no whole number
+        ("<<0.2*50=10>>10", []),  # a decimal operand
+        ("<<16-3-4=9>>9", []),  # three operands
+        ("<<3/2=1>>1", []),  # the annotation is wrong
+        ("<<200*2=400>>400", []),  # beyond max_operand
+        ("<<3-5=-2>>", []),  # negative
+        ("<<4/0=0>>", []),
+        ("<< 7*8 = 56 >>", [("7*8=", "56")]),
+        ("<<30=30>>30", []),
+    ],
+)
+def test_steps_of_an_answer(text, prompts):
+    assert [(s["prompt"], s["answer"]) for s in data.steps_of(text, max_operand=99)] == prompts
+
+
+@needs_gsm8k
+def test_gsm8k_steps_of_the_real_files():
+    task = data.gsm8k_steps(GSM8K, max_operand=20)
+    assert (len(task.train), len(task.test)) == (7455, 1349)
+    assert all(eval(s["prompt"][:-1]) == int(s["answer"]) for s in task.test)
+    assert "7455 of 23716 steps" in task.note
+
+
+@needs_gsm8k
+def test_gsm8k_questions_of_the_real_files():
+    task = data.gsm8k(GSM8K)
+    assert (len(task.train), len(task.test)) == (7473, 1319)
+    assert task.train[0]["answer"] == "72"
+    assert all(float(s["answer"]) is not None for s in (*task.train, *task.test))
+
+
+def test_arithmetic_is_right_whole_and_held_out():
+    task = data.arithmetic(max_operand=9, num_test=20)
+    assert len(task.train) + len(task.test) == 100 + 55
+    assert all(eval(s["prompt"][:-1]) == int(s["answer"]) >= 0 for s in (*task.train, *task.test))
+    assert not {s["prompt"] for s in task.train} & {s["prompt"] for s in task.test}
+    assert data.arithmetic(max_operand=9, num_test=20) == task
+    with pytest.raises(ValueError, match="num_test: 155 leaves nothing"):
+        data.arithmetic(max_operand=9, num_test=155)
+
+
+def test_own_prompts_from_a_file_and_a_folder(tmp_path):
+    rows = [{"prompt": f"{i}", "answer": str(i), "level": i} for i in range(10)]
+    task = data.prompts(write(tmp_path / "rows.jsonl", rows))
+    assert (len(task.train), len(task.test)) == (8, 2)
+    assert sorted(s["level"] for s in (*task.train, *task.test)) == list(range(10))
+    write(tmp_path / "train.jsonl", rows[:7])
+    write(tmp_path / "test.jsonl", rows[7:])
+    assert data.prompts(tmp_path) == Task(rows[:7], rows[7:], "exact_match", f"prompts of {tmp_path}")
+
+
+def test_own_prompts_from_parquet(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rows = [{"prompt": f"{i}", "answer": str(i)} for i in range(10)]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    task = data.prompts(tmp_path / "rows.parquet")
+    assert sorted((*task.train, *task.test), key=lambda s: int(s["prompt"])) == rows
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing/train\.jsonl"):
+        data.gsm8k_steps(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"no file .*rows\.parquet"):
+        data.prompts(tmp_path / "rows.parquet")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        data.prompts(tmp_path / "rows.csv")
+    write(tmp_path / "train.jsonl", [{"question": "a", "answer": "b #### 1"}, {"question": "a", "reply": "b"}])
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: missing \['answer'\].*\['question', 'reply'\]"):
+        data.gsm8k_steps(tmp_path)
+    write(tmp_path / "train.jsonl", [{"question": "a", "answer": "no marker"}])
+    with pytest.raises(ValueError, match=r"row 1: the answer has no '####'"):
+        data.gsm8k(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer"\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: not JSON"):
+        data.prompts(tmp_path)
+    (tmp_path / "train.jsonl").write_text("[1, 2]\n")
+    with pytest.raises(ValueError, match="line 1: expected an object"):
+        data.prompts(tmp_path)
+
+
+def test_check_refuses_empty_and_incomplete_samples():
+    good = {"prompt": "1", "answer": "1"}
+    data.check(Task([good], [good], "exact_match"))
+    with pytest.raises(ValueError, match="train data set is empty"):
+        data.check(Task([], [good], "exact_match"))
+    with pytest.raises(ValueError, match="test data set is empty"):
+        data.check(Task([good], [], "exact_match"))
+    with pytest.raises(ValueError, match=r"train sample 1: missing \['answer'\]"):
+        data.check(Task([good, {"prompt": "1"}], [good], "exact_match"))
+    with pytest.raises(ValueError, match="test sample 0: prompt must be a text"):
+        data.check(Task([good], [{"prompt": "", "answer": "1"}], "exact_match"))
+
+
+def test_endless_goes_through_all_samples_in_every_epoch():
+    samples = [{"prompt": str(i), "answer": ""} for i in range(5)]
+    stream = data.endless(samples, seed=0)
+    epochs = [[next(stream)["prompt"] for _ in range(5)] for _ in range(3)]
+    assert all(sorted(epoch) == list("01234") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1

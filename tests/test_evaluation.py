@@ -1,0 +1,26 @@
+import torch
+
+from fused_rlhf.trainers import evaluation
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.rewards import exact_match
+
+
+def test_unseen_prompts_are_counted_apart():
+    train = [{"prompt": "a", "answer": "1"}]
+    test = [{"prompt": p, "answer": "1"} for p in ("a", "b", "c", "a")]
+    right = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    assert evaluation.accuracies(right, test, train) == {"accuracy": 0.75, "accuracy_unseen": 0.5}
+    assert evaluation.accuracies(right[1:3], test[1:3], train) == {"accuracy": 0.5}
+    assert evaluation.accuracies(right[:1], test[:1], train) == {"accuracy": 1.0}
+    assert (
+        evaluation.describe({"accuracy": 0.75, "accuracy_unseen": 0.5}) == "accuracy 75.0 %, accuracy on unseen 50.0 %"
+    )
+
+
+def test_correct_compares_the_greedy_answer():
+    torch.manual_seed(0)
+    model, tokenizer = models.build(32, 1)
+    (greedy,) = evaluation.generate(model.eval(), tokenizer, ["1+1="], max_new_tokens=3, temperature=0.0)
+    samples = [{"prompt": "1+1=", "answer": greedy.texts[0]}, {"prompt": "1+1=", "answer": greedy.texts[0] + "1"}]
+    right = evaluation.correct(model, tokenizer, samples, exact_match, max_new_tokens=3, batch_size=1)
+    assert right.tolist() == [1.0, 0.0]

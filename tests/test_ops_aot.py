@@ -1,0 +1,218 @@
+"""Every kernel the Triton backend launches, compiled ahead of time for four architectures; no GPU is needed.
+
+The launches are recorded from the backend itself on small CPU tensors, once per set of options, with the tile records of
+the architecture in question; each distinct one is compiled and its code inspected.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from fused_rlhf.kernels import linear_logprobs, ops, tiles  # noqa: E402
+from fused_rlhf.kernels.interface import OUTPUTS, Head, Needs, TokenGrads  # noqa: E402
+from fused_rlhf.objectives import DAPO  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation, in picklable form."""
+
+    kernel: str
+    arch: str
+    how: str  # "half", "tf32" or "ieee"
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # arguments divisible by 16
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        flags = {k: v for k, v in self.constants if k in ("ENTROPY", "SURROGATE", "KL") and v}
+        present = [
+            k for k in ("bias_ptr", "softcap", "exps", "h_ptr", "raw_ptr") if (k, "constexpr") not in self.signature
+        ]
+        types = dict(self.signature)
+        return "-".join([self.kernel, self.arch, self.how, *map(str, flags), *(k for k in present if k in types)])
+
+
+class Recorder:
+    """Stands in for a jitted kernel and notes how it was launched."""
+
+    def __init__(self, kernel: Any, arch: str, how: str, launches: dict[Launch, None]) -> None:
+        self.kernel, self.arch, self.how, self.launches = kernel, arch, how, launches
+
+    def __getitem__(self, grid: tuple) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        names = self.kernel.arg_names
+        values = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        free = {p.name for p in self.kernel.params if p.do_not_specialize}
+        declared = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature, constants, aligned = {}, {}, []
+        for i, name in enumerate(names):
+            value = values[name]
+            if name in declared or value is None or (isinstance(value, int) and value == 1 and name not in free):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                dtype = POINTERS[value.base.dtype][1:]
+                signature[name] = f"tensordesc<{dtype}{list(value.block_shape)}>"
+            elif isinstance(value, torch.Tensor):
+                signature[name] = POINTERS[value.dtype]
+                aligned.append(i)
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value % 16 == 0 and name not in free:
+                    aligned.append(i)
+        launch = Launch(
+            self.kernel.__name__, self.arch, self.how, tuple(signature.items()),
+            tuple((k, getattr(v, "__name__", v) if callable(v) else v) for k, v in constants.items()),
+            tuple(aligned), tuple(options.items()),
+        )  # fmt: skip
+        self.launches[launch] = None
+
+
+def record(arch: str, how: str) -> list[Launch]:
+    """Launches of forward, backward and one_pass on `arch`, over the options that change the code."""
+    launches: dict[Launch, None] = {}
+    dtype = torch.bfloat16 if how == "half" else torch.float32
+    with pytest.MonkeyPatch.context() as patch:
+        for name in dir(linear_logprobs):
+            kernel = getattr(linear_logprobs, name)
+            if name.endswith("_kernel"):
+                patch.setattr(linear_logprobs, name, Recorder(kernel, arch, how, launches))
+        for module in (ops, tiles):
+            patch.setattr(module, "arch", lambda device: arch)
+            patch.setattr(module, "precision", lambda dtype: how)
+        patch.setattr(linear_logprobs, "_multiply_as", lambda dtype: "tf32" if how == "tf32" else "ieee")
+        N, H, V = 96, 128, 528
+        hidden, weight, bias = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), torch.zeros(V)
+        targets, ones = torch.zeros(N, dtype=torch.int64), torch.ones(N)
+        plain = Head(weight, compute_dtype=dtype)
+        full = Head(weight, bias, logit_scale=0.5, softcap=30.0, compute_dtype=dtype)
+        objective = DAPO(beta=0.1).bind(
+            advantages=ones, lengths=ones, old_logprobs=ones, ref_logprobs=ones, num_sequences=1, num_tokens=N
+        )
+        for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
+            stats = ops.forward(hidden, head, targets, ones, outputs)
+        for head, grads in ((plain, TokenGrads(ones)), (full, TokenGrads(ones, ones, ones))):
+            ops.backward(hidden, head, targets, ones, stats, grads, Needs(True, True, True))
+        if how != "tf32":
+            for head, outputs in ((plain, ()), (replace(full, bias=None), ("entropy",))):
+                ops.one_pass(hidden, head, targets, ones, outputs, objective, Needs(True, True, False))
+        if how == "half":
+            # cuBLAS products with the kernels as their epilogue, and an fp32 dW over several blocks of rows.
+            patch.setattr(ops, "tune", lambda *args: tiles.RAW)
+            patch.setattr(ops, "one_pass_rows", lambda *args: 64)
+            ops.one_pass(hidden, plain, targets, ones, ("entropy",), objective, Needs(True, True, False))
+            ops.backward(hidden, plain, targets, ones, stats, TokenGrads(ones), Needs(True, True, False))
+    return list(launches)
+
+
+def compile_launch(launch: Launch) -> dict[str, Any]:
+    kernel = getattr(linear_logprobs, launch.kernel)
+    functions = {f.__name__: f for f in vars(linear_logprobs.objectives).values() if hasattr(f, "arg_names")}
+    constants = {
+        (kernel.arg_names.index(name),): functions.get(value, value) if isinstance(value, str) else value
+        for name, value in launch.constants
+    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    source = ASTSource(kernel, dict(launch.signature), constants, attributes)
+    target = TARGETS[launch.arch]
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    result: dict[str, Any] = {"name": launch.name, "shared": compiled.metadata.shared}
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        result["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+        result["local"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    else:
+        text = compiled.asm["ptx"]
+        usage = resource_usage(compiled.asm["cubin"])
+        result["registers"], result["stack"], result["local"] = usage["REG"], usage["STACK"], usage["LOCAL"]
+    result["tensor_cores"] = TENSOR_CORES[launch.arch] in text
+    return result
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"), None) or shutil.which("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[list[tuple[Launch, dict[str, Any]]]]:
+    launches = [launch for arch in TARGETS for how in ("half", "ieee", "tf32") if (arch, how) != ("gfx942", "tf32")
+                for launch in record(arch, how)]  # fmt: skip
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield list(zip(launches, pool.map(compile_launch, launches, chunksize=4)))
+
+
+@pytest.mark.slow
+def test_every_launch_compiles_within_its_architecture(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
+    assert {launch.kernel for launch, _ in compiled} == {
+        name for name in dir(linear_logprobs) if name.endswith("_kernel")
+    }
+    for launch, result in compiled:
+        assert result["shared"] <= tiles.SHARED_MEMORY[launch.arch], result
+
+
+@pytest.mark.slow
+def test_products_use_tensor_cores(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
+    for launch, result in compiled:
+        from_kernel = launch.kernel in GEMM_KERNELS and ("raw_ptr", "constexpr") in launch.signature
+        if from_kernel and launch.how != "ieee" and (launch.arch, launch.how) != ("sm_100", "tf32"):
+            assert result["tensor_cores"], result
+
+
+@pytest.mark.slow
+def test_nothing_spills_on_ampere_and_hopper(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
+    for launch, result in compiled:
+        if launch.arch in ("sm_80", "sm_90"):
+            assert result["stack"] == 0 and result["local"] == 0, result
+
+
+@pytest.mark.slow
+def test_resource_table(compiled: list[tuple[Launch, dict[str, Any]]], record_property: Any) -> None:
+    """The table of registers, stack, spills and shared memory goes into the test report."""
+    table = [result for _, result in compiled]
+    record_property("resources", json.dumps(table))
+    assert all(result["registers"] > 0 for result in table)
