@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -227,6 +228,7 @@ def measure(
                 try:
                     body(name)
                 except Exception as e:  # whatever it is, it is that provider's result
+                    traceback.print_exc()
                     found[name]["error"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
                 _clear(inputs)
                 if "error" in found[name] and not _usable(device):
@@ -265,7 +267,8 @@ def child(spec: dict[str, Any]) -> None:
     case, device = Case(**spec["case"]), spec["device"]
     path = Path(spec["reference"])
     if spec["task"] == "reference":
-        torch.save(fp64_reference(case, device)._asdict(), path)
+        torch.save(fp64_reference(case, device)._asdict(), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
         result: dict[str, Any] = {}
     else:
         reference = Reference(**torch.load(path, map_location=device))
@@ -284,6 +287,8 @@ def _call(plan: Plan, spec: dict[str, Any], until: float) -> str | None:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired:
         return f"stopped after {left:.0f} s"
+    if "Traceback" in done.stderr:
+        print(done.stderr, file=sys.stderr)
     if done.returncode == 0:
         return None
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]

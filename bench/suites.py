@@ -148,11 +148,12 @@ def foundation() -> Suite:
     return Suite(
         "the CPU figures of the foundation",
         cases,
-        rows("main", f"gemm gemm-blocked dense {one} {two} trl liger", 3)
+        rows("main", f"gemm-blocked dense {one} {two} trl liger", 3)
+        + rows("main", "gemm", 1)
         + rows("zero rows", f"{one} {two}", 2)
         + rows("frozen", f"{one} {two}", 2)
         + rows("forward", "dense ours trl", 2)
-        + rows("bf16", f"dense-fp32 {one} {one}-rounded", 2)
+        + rows("bf16", f"dense-fp32 {one} {one}-rounded", 1)
         + rows("bf16 few", f"dense dense-fp32 {one} {one}-rounded", 1)
         + rows("long", one, 1),
         targets,

@@ -10,13 +10,16 @@ whose upstream gradient is exactly zero on the way back.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fused_rlhf import backends
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+
+Maybe = TypeVar("Maybe", bound=Tensor | None)
+_EXTRA = tuple(name for name in OUTPUTS if name != "lse")
 
 
 def linear_logprobs(
@@ -48,9 +51,6 @@ def linear_logprobs(
     return Stats(logprobs, lse, **{name: named[name] for name in outputs if name != "lse"})
 
 
-_EXTRA = tuple(name for name in OUTPUTS if name != "lse")
-
-
 def live_rows(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
     """Indices of the rows to compute; None for all of them. Refuses a target outside the vocabulary."""
     live = targets != ignore_index
@@ -65,15 +65,15 @@ def live_rows(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | N
     return None if rows.numel() == targets.numel() else rows
 
 
-def select(tensor: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or rows is None else tensor.index_select(0, rows)
+def select(tensor: Maybe, rows: Tensor | None) -> Maybe:
+    return tensor if tensor is None or rows is None else cast(Maybe, tensor.index_select(0, rows))
 
 
-def scatter(values: Tensor | None, rows: Tensor | None, count: int) -> Tensor | None:
+def scatter(values: Maybe, rows: Tensor | None, count: int) -> Maybe:
     """The inverse of `select`, zero in the rows that were left out."""
     if values is None or rows is None:
         return values
-    return values.new_zeros((count, *values.shape[1:])).index_copy_(0, rows, values)
+    return cast(Maybe, values.new_zeros((count, *values.shape[1:])).index_copy_(0, rows, values))
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager:
@@ -105,12 +105,10 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count = targets.numel()
     rows = live_rows(targets, ignore_index, weight.shape[0])
-    x, y, t = hidden, targets, temperature
-    if rows is not None:
-        x, y, t = (tensor.index_select(0, rows) for tensor in (hidden, targets, temperature))
+    x, y, t = select(hidden, rows), select(targets, rows), select(temperature, rows)
     empty = _empty(hidden, targets, temperature, outputs)
     if y.numel() == 0:
-        return empty
+        return empty  # type: ignore[return-value]
     _check_temperature(t)
     head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
     names = tuple(outputs.split(",")) if outputs else ()
@@ -205,18 +203,18 @@ def _logprobs_backward(
     live &= targets != ignore_index
     rows = live.nonzero().squeeze(-1)
     needs = Needs(need_hidden, need_weight, need_bias)
-    if rows.numel() == 0:
+    count = rows.numel()
+    if count == 0:
         return _materialise(Grads(None, None, None), hidden, weight, bias, needs)
-    if rows.numel() == targets.numel():
-        rows = None
+    some = None if count == targets.numel() else rows
     head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
-    stats = Stats(select(logprobs, rows), select(lse, rows), select(entropy, rows) if entropy.numel() else None)
-    token_grads = TokenGrads(*(select(g, rows) for g in (d_logprobs, d_entropy, d_lse)))
+    stats = Stats(select(logprobs, some), select(lse, some), select(entropy, some) if entropy.numel() else None)
+    token_grads = TokenGrads(*(select(g, some) for g in (d_logprobs, d_entropy, d_lse)))
     with _no_autocast(hidden):
         grads = backends.resolve(backend, hidden).backward(
-            select(hidden, rows), head, select(targets, rows), select(temperature, rows), stats, token_grads, needs
+            select(hidden, some), head, select(targets, some), select(temperature, some), stats, token_grads, needs
         )
-    grads = Grads(scatter(grads.hidden, rows, targets.numel()), grads.weight, grads.bias)
+    grads = Grads(scatter(grads.hidden, some, targets.numel()), grads.weight, grads.bias)
     return _materialise(grads, hidden, weight, bias, needs)
 
 
@@ -276,7 +274,6 @@ class _OnePassLoss(torch.autograd.Function):
         return (*(None if g is None else g.mul_(upstream) for g in grads), *nothing)
 
 
-@torch.compiler.disable
 def one_pass_loss(
     hidden: Tensor,
     head: Head,

@@ -181,10 +181,10 @@ class _BackwardBlock:
         if d_weight is not None:
             _add_product_(d_weight, dz.T, self.narrow_x, first)
 
-    def d_hidden(self) -> Tensor | None:
-        if self.d_x is None or not self.scaled:
-            return self.d_x
-        return self.d_x.mul_(self.scale[:, None])
+    def d_hidden(self) -> Tensor:
+        """(n, H), complete once every tile was added."""
+        assert self.d_x is not None
+        return self.d_x.mul_(self.scale[:, None]) if self.scaled else self.d_x
 
     def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
         keep = None if self.ratio is None else 1 - (z * self.ratio[:, None]).square_()
@@ -254,10 +254,11 @@ def backward(
             out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
             z = op.logits(block.x, w, rows, columns, out)
             block.add(z, w, columns, d_tile, d_bias, first=rows.start == 0)
-        if d_weight is not None and weight.dtype != op.wide:
+        if d_weight is not None and d_tile is not None and weight.dtype != op.wide:
             d_weight[columns] = d_tile
-    d_hidden = torch.empty_like(hidden) if needs.hidden else None
-    if d_hidden is not None:
+    d_hidden = None
+    if needs.hidden:
+        d_hidden = torch.empty_like(hidden)
         for rows, block in blocks:
             d_hidden[rows] = block.d_hidden()
     return Grads(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
@@ -310,7 +311,7 @@ def one_pass(
             d_tile = None if d_weight is None else d_weight[columns]
             block.add(z, op.w(columns), columns, d_tile, d_bias, first)
         if d_hidden is not None:
-            d_hidden[here] = block.d_hidden().to(hidden.dtype)  # type: ignore[union-attr]
+            d_hidden[here] = block.d_hidden().to(hidden.dtype)
         first = False
     if d_weight is not None:
         d_weight = torch.zeros_like(weight) if first else d_weight.to(weight.dtype)

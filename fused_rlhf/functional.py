@@ -177,19 +177,18 @@ def linear_policy_loss(
     flat_mask, flat_targets = mask.reshape(-1), targets.reshape(-1)
     rows = autograd.live_rows(torch.where(flat_mask, flat_targets, ignore_index), ignore_index, weight.shape[0])
     real = autograd.select(sequence, rows)
-    assert real is not None
-    lengths = torch.bincount(sequence[flat_mask], minlength=count)
+    lengths = torch.bincount(real, minlength=count)
     wide = flat_temperature.dtype
 
-    def vector(values: Tensor | None) -> Tensor | None:
-        return autograd.select(None if values is None else values.detach().reshape(-1).to(wide), rows)
+    def vector(values: Tensor) -> Tensor:
+        return autograd.select(values.detach().reshape(-1).to(wide), rows)
 
     per_token = advantages if advantages.shape == targets.shape else advantages[sequence]
     bound = objective.bind(
-        advantages=vector(per_token),  # type: ignore[arg-type]
+        advantages=vector(per_token),
         lengths=lengths[real].to(wide),
-        old_logprobs=vector(old_logprobs),
-        ref_logprobs=vector(ref_logprobs),
+        old_logprobs=None if old_logprobs is None else vector(old_logprobs),
+        ref_logprobs=None if ref_logprobs is None else vector(ref_logprobs),
         num_sequences=count if num_sequences is None else num_sequences,
         num_tokens=max(real.numel(), 1) if num_tokens is None else num_tokens,
     )
@@ -198,9 +197,6 @@ def linear_policy_loss(
 
     x = autograd.select(hidden.reshape(-1, hidden.shape[-1]), rows)
     y, t = autograd.select(flat_targets, rows), autograd.select(flat_temperature, rows)
-    assert x is not None
-    assert y is not None
-    assert t is not None
     wants_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (hidden, weight, bias))
     if mode == "auto":
         mode = "one_pass" if wants_grad and not fp16 and not torch.compiler.is_compiling() else "two_phase"

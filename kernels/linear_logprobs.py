@@ -421,6 +421,7 @@ def dlogits_kernel(
         if h_ptr is not None:
             h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
             entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+        any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
         parts = column_slices(product, SLICES)
         for i in tl.static_range(SLICES):
             slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
@@ -436,8 +437,9 @@ def dlogits_kernel(
                 dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
             else:
                 dz = p * l_minus_g[:, None]
-            here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
-            dz += tl.where(here, g[:, None], 0.0)
+            if any_here:
+                here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
+                dz = tl.where(here, dz + g[:, None], dz)
             if softcap is not None:
                 dz *= softcap_slope(z, inv_temperature, softcap)
             store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)

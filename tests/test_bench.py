@@ -363,3 +363,28 @@ def test_reference_is_picklable_by_field(tmp_path):
     reference = fp64_reference(TINY, "cpu")
     torch.save(reference._asdict(), tmp_path / "r.pt")
     assert all(torch.equal(a, b) for a, b in zip(reference, Reference(**torch.load(tmp_path / "r.pt"))))
+
+
+def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypatch):
+    """One process per case: when a provider makes the GPU unusable, the others run again without it."""
+    monkeypatch.setattr("bench.run._usable", lambda device: False)
+
+    def broken(inputs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setitem(PROVIDERS, "broken", Provider("broken", broken))
+    tries = []
+
+    def here(plan, scratch, case, providers, rounds, check, until):
+        tries.append(list(providers))
+        found = measure(case, providers, "cpu", fp64_reference(case, "cpu"), rounds, warmup=0)
+        return {
+            name: found[name] if found[name]["samples"] else {"error": "stopped", **found[name]} for name in providers
+        }
+
+    monkeypatch.setattr("bench.run._spawn", here)
+    rows = [Row("case", "ours"), Row("case", "broken"), Row("case", "dense")]
+    result = run(Plan("test", {"case": TINY}, rows, together=True))
+    assert tries == [["ours", "broken", "dense"], ["ours", "dense"]]
+    assert row_of(result, "broken")["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert row_of(result, "ours")["error"] is row_of(result, "dense")["error"] is None

@@ -1,8 +1,10 @@
 import dataclasses
+import json
 
 import pytest
 
 from fused_rlhf.trainers import cli, demo
+from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.loop import to_yaml
 
@@ -82,3 +84,18 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         cli.main(["grpo", "--num-generations", "1"])
     assert end.value.code == 2
     assert "num_generations: expected at least 2" in capsys.readouterr().err
+
+
+def test_whole_gsm8k_questions_with_a_model_folder(tmp_path, capsys):
+    rows = [{"question": f"Ann has {i} pens and buys 2.", "answer": f"She has #### {i + 2}"} for i in range(6)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = models.build(hidden_size=32, num_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sizes = ["--steps", "2", "--prompts-per-step", "2", "--num-generations", "2", "--max-new-tokens", "4"]
+    sizes += ["--beta", "0.01", "--num-iterations", "2"]
+    places = ["--data", str(tmp_path), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "run")]
+    assert cli.main(["grpo", "--task", "gsm8k", *places, *sizes]) == 0
+    assert "after GRPO: accuracy" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "config.json").is_file()

@@ -1,0 +1,40 @@
+# Two commands set a machine up and prove it: `make demo` and `make test`. Each makes .venv when it is absent; what is
+# already installed is left alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= bench/results/gpu
+
+.PHONY: demo test lint gpu bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,peers,dev]'
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/fused-rlhf demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python -m bench --quick
+
+# On a machine with a GPU and its own torch, triton and transformers; no virtual environment is made.
+gpu:
+	$(PYTHON) -m bench.gpu $(OUT)
+
+clean:
+	rm -rf $(VENV) build *.egg-info
