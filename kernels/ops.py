@@ -69,7 +69,7 @@ def backward(
     device, so that dlogits neither overflow nor vanish where the upstream is small.
     """
     tokens = _rows(hidden, head, targets, temperature)
-    tile = _tile("dlogits", tokens, head)
+    tile = _tile("dlogits", tokens, head, entropy=grads.entropy is not None)
     (N, H), V = hidden.shape, head.weight.shape[0]
     columns = _columns(hidden.device)
     upstream, unscale = _row_grads(stats, grads, tokens, head)
@@ -254,7 +254,7 @@ def _rows(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> R
     return Rows(hidden.to(head.compute_dtype), targets, temperature.to(torch.float32).reciprocal())
 
 
-def _tile(kernel: str, rows: Rows, head: Head) -> Tile:
+def _tile(kernel: str, rows: Rows, head: Head, entropy: bool = False) -> Tile:
     w = head.weight if head.weight.dtype == head.compute_dtype else rows.x  # a cast block is as aligned as x
     H = rows.x.shape[1]
 
@@ -265,11 +265,13 @@ def _tile(kernel: str, rows: Rows, head: Head) -> Tile:
             launch_stats(tile, some, block, head, Partials.empty(tile, 4096, block.w.shape[0], (), w.device))
         else:
             vector = rows.inv_temperature.new_ones(4096)
+            h = vector if entropy else None
             out = _scratch(4096, block.w.shape[0], rows.x.dtype, w.device)[:, : block.w.shape[0]]
-            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, None, None, vector), out, False)
+            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, h, h, vector), out, False)
 
-    key = (H, head.bias is None, head.softcap is None)
-    return tune(kernel, w.device, head.compute_dtype, descriptors_fit(rows.x, w), key, run)
+    full = head.bias is not None or head.softcap is not None or entropy
+    name = kernel + "+" if full else kernel
+    return tune(name, w.device, head.compute_dtype, descriptors_fit(rows.x, w), H, run)
 
 
 def _blocks(head: Head, columns: int) -> Iterator[Block]:

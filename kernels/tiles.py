@@ -50,36 +50,34 @@ class Tile:
         }
 
 
-_HOPPER = dict(num_warps=8, num_stages=3, tma=True, programs_per_sm=1)
-RAW = Tile(32, 256, 16, num_warps=8, num_stages=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
+_AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2)
+_HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=3, slices=4, tma=True, programs_per_sm=1, flatten=True)
+_HOPPER_SMALL = Tile(128, 128, 64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1, flatten=True)
+_BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
+_CDNA = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=4)
 _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2)
+_TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
+_INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, slices=2, group=2, programs_per_sm=1)
+RAW = Tile(32, 256, 16, num_warps=8, num_stages=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
 
-# dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.
+# Kernels: "stats" and "dlogits"; "+" after the name: with a bias, a softcap or (dlogits) an entropy gradient, which need
+# more registers. dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.
+KERNELS = ("stats", "stats+", "dlogits", "dlogits+")
 TILES: dict[tuple[str, str, str], Tile] = {
-    ("stats", "sm_80", "half"): Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2),
-    ("stats", "sm_90", "half"): Tile(128, 256, 64, slices=4, **_HOPPER),  # type: ignore[arg-type]
-    ("stats", "sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=4, tma=True, programs_per_sm=1),
-    ("stats", "gfx942", "half"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2),
-    ("dlogits", "sm_80", "half"): Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2),
-    ("dlogits", "sm_90", "half"): Tile(128, 256, 64, slices=4, **_HOPPER),  # type: ignore[arg-type]
-    ("dlogits", "sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=4, tma=True, programs_per_sm=1),
-    ("dlogits", "gfx942", "half"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2),
-    **{
-        (kernel, arch, "ieee"): _SIMT
-        for kernel in ("stats", "dlogits")
-        for arch in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
-    **{
-        (kernel, arch, "tf32"): Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
-        for kernel in ("stats", "dlogits")
-        for arch in ("sm_80", "sm_90", "sm_100")
-    },
-    **{
-        (kernel, "interpreter", dtype): Tile(16, 32, 16, num_warps=1, num_stages=1, slices=2, group=2, programs_per_sm=1)
-        for kernel in ("stats", "dlogits")
-        for dtype in ("half", "ieee")
-    },
+    ("stats", "sm_90", "half"): _HOPPER,
+    ("stats+", "sm_90", "half"): _HOPPER_SMALL,
+    ("dlogits", "sm_90", "half"): replace(_HOPPER, block_n=256, block_v=128),
+    ("dlogits+", "sm_90", "half"): replace(_HOPPER, block_n=256, block_v=128),
 }
+for _kernel in KERNELS:
+    TILES[_kernel, "sm_80", "half"] = _AMPERE
+    TILES[_kernel, "sm_100", "half"] = _BLACKWELL
+    TILES[_kernel, "gfx942", "half"] = _CDNA
+    for _arch in ("sm_80", "sm_90", "sm_100"):
+        TILES[_kernel, _arch, "ieee"] = _SIMT
+        TILES[_kernel, _arch, "tf32"] = _TF32
+    TILES[_kernel, "gfx942", "ieee"] = _SIMT
+    TILES[_kernel, "interpreter", "half"] = TILES[_kernel, "interpreter", "ieee"] = _INTERPRETER
 
 # Shared memory a block can have; a record must fit its architecture. sm_80 records also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}

@@ -130,7 +130,7 @@ def record(arch: str, how: str) -> list[Launch]:
         )
         for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
             stats = ops.forward(hidden, head, targets, ones, outputs)
-        for head, grads in ((plain, TokenGrads(ones)), (full, TokenGrads(ones, ones, ones))):
+        for head, grads in ((plain, TokenGrads(ones)), (plain, TokenGrads(ones, ones)), (full, TokenGrads(ones, ones, ones))):
             ops.backward(hidden, head, targets, ones, stats, grads, Needs(True, True, True))
         if how != "tf32":
             for head, outputs in ((plain, ()), (replace(full, bias=None), ("entropy",))):

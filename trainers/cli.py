@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import transformers
 import tyro
 
 from fused_rlhf.trainers import demo, grpo
@@ -26,6 +27,7 @@ CONFIG_HELP = f"--config FILE.yaml, or the name of a recipe ({', '.join(RECIPES)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; -> its exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    transformers.utils.logging.disable_progress_bar()  # ours is enough
     try:
         try:
             config = parse(sys.argv[1:] if argv is None else argv)
