@@ -184,7 +184,7 @@ class PolicyLoss:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class BoundPolicyLoss:
     """A `kernels.interface.TokenObjective`."""
 

@@ -1,0 +1,311 @@
+"""The Triton backend: in Triton's interpreter on any machine, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fused_rlhf import reference  # noqa: E402
+from fused_rlhf.kernels import linear_logprobs, ops, tiles  # noqa: E402
+from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads  # noqa: E402
+from fused_rlhf.objectives import DAPO, BoundPolicyLoss  # noqa: E402
+
+
+@pytest.mark.slow
+def test_against_fp64_in_the_interpreter() -> None:
+    """The interpreter must be chosen before triton is imported, hence another process; see interpreter_cases.py."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "interpreter_cases.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+# What follows needs a GPU. Truth is fp64 on the same operands; "torch" is dense torch with fp32 logits, whose gradient of
+# the logits is rounded to the operands' dtype before its two products.
+
+
+def inputs(
+    N: int,
+    H: int,
+    V: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    bias: bool = False,
+    peak: float = 10.0,
+    temperature: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Head, Tensor, Tensor]:
+    """`peak`: about the largest logit."""
+    g = torch.Generator("cuda").manual_seed(N + V)
+    hidden = torch.randn(N, H, generator=g, device="cuda").to(dtype)
+    weight = (torch.randn(V, H, generator=g, device="cuda") * peak / 4 / H**0.5).to(dtype)
+    b = torch.randn(V, generator=g, device="cuda") if bias else None
+    targets = torch.randint(0, V, (N,), generator=g, device="cuda")
+    t = 0.7 + 0.6 * torch.rand(N, generator=g, device="cuda") if temperature else torch.ones(N, device="cuda")
+    return hidden, Head(weight, b, compute_dtype=dtype, **options), targets, t
+
+
+def wide(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Head, Tensor, Tensor]:
+    bias = None if head.bias is None else head.bias.double()
+    weight = head.weight.to(head.compute_dtype).double()
+    operands = replace(head, weight=weight, bias=bias, compute_dtype=torch.float64)
+    return hidden.to(head.compute_dtype).double(), operands, targets, temperature.double()
+
+
+def torch_gradients(arguments: tuple[Tensor, Head, Tensor, Tensor], upstream: TokenGrads) -> Grads:
+    hidden, head, targets, temperature = arguments
+    x, w = hidden.to(head.compute_dtype), head.weight.to(head.compute_dtype)
+    products = (x.float() @ w.float().T).requires_grad_()
+    identity = replace(head, weight=torch.eye(w.shape[0], device=w.device), compute_dtype=torch.float32)
+    bias = None if head.bias is None else head.bias.detach().float().requires_grad_()
+    u = products if bias is None else products + bias
+    u = u * head.logit_scale
+    z = (u if head.softcap is None else head.softcap * torch.tanh(u / head.softcap)) / temperature[:, None]
+    stats = reference._stats(z, targets, ("entropy",))
+    del identity
+    pairs = [(v, g) for v, g in zip((stats.logprobs, stats.entropy, stats.lse), upstream) if g is not None]
+    leaves = [products] if bias is None else [products, bias]
+    found = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs])  # type: ignore[arg-type]
+    dz = found[0].to(head.compute_dtype)
+    return Grads((dz @ w).to(hidden.dtype), (dz.T @ x).to(head.weight.dtype), found[1] if bias is not None else None)
+
+
+def error(found: Tensor | None, true: Tensor | None) -> float:
+    assert found is not None
+    assert true is not None
+    return float((found.double() - true).norm() / true.norm())
+
+
+def objective(N: int, logprobs: Tensor, zero_share: float = 0.3) -> BoundPolicyLoss:
+    g = torch.Generator("cuda").manual_seed(2)
+    advantages = torch.randn(N, generator=g, device="cuda")
+    advantages[torch.rand(N, generator=g, device="cuda") < zero_share] = 0.0
+    old = logprobs + 0.1 * torch.randn(N, generator=g, device="cuda")
+    return DAPO().bind(
+        advantages=advantages, lengths=torch.full((N,), 16.0, device="cuda"), old_logprobs=old, ref_logprobs=None,
+        num_sequences=max(N // 16, 1), num_tokens=N,
+    )  # fmt: skip
+
+
+CASES: dict[str, tuple[tuple, dict[str, Any]]] = {
+    "plain": ((300, 512, 5003), {}),
+    "one row": ((1, 512, 5003), {}),
+    "no descriptors": ((129, 100, 777), {}),
+    "transforms": ((300, 512, 5003), {"bias": True, "softcap": 8.0, "logit_scale": 0.5}),
+    "fp16": ((300, 512, 5003, torch.float16), {}),
+    "fp32": ((300, 512, 5003, torch.float32), {}),
+    "wide": ((513, 1024, 32001), {"peak": 25.0}),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_against_fp64(case: str) -> None:
+    arguments = inputs(*CASES[case][0], **CASES[case][1])
+    N = len(arguments[2])
+    stats, own = ops.forward(*arguments, OUTPUTS), reference.forward(*arguments, OUTPUTS)
+    true = reference.forward(*wide(*arguments), OUTPUTS)
+    for name in ("logprobs", "lse", "entropy", "sum_sq", "mean_logit"):
+        value, torchs, right = (getattr(s, name) for s in (stats, own, true))
+        assert (value - right).abs().max() <= 2 * (torchs - right).abs().max() + 5e-5, name
+    assert torch.equal(stats.is_top1, true.is_top1)  # type: ignore[arg-type]
+    g = torch.Generator("cuda").manual_seed(1)
+    upstream = TokenGrads(*(torch.randn(N, generator=g, device="cuda") for _ in range(3)))
+    needs = Needs(True, True, arguments[1].bias is not None)
+    grads, again = (ops.backward(*arguments, stats, upstream, needs) for _ in range(2))
+    torchs = torch_gradients(arguments, upstream)
+    right = reference.backward(*wide(*arguments), true, TokenGrads(*(u.double() for u in upstream)), needs)  # type: ignore[union-attr]
+    for value, same, dense, exact in zip(grads, again, torchs, right):
+        if exact is not None:
+            assert error(value, exact) <= 2 * error(dense, exact) + 1e-6
+            assert torch.equal(value, same)  # type: ignore[arg-type]
+
+    bound = objective(N, stats.logprobs)
+    found, loss, grads = ops.one_pass(*arguments, (), bound, Needs(True, True, False))
+    assert torch.equal(found.logprobs, stats.logprobs)
+    names = ("advantages", "token_weights", "old_logprobs")
+    exact_objective = replace(bound, **{name: getattr(bound, name).double() for name in names})
+    _, right_loss, right = reference.one_pass(*wide(*arguments), (), exact_objective, Needs(True, True, False))
+    assert (loss - right_loss).abs().max() <= 1e-4 * right_loss.abs().max() + 1e-7
+    dense = torch_gradients(arguments, bound(slice(0, N), stats.logprobs, None)[1])
+    assert error(grads.hidden, right.hidden) <= 2 * error(dense.hidden, right.hidden) + 1e-5
+    assert error(grads.weight, right.weight) <= 2 * error(dense.weight, right.weight) + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("H", [1024, 4096])
+def test_logprobs_of_bf16_operands_keep_fp32_precision(H: int) -> None:
+    """The contract: 5e-5 against fp64 with logits around +-25."""
+    arguments = inputs(512, H, 8192, peak=25.0, temperature=False)
+    true = reference.forward(*wide(*arguments), ("entropy",))
+    assert 20 < true.lse.max() < 35
+    stats = ops.forward(*arguments, ("entropy",))
+    assert (stats.logprobs - true.logprobs).abs().max() <= 5e-5
+    assert (stats.entropy - true.entropy).abs().max() <= 5e-5  # type: ignore[operator]
+
+
+@pytest.mark.gpu
+def test_fp32_head_with_bf16_products() -> None:
+    hidden, head, targets, temperature = inputs(300, 512, 20000)
+    master = replace(head, weight=head.weight.float() + 1e-4 * torch.randn(20000, 512, device="cuda"))
+    arguments = (hidden.float(), master, targets, temperature)
+    stats = ops.forward(*arguments, ())
+    rounded = (hidden, replace(head, weight=master.weight.bfloat16()), targets, temperature)
+    assert torch.equal(stats.logprobs, ops.forward(*rounded, ()).logprobs)
+    grads = ops.backward(*arguments, stats, TokenGrads(torch.ones(300, device="cuda")), Needs(True, True, False))
+    true = reference.backward(*wide(*rounded), stats, TokenGrads(torch.ones(300, device="cuda").double()), Needs(True, True, False))
+    assert grads.weight is not None
+    assert grads.weight.dtype == torch.float32
+    assert error(grads.weight, true.weight) <= 3e-3  # dlogits in bf16
+    assert error(grads.hidden, true.hidden) <= 3e-3
+
+
+@pytest.mark.gpu
+def test_a_tokens_logprob_does_not_depend_on_its_batch() -> None:
+    hidden, head, targets, temperature = inputs(9000, 512, 32000)
+    whole = ops.forward(hidden, head, targets, temperature, ("entropy",)).logprobs
+    for at in (slice(0, 1), slice(100, 137), slice(8190, 8999)):
+        assert torch.equal(ops.forward(hidden[at], head, targets[at], temperature[at], ()).logprobs, whole[at])
+
+
+@pytest.mark.gpu
+def test_a_new_number_of_tokens_compiles_nothing() -> None:
+    def run(N: int) -> None:
+        arguments = inputs(N, 512, 5008)
+        stats = ops.forward(*arguments, ())
+        ops.backward(*arguments, stats, TokenGrads(stats.lse), Needs(True, True, False))
+        ops.one_pass(*arguments, (), objective(N, stats.logprobs, 0.0), Needs(True, True, False))
+
+    def compiled() -> int:
+        kernels = [getattr(linear_logprobs, name) for name in dir(linear_logprobs) if name.endswith("_kernel")]
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    run(256)
+    before = compiled()
+    assert before > 0
+    for N in (1, 2, 17, 100, 333, 1024):
+        run(N)
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs(300, 512, 5003)
+    clean = ops.forward(*arguments, OUTPUTS)
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    stats = ops.forward(*arguments, OUTPUTS)
+    assert all(torch.equal(a, b) for a, b in zip(stats, clean))  # type: ignore[arg-type]
+    grads = ops.backward(*arguments, stats, TokenGrads(stats.lse, stats.lse), Needs(True, True, False))
+    _, _, one = ops.one_pass(*arguments, (), objective(300, stats.logprobs), Needs(True, True, False))
+    for gradient in (*grads, *one):
+        assert gradient is None or gradient.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_nan_stays_in_its_row_on_the_device() -> None:
+    hidden, head, targets, temperature = inputs(300, 512, 5003)
+    clean = ops.forward(hidden, head, targets, temperature, ()).logprobs
+    hidden[7, 3] = float("nan")
+    found = ops.forward(hidden, head, targets, temperature, ()).logprobs
+    others = torch.arange(300, device="cuda") != 7
+    assert found[7].isnan()
+    assert torch.equal(found[others], clean[others])
+
+
+def peak_memory(run: Any) -> int:
+    run()  # compiles, and lets cuBLAS take its workspace
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [4096, 20000])
+def test_memory_is_the_formula(N: int) -> None:
+    H, V = 512, 64000
+    arguments = inputs(N, H, V)
+    stats = ops.forward(*arguments, ())
+    needs = Needs(True, True, False)
+    rows, slack = min(N, ops.ROWS), 64 * N + (8 << 20)
+    forward = 2 * rows * -(-V // 128) * 4
+    assert peak_memory(lambda: ops.forward(*arguments, ())) <= forward + slack
+    columns = ops._columns(torch.device("cuda"))
+    gradients = 2 * V * H + 2 * N * H
+    backward = 2 * rows * columns + 4 * N * H + 4 * columns * H + gradients
+    upstream = TokenGrads(stats.lse)
+    assert peak_memory(lambda: ops.backward(*arguments, stats, upstream, needs)) <= backward + slack
+    block = ops.one_pass_rows(N, arguments[1], True)
+    low_halves = 2 * V * H if block < N else 0
+    one_pass = 2 * block * V + low_halves + 2 * block * -(-V // 128) * 4 + 8 * block * H + gradients
+    bound = objective(N, stats.logprobs)
+    assert peak_memory(lambda: ops.one_pass(*arguments, (), bound, needs)) <= one_pass + slack + 256 * 2 * V
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_logits() -> None:
+    """N x V passes 2^31: rows at the end agree with the same rows alone."""
+    N, H, V = 8704, 64, 256000
+    hidden, head, targets, temperature = inputs(N, H, V)
+    targets[-1] = V - 1
+    tail = slice(N - 40, N)
+    stats = ops.forward(hidden, head, targets, temperature, ())
+    alone = ops.forward(hidden[tail], head, targets[tail], temperature[tail], ())
+    assert torch.equal(stats.logprobs[tail], alone.logprobs)
+    bound = objective(N, stats.logprobs, 0.0)
+    ops_rows = ops.ONE_PASS_BYTES
+    try:
+        ops.ONE_PASS_BYTES = 2 * N * V  # one block of rows, so that E itself passes 2^31 elements
+        _, _, grads = ops.one_pass(hidden, head, targets, temperature, (), bound, Needs(True, False, False))
+    finally:
+        ops.ONE_PASS_BYTES = ops_rows
+    vectors = ("advantages", "token_weights", "old_logprobs")
+    few = replace(bound, **{name: getattr(bound, name)[tail] for name in vectors})
+    _, _, expected = ops.one_pass(hidden[tail], head, targets[tail], temperature[tail], (), few, Needs(True, False, False))
+    assert error(grads.hidden[tail], expected.hidden.double()) <= 1e-2  # type: ignore[index, union-attr]
+
+
+@pytest.mark.gpu
+def test_products_from_cublas_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs(300, 512, 5003)
+    fused = ops.forward(*arguments, OUTPUTS)
+    upstream = TokenGrads(fused.lse)
+    fused_grads = ops.backward(*arguments, fused, upstream, Needs(True, True, False))
+    monkeypatch.setattr(ops, "tune", lambda *_: tiles.RAW)
+    raw = ops.forward(*arguments, OUTPUTS)
+    assert (raw.logprobs - fused.logprobs).abs().max() <= 5e-5
+    grads = ops.backward(*arguments, raw, upstream, Needs(True, True, False))
+    assert error(grads.weight, fused_grads.weight.double()) <= 1e-2  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+def test_autotuning_picks_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_RLHF_AUTOTUNE", "1")
+    monkeypatch.setattr(tiles, "_tuned", {})
+    arguments = inputs(300, 512, 5003)
+    tuned = ops.forward(*arguments, ())
+    assert len(tiles._tuned) == 1
+    chosen = next(iter(tiles._tuned.values()))
+    assert chosen in tiles.candidates("stats", arguments[0].device, torch.bfloat16, True)
+    monkeypatch.setenv("FUSED_RLHF_AUTOTUNE", "0")
+    assert (tuned.logprobs - ops.forward(*arguments, ()).logprobs).abs().max() <= 5e-5
