@@ -32,7 +32,7 @@ def linear_logprobs(
     backend: str,
 ) -> Stats:
     """Statistics of (N, H) rows, (N,) each, zero where the target is `ignore_index`."""
-    logprobs, lse, *extra = torch.ops.fused_rlhf.logprobs(
+    logprobs, lse, *extra, _mass = torch.ops.fused_rlhf.logprobs(
         hidden,
         head.weight,
         head.bias,
@@ -102,11 +102,11 @@ def _logprobs(
     grad_filter: float,
     outputs: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     count = targets.numel()
     rows = live_rows(targets, ignore_index, weight.shape[0])
     x, y, t = select(hidden, rows), select(targets, rows), select(temperature, rows)
-    empty = _empty(hidden, targets, temperature, outputs)
+    empty = _empty(hidden, weight, targets, temperature, outputs, grad_filter, backend)
     if y.numel() == 0:
         return empty  # type: ignore[return-value]
     _check_temperature(t)
@@ -115,34 +115,40 @@ def _logprobs(
     with _no_autocast(hidden):
         stats = backends.resolve(backend, hidden).forward(x, head, y, t, names)
     results = [stats.logprobs, stats.lse, *(getattr(stats, name) if name in names else None for name in _EXTRA)]
+    results.append(stats.mass)
     full = [scatter(value, rows, count) for value in results]
     return tuple(e if value is None else value for value, e in zip(full, empty))  # type: ignore[return-value]
 
 
-def _empty(hidden: Tensor, targets: Tensor, temperature: Tensor, outputs: str) -> tuple[Tensor, ...]:
+def _empty(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, outputs: str, grad_filter: float, backend: str
+) -> tuple[Tensor, ...]:
     """Zeros of the op's result shapes; what was not asked for has no elements."""
-    full = (targets.numel(),)
-    shapes = [full, full, *(full if name in outputs.split(",") else (0,) for name in _EXTRA)]
-    dtypes = [torch.bool if name == "is_top1" else temperature.dtype for name in ("logprobs", "lse", *_EXTRA)]
+    full: tuple[int, ...] = (targets.numel(),)
+    shapes = [full, full, *(full if name in outputs.split(",") else (0,) for name in _EXTRA), (0,)]
+    if grad_filter > 0:
+        shapes[-1] = (targets.numel(), backends.resolve(backend, hidden).mass_blocks(weight.shape[0], hidden.device))
+    dtypes = [torch.bool if name == "is_top1" else temperature.dtype for name in ("logprobs", "lse", *_EXTRA, "mass")]
     return tuple(torch.zeros(s, dtype=d, device=hidden.device) for s, d in zip(shapes, dtypes))
 
 
 @_logprobs.register_fake
 def _(hidden, weight, bias, targets, temperature, ignore_index, *options):  # type: ignore[no-untyped-def]
-    return _empty(hidden, targets, temperature, options[5])
+    *_, grad_filter, outputs, backend = options
+    return _empty(hidden, weight, targets, temperature, outputs, grad_filter, backend)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, targets, temperature, ignore_index, *options = inputs
-    logprobs, lse, entropy, sum_sq, mean_logit, is_top1 = output
-    ctx.save_for_backward(hidden, weight, bias, targets, temperature, logprobs, lse, entropy)
-    ctx.mark_non_differentiable(sum_sq, mean_logit, is_top1)
+    logprobs, lse, entropy, sum_sq, mean_logit, is_top1, mass = output
+    ctx.save_for_backward(hidden, weight, bias, targets, temperature, logprobs, lse, entropy, mass)
+    ctx.mark_non_differentiable(sum_sq, mean_logit, is_top1, mass)
     ctx.set_materialize_grads(False)
     ctx.ignore_index, ctx.options = ignore_index, options
 
 
 def _backward(ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple:
-    hidden, weight, bias, targets, temperature, logprobs, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, targets, temperature, logprobs, lse, entropy, mass = ctx.saved_tensors
     logit_scale, softcap, compute_dtype, round_logits, grad_filter, _outputs, backend = ctx.options
     d_hidden, d_weight, d_bias = torch.ops.fused_rlhf.logprobs_backward(
         d_logprobs,
@@ -156,6 +162,7 @@ def _backward(ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entro
         logprobs,
         lse,
         entropy,
+        mass,
         ctx.ignore_index,
         logit_scale,
         softcap,
@@ -185,6 +192,7 @@ def _logprobs_backward(
     logprobs: Tensor,
     lse: Tensor,
     entropy: Tensor,
+    mass: Tensor,
     ignore_index: int,
     logit_scale: float,
     softcap: float | None,
@@ -208,7 +216,12 @@ def _logprobs_backward(
         return _materialise(Grads(None, None, None), hidden, weight, bias, needs)
     some = None if count == targets.numel() else rows
     head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
-    stats = Stats(select(logprobs, some), select(lse, some), select(entropy, some) if entropy.numel() else None)
+    stats = Stats(
+        select(logprobs, some),
+        select(lse, some),
+        select(entropy, some) if entropy.numel() else None,
+        mass=select(mass, some) if mass.numel() else None,
+    )
     token_grads = TokenGrads(*(select(g, some) for g in (d_logprobs, d_entropy, d_lse)))
     with _no_autocast(hidden):
         grads = backends.resolve(backend, hidden).backward(

@@ -17,11 +17,12 @@ logits when `round_logits` allows it; elsewhere fp32 is faster than bf16 anyway.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective, kept_blocks
 
 TILE = 4096  # columns: with ROWS rows of fp32, 8 MB
 ROWS = 512
@@ -71,17 +72,17 @@ class _Operands:
         """(v, H) rows of the head, as the products want them."""
         return self.head.weight[columns].to(self.compute).to(self.narrow)
 
-    def logits(self, x: Tensor, w: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
-        """(n, v) logits into `out`."""
+    def logits(self, x: Tensor, w: Tensor, scale: Tensor, temperature: Tensor, columns: slice, out: Tensor) -> Tensor:
+        """(n, v) logits into `out`; x (n, H), scale and temperature (n,) are of the same rows."""
         if self.rounded:
             z = out.copy_(x.to(self.narrow) @ w.T)
         else:
             z = torch.mm(x, w.to(self.wide).T, out=out)
         if self.head.bias is not None:
-            z.addr_(self.row_scale[rows], self.head.bias[columns].to(self.wide))
+            z.addr_(scale, self.head.bias[columns].to(self.wide))
         cap = self.head.softcap
         if cap is not None:
-            z.div_(cap).tanh_().mul_((cap / self.temperature[rows])[:, None])
+            z.div_(cap).tanh_().mul_((cap / temperature)[:, None])
         return z
 
 
@@ -98,6 +99,9 @@ class _Running:
         self.squares = torch.zeros_like(like) if "sum_sq" in outputs else None
         self.logit_sum = torch.zeros_like(like) if "mean_logit" in outputs else None
         self.best = torch.zeros_like(targets) if "is_top1" in outputs else None
+        self.log_mass: Tensor | None = None  # (N, tiles) log sum exp z of each tile
+        if op.head.grad_filter > 0:
+            self.log_mass = op.new(count, mass_blocks(self.vocabulary, like.device))
         self.scratch = [op.new(min(op.rows, count) * TILE) for _ in range(1 + (self.weighted is not None))]
 
     def update(self, z: Tensor, rows: slice, columns: slice) -> None:
@@ -129,44 +133,83 @@ class _Running:
             e = torch.exp(d, out=self.scratch[1][: z.numel()].view(z.shape))
             moved = self.weighted[rows] + self.total[rows] * (before - reference).clamp(min=_FAR)
             self.weighted[rows] = rescale * moved + d.mul_(e).sum(1)
-        self.total[rows] = rescale * self.total[rows] + e.sum(1)
+        tile_total = e.sum(1)
+        self.total[rows] = rescale * self.total[rows] + tile_total
+        if self.log_mass is not None:
+            self.log_mass[rows, columns.start // TILE] = reference + tile_total.log()
         if self.squares is not None:
             self.squares[rows] = rescale.square() * self.squares[rows] + e.square_().sum(1)
 
     def stats(self, rows: slice = slice(None)) -> Stats:
         total, log_total = self.total[rows], self.total[rows].log()
+        lse = self.maximum[rows] + log_total
         return Stats(
             logprobs=(self.target[rows] - self.maximum[rows]) - log_total,
-            lse=self.maximum[rows] + log_total,
+            lse=lse,
             entropy=None if self.weighted is None else log_total - self.weighted[rows] / total,
             sum_sq=None if self.squares is None else self.squares[rows] / total.square(),
             mean_logit=None if self.logit_sum is None else self.logit_sum[rows] / self.vocabulary,
             is_top1=None if self.best is None else self.best[rows] == self.targets[rows],
+            mass=None if self.log_mass is None else (self.log_mass[rows] - lse[:, None]).exp(),
         )
 
 
+@dataclass
 class _BackwardBlock:
     """Some rows on their way back: logits become dz tile by tile, and dz goes into the gradients."""
 
-    def __init__(
-        self, op: _Operands, x: Tensor, scale: Tensor, temperature: Tensor, targets: Tensor, stats: Stats,
-        grads: TokenGrads, needs: Needs,
-    ) -> None:  # fmt: skip
-        self.x, self.scale, self.scaled, self.lse, self.targets = x, scale, op.scaled, stats.lse, targets
-        self.narrow_x = x.to(op.narrow)
-        self.d_x = torch.zeros_like(x) if needs.hidden else None
+    x: Tensor  # (n, H) times scale
+    narrow_x: Tensor
+    scale: Tensor  # (n,), as are the next three
+    temperature: Tensor
+    targets: Tensor
+    lse: Tensor
+    onehot: Tensor  # dz = onehot at the target + p (constant - slope log p)
+    constant: Tensor
+    slope: Tensor | None
+    keep: Tensor | None  # (n, tiles) bool: the tiles that a filter leaves to a row
+    d_x: Tensor | None  # (n, H)
+    softcap: float | None
+
+    @staticmethod
+    def of(
+        op: _Operands, x: Tensor, index: slice | Tensor, targets: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+    ) -> _BackwardBlock:
+        """`index`: the rows of the call; x, targets, stats and grads are theirs already."""
+        temperature = op.temperature[index]
         zero = torch.zeros_like(stats.lse)
         g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
-        self.ratio = None
-        if op.head.softcap is not None:
-            # du/dz of the cap is 1 - tanh^2, and tanh = z temperature / softcap; the 1 / temperature goes into g, h, k.
+        if op.head.softcap is not None:  # else it is part of scale
             g, h, k = g / temperature, h / temperature, k / temperature
-            self.ratio = temperature / op.head.softcap
-        self.onehot, self.constant, self.slope = g, k - g, None
+        constant, keep = k - g, None
         if grads.entropy is not None:
             assert stats.entropy is not None
-            self.slope = h
-            self.constant = self.constant - h * stats.entropy
+            constant = constant - h * stats.entropy
+        if stats.mass is not None:
+            exact = None if grads.entropy is None else grads.entropy != 0
+            keep = kept_blocks(stats.mass, op.head.grad_filter, targets, TILE, exact)
+        return _BackwardBlock(
+            x=x,
+            narrow_x=x.to(op.narrow),
+            scale=op.row_scale[index],
+            temperature=temperature,
+            targets=targets,
+            lse=stats.lse,
+            onehot=g,
+            constant=constant,
+            slope=None if grads.entropy is None else h,
+            keep=keep,
+            d_x=torch.zeros_like(x) if needs.hidden else None,
+            softcap=op.head.softcap,
+        )
+
+    def pick(self, index: Tensor) -> _BackwardBlock:
+        """Some of these rows, with a d_x of their own."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        found = replace(self, **{k: v[index] for k, v in values.items() if isinstance(v, Tensor)})
+        if self.d_x is not None:
+            found.d_x = torch.zeros_like(found.x)
+        return found
 
     def add(
         self, z: Tensor, w: Tensor, columns: slice, d_weight: Tensor | None, d_bias: Tensor | None, first: bool
@@ -184,10 +227,12 @@ class _BackwardBlock:
     def d_hidden(self) -> Tensor:
         """(n, H), complete once every tile was added."""
         assert self.d_x is not None
-        return self.d_x.mul_(self.scale[:, None]) if self.scaled else self.d_x
+        return self.d_x.mul_(self.scale[:, None])
 
     def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
-        keep = None if self.ratio is None else 1 - (z * self.ratio[:, None]).square_()
+        keep = None
+        if self.softcap is not None:  # du/dz of the cap is 1 - tanh^2
+            keep = 1 - (z * (self.temperature / self.softcap)[:, None]).square_()
         log_p = z.sub_(self.lse[:, None])
         if self.slope is None:
             dz = log_p.exp_().mul_(self.constant[:, None])
@@ -211,7 +256,7 @@ def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, ou
         w = op.w(columns)
         for rows, x in xs:
             out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
-            running.update(op.logits(x, w, rows, columns, out), rows, columns)
+            running.update(op.logits(x, w, op.row_scale[rows], temperature[rows], columns, out), rows, columns)
     return running.stats()
 
 
@@ -229,6 +274,10 @@ def _pick(tensors: Stats | TokenGrads, rows: slice | Tensor) -> list[Tensor | No
     return [None if t is None else t[rows] for t in tensors]
 
 
+def mass_blocks(vocabulary: int, device: torch.device) -> int:
+    return -(-vocabulary // TILE)
+
+
 def backward(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
 ) -> Grads:
@@ -241,21 +290,31 @@ def backward(
     blocks = []
     for rows in _slices(targets.numel(), op.rows):
         upstream, known = TokenGrads(*_pick(grads, rows)), Stats(*_pick(stats, rows))  # type: ignore[arg-type]
-        block = _BackwardBlock(
-            op, op.x(rows), op.row_scale[rows], temperature[rows], targets[rows], known, upstream, needs
-        )
-        blocks.append((rows, block))
-    for columns in _slices(weight.shape[0], TILE):
+        blocks.append((rows, _BackwardBlock.of(op, op.x(rows), rows, targets[rows], known, upstream, needs)))
+    for number, columns in enumerate(_slices(weight.shape[0], TILE)):
         w = op.w(columns)
         d_tile = None
         if d_weight is not None:
             d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(*w.shape)
-        for rows, block in blocks:
+        first = True
+        for _, whole in blocks:
+            block, index = whole, None
+            if whole.keep is not None:
+                index = whole.keep[:, number].nonzero().squeeze(1)
+                if index.numel() == 0:
+                    continue
+                block = whole.pick(index)
             out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
-            z = op.logits(block.x, w, rows, columns, out)
-            block.add(z, w, columns, d_tile, d_bias, first=rows.start == 0)
-        if d_weight is not None and d_tile is not None and weight.dtype != op.wide:
-            d_weight[columns] = d_tile
+            z = op.logits(block.x, w, block.scale, block.temperature, columns, out)
+            block.add(z, w, columns, d_tile, d_bias, first)
+            if index is not None and whole.d_x is not None and block.d_x is not None:
+                whole.d_x.index_add_(0, index, block.d_x)
+            first = False
+        if d_weight is not None and d_tile is not None:
+            if first:
+                d_tile.zero_()
+            if weight.dtype != op.wide:
+                d_weight[columns] = d_tile
     d_hidden = None
     if needs.hidden:
         d_hidden = torch.empty_like(hidden)
@@ -290,7 +349,8 @@ def one_pass(
         x = op.x(rows)
         logits = kept[: x.shape[0]]
         for columns in _slices(weight.shape[0], TILE):
-            running.update(op.logits(x, op.w(columns), rows, columns, logits[:, columns]), rows, columns)
+            z = op.logits(x, op.w(columns), op.row_scale[rows], temperature[rows], columns, logits[:, columns])
+            running.update(z, rows, columns)
         stats = running.stats(rows)
         losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
         live = torch.zeros_like(targets[rows], dtype=torch.bool)
@@ -302,10 +362,8 @@ def one_pass(
         index = live.nonzero().squeeze(1)
         every = index.numel() == live.numel()
         here = index + rows.start
-        block = _BackwardBlock(
-            op, x if every else x[index], op.row_scale[here], temperature[here], targets[here],
-            Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index)), needs,  # type: ignore[arg-type]
-        )  # fmt: skip
+        known, gradient = Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index))  # type: ignore[arg-type]
+        block = _BackwardBlock.of(op, x if every else x[index], here, targets[here], known, gradient, needs)
         for columns in _slices(weight.shape[0], TILE):
             z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
             d_tile = None if d_weight is None else d_weight[columns]

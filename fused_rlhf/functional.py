@@ -66,7 +66,12 @@ def linear_logprobs(
         ignore_index: the target that marks a row to leave out.
         outputs: what else to return, of "entropy" (nats), "lse" (log sum_v exp z_v), "sum_sq" (sum_v p_v^2),
             "mean_logit" (mean_v z_v), "is_top1" (the target is the first of the largest logits).
-        grad_filter: the share of probability mass per token that the backward may leave out; only 0 (exact) so far.
+        grad_filter: in [0, 1): the share of probability mass per token that the backward may leave out; 0 is exact.
+            Blocks of the vocabulary that hold next to nothing of a token are not recomputed for it; the target's block
+            always is, and a token with an entropy gradient is exact. With g and k the loss gradients of logprob and
+            lse, the error of dloss/dz has an L1 norm of at most |k - g| grad_filter per token, so that of `hidden` a
+            norm of at most |k - g| grad_filter max_v |W_v| logit_scale / temperature, and that of `weight` a Frobenius
+            norm of at most sum_n |k_n - g_n| grad_filter |h_n| logit_scale / temperature_n.
         process_group: for a vocabulary-parallel head; only None so far.
         backend: "auto", "triton", "chunked" or "reference". A name never falls back; the variable `FUSED_RLHF_BACKEND`
             overrides "auto".
@@ -78,16 +83,22 @@ def linear_logprobs(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
-        NotImplementedError: grad_filter (OP9) or process_group (OP12).
+        NotImplementedError: process_group (OP12).
     """
     head, flat_temperature = _check_head(
-        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, round_logits
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        logit_scale,
+        softcap,
+        ignore_index,
+        backend,
+        round_logits,
+        grad_filter,
     )
     names = _check_outputs(outputs)
-    if not (isinstance(grad_filter, (int, float)) and 0 <= grad_filter < 1):
-        raise ValueError(f"grad_filter must lie in [0, 1), got {grad_filter}")
-    if grad_filter != 0:
-        raise NotImplementedError("grad_filter (row OP9) is not implemented yet; use grad_filter=0.0")
     if process_group is not None:
         raise NotImplementedError("process_group (row OP12) is not implemented yet; use process_group=None")
     flat = targets.reshape(-1)
@@ -256,6 +267,7 @@ def _check_head(
     ignore_index: int,
     backend: str,
     round_logits: bool,
+    grad_filter: float = 0.0,
 ) -> tuple[Head, Tensor]:
     """Everything that can be refused without reading a tensor's values; -> head and (N,) temperatures."""
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
@@ -280,6 +292,9 @@ def _check_head(
     _check_number("logit_scale", logit_scale, positive=False)
     if softcap is not None:
         _check_number("softcap", softcap, positive=True)
+    _check_number("grad_filter", grad_filter, positive=False)
+    if not 0 <= grad_filter < 1:
+        raise ValueError(f"grad_filter must lie in [0, 1), got {grad_filter}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     backends.choose(backend, hidden)  # refuses what cannot run before any work
@@ -301,5 +316,5 @@ def _check_head(
     else:
         _check_number("temperature", temperature, positive=True)
         flat = torch.full((targets.numel(),), float(temperature), dtype=wide, device=hidden.device)
-    scale = float(logit_scale)
-    return Head(weight, bias, scale, None if softcap is None else float(softcap), compute_dtype, round_logits), flat
+    cap = None if softcap is None else float(softcap)
+    return Head(weight, bias, float(logit_scale), cap, compute_dtype, round_logits, float(grad_filter)), flat

@@ -39,6 +39,10 @@ def _stats(z: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
     )
 
 
+def mass_blocks(vocabulary: int, device: torch.device) -> int:
+    return 0  # nothing is left out here, whatever the filter
+
+
 def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
     return _stats(_logits(hidden, head.weight, head.bias, head, temperature), targets, outputs)
 

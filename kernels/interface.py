@@ -1,5 +1,6 @@
-"""What every backend is: three functions over flat rows, with the same arguments and results.
+"""What every backend is: four functions over flat rows, with the same arguments and results.
 
+    mass_blocks(vocabulary, device)                                                  -> int
     forward(hidden, head, targets, temperature, outputs)                             -> Stats
     backward(hidden, head, targets, temperature, stats, grads, needs)                -> Grads
     one_pass(hidden, head, targets, temperature, outputs, objective, needs)          -> Stats, loss, Grads
@@ -38,7 +39,7 @@ class Head:
     compute_dtype: torch.dtype = torch.float32
     # Logits may be rounded to compute_dtype before the softmax where that is faster. Off by default: it costs accuracy.
     round_logits: bool = False
-    # Share of probability mass per token that the backward may leave out; 0 is exact.
+    # Share of probability mass per token that the backward may leave out, block by block; 0 is exact.
     grad_filter: float = 0.0
 
 
@@ -51,6 +52,8 @@ class Stats(NamedTuple):
     sum_sq: Tensor | None = None  # sum_v p_v^2
     mean_logit: Tensor | None = None  # mean_v z_v
     is_top1: Tensor | None = None  # bool: the target is the first of the largest logits
+    # (N, mass_blocks), only under head.grad_filter > 0: probability mass of each vocabulary block of the backward.
+    mass: Tensor | None = None
 
 
 class TokenGrads(NamedTuple):
@@ -78,6 +81,19 @@ class Grads(NamedTuple):
     hidden: Tensor | None  # (N, H)
     weight: Tensor | None  # (V, H)
     bias: Tensor | None  # (V,)
+
+
+def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, exact: Tensor | None) -> Tensor:
+    """(N, blocks) bool: the vocabulary blocks of `columns` columns that each row needs in the backward.
+
+    A row leaves out its lightest blocks as long as their masses sum to at most grad_filter, but never the block of its
+    target, and nothing where `exact` (N,) is set. With a loss gradient g for the log-prob and k for the lse, what is
+    dropped of dz then has an L1 norm of at most |k - g| grad_filter per row.
+    """
+    ordered, order = mass.sort(dim=1)
+    keep = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ~(ordered.cumsum(1) <= grad_filter))
+    keep.scatter_(1, (targets // columns)[:, None], True)
+    return keep if exact is None else keep | exact[:, None]
 
 
 class TokenObjective(Protocol):

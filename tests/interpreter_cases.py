@@ -1,7 +1,7 @@
 """The Triton backend against fp64, in Triton's interpreter; `test_linear_logprobs.py` runs this file with TRITON_INTERPRET=1.
 
 Scratch comes poisoned with NaN. Every comparison is `error <= 2 x (torch's own error in the same dtype) + 1e-5`, the errors
-relative to the largest true value. bf16 products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
+relative to the largest true value; fp16 operands add fp16's own step, since dlogits are rounded to it. bf16 products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def doubled(values: Any) -> Any:
     return type(values)(*(v if v is None else v.double() for v in values))
 
 
-def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | None) -> None:
+def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | None, slack: float = 1e-5) -> None:
     if true is None:
         assert found is None
         return
@@ -75,7 +75,11 @@ def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | Non
     def error(value: Tensor) -> float:
         return float((value.double() - true)[finite].abs().max() / size) if finite.any() else 0.0
 
-    assert error(found) <= 2 * error(torchs) + 1e-5, f"{error(found):.1e}, torch {error(torchs):.1e}"
+    assert error(found) <= 2 * error(torchs) + slack, f"{error(found):.1e}, torch {error(torchs):.1e}"
+
+
+def slack_of(head: Head) -> float:
+    return 1e-5 + (torch.finfo(torch.float16).eps if head.compute_dtype == torch.float16 else 0.0)
 
 
 def check(arguments: tuple[Tensor, Head, Tensor, Tensor], outputs: tuple[str, ...], needs: Needs = ALL) -> Stats:
@@ -92,7 +96,7 @@ def check(arguments: tuple[Tensor, Head, Tensor, Tensor], outputs: tuple[str, ..
     own_grads = reference.backward(*arguments, own, upstream, needs)
     true_grads = reference.backward(*truth(*arguments), true, doubled(upstream), needs)
     for found, torchs, right in zip(grads, own_grads, true_grads):
-        assert_close(found, torchs, right)
+        assert_close(found, torchs, right, slack_of(arguments[1]))
     again = ops.backward(*arguments, stats, upstream, needs)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, again))
     return stats
@@ -219,9 +223,10 @@ def test_statistics_have_the_same_bits_in_any_company() -> None:
     hidden, head, targets, temperature = inputs(37, 40, 103)
     alone = ops.forward(hidden, head, targets, temperature, ())
     together = ops.forward(hidden, head, targets, temperature, OUTPUTS)
-    some = ops.forward(hidden[5:9], head, targets[5:9], temperature[5:9], ("entropy",))
+    # From a tile's first row on: numpy's own products depend on the place of a row in the tile, a GPU's do not.
+    some = ops.forward(hidden[16:21], head, targets[16:21], temperature[16:21], ("entropy",))
     assert torch.equal(alone.logprobs, together.logprobs)
-    assert torch.equal(alone.logprobs[5:9], some.logprobs)
+    assert torch.equal(alone.logprobs[16:21], some.logprobs)
     stats, _, _ = ops.one_pass(hidden, head, targets, temperature, (), objective(37, alone.logprobs), Needs(True, True, False))
     assert torch.equal(stats.logprobs, alone.logprobs)
 
@@ -241,7 +246,10 @@ def objective(N: int, logprobs: Tensor, beta: float = 0.0, entropy_coef: float =
 
 
 def check_one_pass(
-    arguments: tuple[Tensor, Head, Tensor, Tensor], needs: Needs = Needs(True, True, False), **options: Any
+    arguments: tuple[Tensor, Head, Tensor, Tensor],
+    needs: Needs = Needs(True, True, False),
+    slack: float = 0.0,
+    **options: Any,
 ) -> tuple[Stats, Tensor, Grads]:
     logprobs = reference.forward(*arguments, ()).logprobs
     bound = objective(len(arguments[2]), logprobs, **options)
@@ -251,7 +259,7 @@ def check_one_pass(
     own = reference.one_pass(*arguments, ("entropy",), bound, needs)
     true = reference.one_pass(*truth(*arguments), ("entropy",), wide, needs)
     for triple in zip((*found[0], found[1], *found[2]), (*own[0], own[1], *own[2]), (*true[0], true[1], *true[2])):
-        assert_close(*triple)
+        assert_close(*triple, slack_of(arguments[1]) + slack)
     return found
 
 
@@ -290,7 +298,10 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
 @pytest.mark.parametrize("size", [30.0, 300.0])
 def test_one_pass_where_the_target_lies_far_below(size: float) -> None:
     """Logits hundreds above the target's: E then has several references in a row, which are made one."""
-    check_one_pass(inputs(23, 24, 103, size=size))
+    arguments = inputs(23, 24, 103, size=size)
+    largest = reference._logits(arguments[0], arguments[1].weight, None, *arguments[1::2]).abs().max()
+    # A logit's own rounding moves p by eps |z|, relative.
+    check_one_pass(arguments, slack=4 * torch.finfo(torch.float32).eps * float(largest))
 
 
 def test_one_pass_with_an_impossible_target() -> None:

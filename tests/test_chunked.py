@@ -186,3 +186,68 @@ def test_scratch_does_not_grow_with_tokens(function):
     assert small > 0
     assert large - small < (8192 - 1024) * (16 * 4 * 2 + 40 * 8)  # x and dX block by block, and per-row vectors
     assert large < 3 * 4 * chunked.ROWS * (chunked.TILE + 6000) + 8192 * 500
+
+
+def peaked(n=64, h=16, v=500):
+    """Logits like a trained model's: most rows sure of a few tokens, some flat."""
+    data = inputs(n, h, v, seed=3)
+    z = data["hidden"] @ data["weight"].T
+    data["hidden"] *= torch.where(torch.arange(n) % 4 == 0, 1.0, 6.0)[:, None]
+    data["targets"] = torch.where(torch.arange(n) % 3 == 0, data["targets"], z.argmax(1))
+    return data
+
+
+@pytest.mark.usefixtures("_tiling")
+@pytest.mark.parametrize("grad_filter", [1e-6, 1e-2, 0.3])
+def test_filtered_gradients_stay_within_the_stated_bound(grad_filter):
+    data, scale = peaked(), 0.9
+    upstream = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for f in (0.0, grad_filter):
+        ours = leaves(data)
+        found = fr.linear_logprobs(
+            **{**data, **ours}, logit_scale=scale, outputs=("lse",), grad_filter=f, backend="chunked"
+        )
+        (found.logprobs * upstream[0] + found.lse * upstream[1]).sum().backward()
+        grads.append((found.logprobs.detach(), ours["hidden"].grad, ours["weight"].grad))
+    (exact_lp, exact_x, exact_w), (lp, x, w) = grads
+    assert torch.equal(lp, exact_lp)  # the forward is exact whatever the filter
+    per_row = (upstream[1] - upstream[0]).abs() * grad_filter * scale
+    assert ((x - exact_x).norm(dim=1) <= per_row * data["weight"].norm(dim=1).max() + 1e-13).all()
+    assert (w - exact_w).norm() <= (per_row * data["hidden"].norm(dim=1)).sum() + 1e-13
+
+
+def test_the_filter_skips_what_holds_no_mass_and_keeps_targets(monkeypatch):
+    monkeypatch.setattr(chunked, "TILE", 16)
+    monkeypatch.setattr(chunked, "ROWS", 8)
+    monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: 8)
+    done = []
+    original = chunked._BackwardBlock.add
+    monkeypatch.setattr(
+        chunked._BackwardBlock, "add", lambda self, z, *rest: (done.append(z.numel()), original(self, z, *rest))[1]
+    )
+    data = peaked()
+    work = {}
+    for f in (0.0, 1e-3, 0.999):
+        done.clear()
+        ours = leaves(data)
+        fr.linear_logprobs(**{**data, **ours}, grad_filter=f, backend="chunked").logprobs.sum().backward()
+        work[f] = sum(done)
+    assert work[0.0] == 64 * 500
+    assert work[1e-3] < 0.8 * work[0.0]
+    # All but each row's target tile may go.
+    assert 64 * 4 <= work[0.999] <= 64 * 2 * 16
+
+
+def test_rows_with_an_entropy_gradient_are_not_filtered(monkeypatch):
+    monkeypatch.setattr(chunked, "TILE", 16)
+    data = peaked()
+    mixed = torch.where(torch.arange(64) % 2 == 0, 0.3, 0.0)
+    grads = []
+    for f in (0.0, 0.5):
+        ours = leaves(data)
+        found = fr.linear_logprobs(**{**data, **ours}, outputs=("entropy",), grad_filter=f, backend="chunked")
+        (found.logprobs.sum() + (found.entropy * mixed).sum()).backward()
+        grads.append(ours["hidden"].grad)
+    assert relative(grads[1][::2], grads[0][::2]) < 1e-13
+    assert relative(grads[1][1::2], grads[0][1::2]) > 1e-3

@@ -43,7 +43,8 @@ BAD_LOGPROBS = [
     ({"outputs": ("entropies",)}, ValueError, r"outputs must be among \['entropy', 'lse', .*got 'entropies'"),
     ({"outputs": "entropy"}, TypeError, "outputs must be a sequence of names"),
     ({"grad_filter": 1.0}, ValueError, r"grad_filter must lie in \[0, 1\), got 1.0"),
-    ({"grad_filter": 0.1}, NotImplementedError, "OP9"),
+    ({"grad_filter": -0.1}, ValueError, "grad_filter must lie in .*got -0.1"),
+    ({"grad_filter": math.nan}, ValueError, "grad_filter must be finite, got nan"),
     ({"process_group": object()}, NotImplementedError, "OP12"),
     (
         {"backend": "cuda"},

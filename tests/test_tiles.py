@@ -47,11 +47,15 @@ def test_a_device_without_kernels_names_the_way_out(monkeypatch: pytest.MonkeyPa
         tiles.arch(CUDA)
 
 
-def test_fp32_follows_torchs_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    assert tiles.precision(torch.float32) == "ieee"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert tiles.precision(torch.float32) == "tf32"
+def test_fp32_follows_torchs_setting() -> None:
+    setting = torch.backends.cuda.matmul
+    usual = setting.fp32_precision
+    try:
+        for value in ("ieee", "tf32"):
+            setting.fp32_precision = value
+            assert tiles.precision(torch.float32) == value
+    finally:
+        setting.fp32_precision = usual
     assert tiles.precision(torch.bfloat16) == "half"
 
 
