@@ -9,12 +9,13 @@ if not (_here / "kernels").is_dir():
 
 from fused_rlhf import lm_head, objectives  # noqa: E402
 from fused_rlhf.functional import LogProbs, linear_logprobs, linear_policy_loss  # noqa: E402
-from fused_rlhf.objectives import DAPO, GRPO, DrGRPO, PolicyLoss  # noqa: E402
+from fused_rlhf.objectives import DAPO, GRPO, GSPO, DrGRPO, PolicyLoss  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "DAPO",
     "GRPO",
+    "GSPO",
     "DrGRPO",
     "LogProbs",
     "PolicyLoss",

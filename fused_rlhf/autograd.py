@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+from fused_rlhf.kernels.interface import OUTPUTS, BoundObjective, Grads, Head, Needs, Stats, TokenGrads
 
 Maybe = TypeVar("Maybe", bound=Tensor | None)
 _EXTRA = tuple(name for name in OUTPUTS if name != "lse")
@@ -246,6 +246,28 @@ def _(d_logprobs, d_lse, d_entropy, hidden, weight, bias, *rest):  # type: ignor
     return _materialise(Grads(None, None, None), hidden, weight, bias, Needs(*rest[-3:]))
 
 
+class _Loss(torch.autograd.Function):
+    """Sum of an objective over log-probs that are already there; its derivatives come with its value."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, objective: BoundObjective, backend: str
+    ) -> Tensor:
+        loss, grads = backends.resolve(backend, logprobs).evaluate(objective, logprobs, entropy)
+        ctx.grads = grads
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+        by_logprob, by_entropy = (None if g is None else g * upstream for g in ctx.grads[:2])
+        return by_logprob, by_entropy, None, None
+
+
+def loss_of(logprobs: Tensor, entropy: Tensor | None, objective: BoundObjective, backend: str) -> Tensor:
+    """Sum of the objective over (N,) log-probs, differentiable in them and in the entropy."""
+    return _Loss.apply(logprobs, entropy, objective, backend)
+
+
 class _OnePassLoss(torch.autograd.Function):
     """Sum of a token-level objective. The forward leaves gradients for an upstream of 1; the backward scales them."""
 
@@ -259,7 +281,7 @@ class _OnePassLoss(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor,
         outputs: tuple[str, ...],
-        objective: TokenObjective,
+        objective: BoundObjective,
         backend: str,
     ) -> tuple[Tensor, ...]:
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -293,7 +315,7 @@ def one_pass_loss(
     targets: Tensor,
     temperature: Tensor,
     outputs: tuple[str, ...],
-    objective: TokenObjective,
+    objective: BoundObjective,
     backend: str,
 ) -> tuple[Tensor, Stats]:
     """Sum of the objective over (N, H) real rows, and their statistics (not differentiable, (N,) each)."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective, kept_blocks
+from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads, kept_blocks
 
 TILE = 4096  # columns: with ROWS rows of fp32, 8 MB
 ROWS = 512
@@ -323,13 +323,17 @@ def backward(
     return Grads(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
 
 
+def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+    return objective(slice(0, logprobs.numel()), logprobs, entropy)
+
+
 def one_pass(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
     temperature: Tensor,
     outputs: tuple[str, ...],
-    objective: TokenObjective,
+    objective: BoundObjective,
     needs: Needs,
 ) -> tuple[Stats, Tensor, Grads]:
     """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.

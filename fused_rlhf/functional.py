@@ -132,7 +132,7 @@ def linear_policy_loss(
     mode: Mode = "auto",
     round_logits: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A token-level policy objective of an LM head's log-probabilities, without the logits.
+    """A policy objective of an LM head's log-probabilities, without the logits.
 
     Args:
         hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, round_logits: as in
@@ -147,7 +147,8 @@ def linear_policy_loss(
             rank of several. Default: those of this call.
         outputs: "entropy" adds it to the metrics.
         mode: "one_pass" computes gradients together with the loss (three matrix products; not for fp16, whose gradients
-            would underflow before a loss scale reaches them); "two_phase" recomputes the logits in the backward (four);
+            would underflow before a loss scale reaches them, nor at sequence level, where a token's gradient waits for
+            the last of its sequence); "two_phase" recomputes the logits in the backward (four);
             "auto" takes one_pass where gradients are wanted and it applies.
 
     Returns:
@@ -169,6 +170,10 @@ def linear_policy_loss(
     fp16 = torch.float16 in (hidden.dtype, weight.dtype)
     if mode == "one_pass" and fp16:
         raise ValueError("mode='one_pass' must not be used with fp16, whose gradients underflow; use 'two_phase'")
+    if mode == "one_pass" and objective.level != "token":
+        raise ValueError(
+            f"mode='one_pass' needs a token-level objective, got level={objective.level!r}; use 'two_phase'"
+        )
     for name, value in (
         ("completion_mask", completion_mask),
         ("old_logprobs", old_logprobs),
@@ -189,6 +194,7 @@ def linear_policy_loss(
     rows = autograd.live_rows(torch.where(flat_mask, flat_targets, ignore_index), ignore_index, weight.shape[0])
     real = autograd.select(sequence, rows)
     lengths = torch.bincount(real, minlength=count)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     wide = flat_temperature.dtype
 
     def vector(values: Tensor) -> Tensor:
@@ -198,6 +204,7 @@ def linear_policy_loss(
     bound = objective.bind(
         advantages=vector(per_token),
         lengths=lengths[real].to(wide),
+        offsets=offsets,
         old_logprobs=None if old_logprobs is None else vector(old_logprobs),
         ref_logprobs=None if ref_logprobs is None else vector(ref_logprobs),
         num_sequences=count if num_sequences is None else num_sequences,
@@ -210,12 +217,13 @@ def linear_policy_loss(
     y, t = autograd.select(flat_targets, rows), autograd.select(flat_temperature, rows)
     wants_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (hidden, weight, bias))
     if mode == "auto":
-        mode = "one_pass" if wants_grad and not fp16 and not torch.compiler.is_compiling() else "two_phase"
+        applies = bound.offsets is None and not fp16 and not torch.compiler.is_compiling()
+        mode = "one_pass" if wants_grad and applies else "two_phase"
     if mode == "one_pass" and y.numel() > 0:
         loss, stats = autograd.one_pass_loss(x, head, y, t, names, bound, backend)
     else:
         stats = autograd.linear_logprobs(x, head, y, t, ignore_index, names, backend)
-        loss = bound.per_token(slice(0, y.numel()), stats.logprobs, stats.entropy).sum()
+        loss = autograd.loss_of(stats.logprobs, stats.entropy if bound.needs_entropy else None, bound, backend)
     return loss, policy_metrics(bound, stats.logprobs.detach(), stats.entropy)
 
 

@@ -3,9 +3,10 @@
     loss = sum_t w_t (surrogate(logprob_t, old_t, A_t) + beta kl(logprob_t, ref_t)) - entropy_coef mean_t H_t
 
 A surrogate or KL estimator maps (N,) fp32 vectors to (N,); a token weight reads the length of each token's sequence and
-one global count, so that chunks, micro-batches and ranks cannot change the answer. A preset is a constructor:
-`GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an objective is one decorated
-function here.
+one global count, so that chunks, micro-batches and ranks cannot change the answer. At sequence level, log pi - log old
+is first replaced by its mean over the sequence, so that a sequence has one ratio (GSPO, arXiv:2507.18071). A preset is
+a constructor: `GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an objective is
+one decorated function here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import TokenGrads
+
+LEVELS = ("token", "sequence")
 
 SURROGATES: dict[str, Callable[..., Tensor]] = {}
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -123,6 +126,7 @@ class PolicyLoss:
         kl: a name in `KL_ESTIMATORS`; used when beta is not 0.
         beta: weight of the KL to the reference, >= 0.
         entropy_coef: weight of the entropy bonus (mean over active tokens), subtracted from the loss.
+        level: "token" or "sequence": what has a ratio of its own.
         options: keywords of the surrogate and the token weight.
 
     Raises:
@@ -135,12 +139,15 @@ class PolicyLoss:
     kl: str = "k3"
     beta: float = 0.0
     entropy_coef: float = 0.0
+    level: str = "token"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _registered("surrogate", self.surrogate, SURROGATES)
         _registered("token_weight", self.token_weight, TOKEN_WEIGHTS)
         _registered("kl", self.kl, KL_ESTIMATORS)
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be one of {list(LEVELS)}, got {self.level!r}")
         if not (math.isfinite(self.beta) and self.beta >= 0):
             raise ValueError(f"beta must be finite and >= 0, got {self.beta}")
         if not math.isfinite(self.entropy_coef):
@@ -166,8 +173,15 @@ class PolicyLoss:
         ref_logprobs: Tensor | None,
         num_sequences: Count,
         num_tokens: Count,
+        offsets: Tensor | None = None,
     ) -> BoundPolicyLoss:
-        """The objective over N real tokens with all but the log-probs known; vectors (N,), counts global."""
+        """The objective over N real tokens with all but the log-probs known.
+
+        Vectors are (N,), offsets (S + 1,) int64: where each of the S sequences starts, needed at sequence level; the
+        counts are global.
+        """
+        if self.level == "sequence" and offsets is None:
+            raise ValueError("offsets must be given at sequence level, got None")
         if self.beta != 0 and ref_logprobs is None:
             raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta={self.beta}")
         weight = TOKEN_WEIGHTS[self.token_weight]
@@ -181,12 +195,13 @@ class PolicyLoss:
             entropy_weight=self.entropy_coef / num_tokens if self.entropy_coef else 0.0,
             beta=self.beta,
             options=self._options_of(SURROGATES[self.surrogate]),
+            offsets=offsets if self.level == "sequence" else None,
         )
 
 
 @dataclass
 class BoundPolicyLoss:
-    """A `kernels.interface.TokenObjective`."""
+    """A `kernels.interface.BoundObjective`."""
 
     surrogate: str
     kl: str
@@ -197,6 +212,18 @@ class BoundPolicyLoss:
     entropy_weight: Tensor | float
     beta: float
     options: dict[str, Any]
+    offsets: Tensor | None
+
+    def compared(self, rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """What the surrogate compares, (n,) each: log-probs and old ones, or the sequences' mean difference and 0."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
+        if self.offsets is None:
+            return logprobs, old
+        lengths = self.offsets.diff()
+        sums = torch.segment_reduce(logprobs - old, "sum", lengths=lengths, unsafe=True)
+        sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        mean = (sums / lengths.clamp(min=1))[sequence]
+        return mean, torch.zeros_like(mean)
 
     @property
     def needs_entropy(self) -> bool:
@@ -204,8 +231,7 @@ class BoundPolicyLoss:
 
     def per_token(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """(n,) contributions to the loss, differentiable in logprobs and entropy."""
-        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
-        loss = SURROGATES[self.surrogate](logprobs, old, self.advantages[rows], **self.options)
+        loss = SURROGATES[self.surrogate](*self.compared(rows, logprobs), self.advantages[rows], **self.options)
         if self.kl:
             assert self.ref_logprobs is not None
             loss = loss + self.beta * KL_ESTIMATORS[self.kl](logprobs, self.ref_logprobs[rows])
@@ -224,14 +250,18 @@ class BoundPolicyLoss:
         return loss.detach(), TokenGrads(found[0], None if h is None else found[1])
 
 
-def preset(name: str, surrogate: str, token_weight: str, **defaults: Any) -> Callable[..., PolicyLoss]:
+def preset(
+    name: str, surrogate: str, token_weight: str, level: str = "token", **defaults: Any
+) -> Callable[..., PolicyLoss]:
     """A constructor of `PolicyLoss`; keywords are its fields or options of the surrogate and the weight."""
 
-    def construct(*, kl: str = "k3", beta: float = 0.0, entropy_coef: float = 0.0, **options: Any) -> PolicyLoss:
-        return PolicyLoss(surrogate, token_weight, kl, beta, entropy_coef, {**defaults, **options})
+    def construct(
+        *, kl: str = "k3", beta: float = 0.0, entropy_coef: float = 0.0, level: str = level, **options: Any
+    ) -> PolicyLoss:
+        return PolicyLoss(surrogate, token_weight, kl, beta, entropy_coef, level, {**defaults, **options})
 
     construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"{name}: {surrogate} with {token_weight}; defaults {defaults or 'of the surrogate'}."
+    construct.__doc__ = f"{name}: {surrogate}, {token_weight}, {level} level; {defaults or 'the defaults of both'}."
     PRESETS[name.lower()] = construct
     return construct
 
@@ -239,18 +269,20 @@ def preset(name: str, surrogate: str, token_weight: str, **defaults: Any) -> Cal
 GRPO = preset("GRPO", "ppo_clip", "sequence_mean")
 DAPO = preset("DAPO", "ppo_clip", "token_mean", epsilon_low=0.2, epsilon_high=0.28)
 DrGRPO = preset("DrGRPO", "ppo_clip", "fixed_length")
+GSPO = preset("GSPO", "ppo_clip", "sequence_mean", level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
 
 
 @torch.no_grad()
 def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
     """Means over the N active tokens, as 0-d tensors (no host sync); zero when there are none.
 
-    ratio: exp(logprob - old). clip_ratio/low_mean: share of tokens with A < 0 below 1 - epsilon_low; high_mean: with
-    A > 0 above 1 + epsilon_high; region_mean: either. kl: of the objective's estimator. entropy: when it was computed.
+    ratio: exp(logprob - old), or of its mean over the sequence at sequence level. clip_ratio/low_mean: share of tokens
+    with A < 0 below 1 - epsilon_low; high_mean: with A > 0 above 1 + epsilon_high; region_mean: either. kl: of the
+    objective's estimator. entropy: when it was computed.
     """
     count = max(logprobs.numel(), 1)
-    old = logprobs if bound.old_logprobs is None else bound.old_logprobs
-    ratio = (logprobs - old).exp()
+    new, old = bound.compared(slice(0, logprobs.numel()), logprobs)
+    ratio = (new - old).exp()
     metrics = {"ratio": ratio.sum() / count}
     if bound.surrogate == "ppo_clip":
         low = (ratio < 1 - bound.options["epsilon_low"]) & (bound.advantages < 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, temperature: Tensor) -> Tensor:
@@ -72,13 +72,17 @@ def backward(
     )
 
 
+def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+    return objective(slice(0, logprobs.numel()), logprobs, entropy)
+
+
 def one_pass(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
     temperature: Tensor,
     outputs: tuple[str, ...],
-    objective: TokenObjective,
+    objective: BoundObjective,
     needs: Needs,
 ) -> tuple[Stats, Tensor, Grads]:
     stats = forward(hidden, head, targets, temperature, outputs)

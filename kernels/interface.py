@@ -1,8 +1,9 @@
-"""What every backend is: four functions over flat rows, with the same arguments and results.
+"""What every backend is: five functions over flat rows, with the same arguments and results.
 
     mass_blocks(vocabulary, device)                                                  -> int
     forward(hidden, head, targets, temperature, outputs)                             -> Stats
     backward(hidden, head, targets, temperature, stats, grads, needs)                -> Grads
+    evaluate(objective, logprobs, entropy)                                           -> loss, TokenGrads
     one_pass(hidden, head, targets, temperature, outputs, objective, needs)          -> Stats, loss, Grads
 
 `fused_rlhf.reference`, `fused_rlhf.chunked` and `fused_rlhf.kernels.ops` (Triton) are backends. The rows they get are
@@ -96,11 +97,12 @@ def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int,
     return keep if exact is None else keep | exact[:, None]
 
 
-class TokenObjective(Protocol):
-    """A token-level objective with everything but the log-probs known, so that the backward can follow at once.
+class BoundObjective(Protocol):
+    """An objective with everything but the log-probs known, so that the backward can follow at once.
 
     Calling it with a slice of rows and their statistics gives each row's contribution to the (summed) loss and the
-    derivatives of it. A backend that has a fused twin of `surrogate` and `kl` may read the fields instead of calling.
+    derivatives of it; at sequence level the rows must be all of them. A backend that has a twin of `surrogate` and `kl`
+    may read the fields instead of calling.
     """
 
     surrogate: str
@@ -113,6 +115,8 @@ class TokenObjective(Protocol):
     entropy_weight: Tensor | float  # 0.0: no entropy bonus, and no entropy needed
     beta: float
     options: dict[str, float | None]  # the surrogate's own: epsilon_low, epsilon_high, delta ...
+    # (S + 1,) int64: where each sequence starts, when a sequence has one ratio, exp(mean of logprob - old); else None.
+    offsets: Tensor | None
 
     def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
         """-> loss (n,) of these rows, and its derivatives by their log-probs and entropies."""

@@ -40,17 +40,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_rlhf.kernels.interface import Head, Stats, TokenObjective
 from fused_rlhf.kernels import objectives
+from fused_rlhf.kernels.interface import BoundObjective, Head, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LOG2E,
     column_slices,
     expm1,
     logit_transform,
+    partial_product,
     softcap_slope,
     tile_origin,
-    tile_product,
 )
 from fused_rlhf.kernels.tiles import Tile, multiprocessors
 
@@ -59,20 +59,12 @@ MAX_ABOVE_REFERENCE = tl.constexpr(60.0)
 
 
 @triton.jit
-def load_product(
-    x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The tile's products: from the GEMM inside this kernel, or ready from cuBLAS in `raw` (N, V) fp32."""
-    if raw_ptr is None:
-        return tile_product(
-            x, w, n_start, v_start, N, V, H, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION
-        )
-    else:
-        offs_n = n_start + tl.arange(0, BLOCK_N)
-        offs_v = v_start + tl.arange(0, BLOCK_V)
-        ptrs = raw_ptr + offs_n[:, None].to(tl.int64) * stride_raw + offs_v[None, :]
-        return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_v < V)[None, :], other=0.0)
+def load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile of products that cuBLAS left in (N, V) fp32."""
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    offs_v = v_start + tl.arange(0, BLOCK_V)
+    ptrs = raw_ptr + offs_n[:, None].to(tl.int64) * stride_raw + offs_v[None, :]
+    return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_v < V)[None, :], other=0.0)
 
 
 @triton.jit
@@ -118,6 +110,7 @@ def stats_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
@@ -128,74 +121,85 @@ def stats_kernel(
     SLICE: tl.constexpr = BLOCK_V // SLICES
     plane = capacity.to(tl.int64) * tiles
     all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(
-        tl.program_id(0), all_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
-    ):
+    mine = tl.cdiv(all_tiles - tl.program_id(0), tl.num_programs(0))
+    # One step is PROMOTE products of one tile; the loop is flat so that loads run ahead across both.
+    steps = 1
+    if raw_ptr is None:
+        steps = tl.cdiv(H, PROMOTE)
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for step in tl.range(0, mine * steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        tile = tl.program_id(0) + step // steps * tl.num_programs(0)
         n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
-        product = load_product(
-            x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
-            BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
-        )  # fmt: skip
-        offs_n = n_start + tl.arange(0, BLOCK_N)
-        offs_v = v_start + tl.arange(0, BLOCK_V)
-        mask_n = offs_n < N
-        inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
-        bias = None
-        if bias_ptr is not None:
-            bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-        z = logit_transform(product, bias, inv_temperature, logit_scale, softcap)
-        if v_start + BLOCK_V > V:
-            z = tl.where((offs_v < V)[None, :], z, float("-inf"))
+        if raw_ptr is None:
+            h_start = step % steps * PROMOTE
+            product += partial_product(
+                x, w, n_start, v_start, h_start, tl.minimum(h_start + PROMOTE, H), N, V, H, stride_xn, stride_wv,
+                BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
+            )  # fmt: skip
+        else:
+            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+        if step % steps == steps - 1:
+            offs_n = n_start + tl.arange(0, BLOCK_N)
+            offs_v = v_start + tl.arange(0, BLOCK_V)
+            mask_n = offs_n < N
+            inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+            bias = None
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+            z = logit_transform(product, bias, inv_temperature, logit_scale, softcap)
+            if v_start + BLOCK_V > V:
+                z = tl.where((offs_v < V)[None, :], z, float("-inf"))
 
-        target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
-        here = (target >= 0) & (target < BLOCK_V)
-        if tl.max(here.to(tl.int32), 0) > 0:
-            chosen = tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], z, 0.0)
-            tl.store(target_logits_ptr + offs_n, tl.sum(chosen, 1), mask=here)
+            target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+            here = (target >= 0) & (target < BLOCK_V)
+            if tl.max(here.to(tl.int32), 0) > 0:
+                chosen = tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], z, 0.0)
+                tl.store(target_logits_ptr + offs_n, tl.sum(chosen, 1), mask=here)
 
-        m = tl.max(z, 1)
-        shift = tl.where(m == float("-inf"), 0.0, m)
-        if exps is not None:
-            reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
-            rise = tl.where(m > reference + MAX_ABOVE_REFERENCE, 1.0, tl.exp2((m - reference) * LOG2E))
-        s = tl.zeros((BLOCK_N,), tl.float32)
-        t = tl.zeros((BLOCK_N,), tl.float32)
-        q = tl.zeros((BLOCK_N,), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        first = tl.full((BLOCK_N,), float("inf"), tl.float32)
-        parts = column_slices(z, SLICES)
-        for i in tl.static_range(SLICES):
-            part = parts[i]
-            depth = part - shift[:, None]
-            e = tl.exp2(depth * LOG2E)
-            s += tl.sum(e, 1)
-            if ENTROPY:
-                t += tl.sum(tl.where(e > 0, e * depth, 0.0), 1)  # 0 x -inf for a column of a padded vocabulary
-            if SUM_SQ:
-                q += tl.sum(e * e, 1)
-            slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-            if MEAN:
-                total += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
-            if TOP1:
-                columns = tl.where(part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf"))
-                first = tl.minimum(first, tl.min(columns, 1))
+            m = tl.max(z, 1)
+            shift = tl.where(m == float("-inf"), 0.0, m)
             if exps is not None:
-                kept = e * rise[:, None]
-                if softcap is not None:
-                    kept *= softcap_slope(part, inv_temperature, softcap)
-                store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
+                reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
+                rise = tl.where(m > reference + MAX_ABOVE_REFERENCE, 1.0, tl.exp2((m - reference) * LOG2E))
+            s = tl.zeros((BLOCK_N,), tl.float32)
+            t = tl.zeros((BLOCK_N,), tl.float32)
+            q = tl.zeros((BLOCK_N,), tl.float32)
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            first = tl.full((BLOCK_N,), float("inf"), tl.float32)
+            parts = column_slices(z, SLICES)
+            for i in tl.static_range(SLICES):
+                part = parts[i]
+                depth = part - shift[:, None]
+                e = tl.exp2(depth * LOG2E)
+                s += tl.sum(e, 1)
+                if ENTROPY:
+                    t += tl.sum(tl.where(e > 0, e * depth, 0.0), 1)  # 0 x -inf for a column of a padded vocabulary
+                if SUM_SQ:
+                    q += tl.sum(e * e, 1)
+                slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+                if MEAN:
+                    total += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
+                if TOP1:
+                    columns = tl.where(part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf"))
+                    first = tl.minimum(first, tl.min(columns, 1))
+                if exps is not None:
+                    kept = e * rise[:, None]
+                    if softcap is not None:
+                        kept *= softcap_slope(part, inv_temperature, softcap)
+                    store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
 
-        ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + (block_start + v_start) // BLOCK_V
-        tl.store(ptrs, m, mask=mask_n)
-        tl.store(ptrs + plane, s, mask=mask_n)
-        if ENTROPY:
-            tl.store(ptrs + 2 * plane, t, mask=mask_n)
-        if SUM_SQ:
-            tl.store(ptrs + (2 + ENTROPY) * plane, q, mask=mask_n)
-        if MEAN:
-            tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, total, mask=mask_n)
-        if TOP1:
-            tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
+            ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + (block_start + v_start) // BLOCK_V
+            tl.store(ptrs, m, mask=mask_n)
+            tl.store(ptrs + plane, s, mask=mask_n)
+            if ENTROPY:
+                tl.store(ptrs + 2 * plane, t, mask=mask_n)
+            if SUM_SQ:
+                tl.store(ptrs + (2 + ENTROPY) * plane, q, mask=mask_n)
+            if MEAN:
+                tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, total, mask=mask_n)
+            if TOP1:
+                tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
+            product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -375,6 +379,7 @@ def dlogits_kernel(
     inv_temperature_ptr,
     targets_ptr,
     lse_ptr,
+    logprobs_ptr,
     g_ptr,  # (N,) fp32: g scale / temperature; so with the next two
     l_minus_g_ptr,  # (N,) fp32
     h_ptr,  # (N,) fp32, or None
@@ -394,6 +399,7 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
@@ -403,49 +409,68 @@ def dlogits_kernel(
 ):
     SLICE: tl.constexpr = BLOCK_V // SLICES
     all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
-    for tile in tl.range(
-        tl.program_id(0), all_tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE
-    ):
+    mine = tl.cdiv(all_tiles - tl.program_id(0), tl.num_programs(0))
+    # One step is PROMOTE products of one tile; the loop is flat so that loads run ahead across both.
+    steps = 1
+    if raw_ptr is None:
+        steps = tl.cdiv(H, PROMOTE)
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for step in tl.range(0, mine * steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
+        tile = tl.program_id(0) + step // steps * tl.num_programs(0)
         n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
-        product = load_product(
-            x, w, raw_ptr, n_start, v_start, N, V, H, stride_xn, stride_wv, stride_raw,
-            BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
-        )  # fmt: skip
-        offs_n = n_start + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
-        target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
-        lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
-        g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
-        l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
-        if h_ptr is not None:
-            h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
-            entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-        any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
-        parts = column_slices(product, SLICES)
-        for i in tl.static_range(SLICES):
-            slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-            mask_v = slice_v < V
-            bias = None
-            if bias_ptr is not None:
-                bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
-            z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
-            depth = z - lse[:, None]
-            p = tl.exp2(depth * LOG2E)
+        if raw_ptr is None:
+            h_start = step % steps * PROMOTE
+            product += partial_product(
+                x, w, n_start, v_start, h_start, tl.minimum(h_start + PROMOTE, H), N, V, H, stride_xn, stride_wv,
+                BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
+            )  # fmt: skip
+        else:
+            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+        if step % steps == steps - 1:
+            offs_n = n_start + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+            target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+            lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
+            logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
+            g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
+            l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
             if h_ptr is not None:
-                slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
-                dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
+                h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
+                entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+            any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
+            # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
+            at_target = tl.exp2(logprob * LOG2E)
+            if h_ptr is not None:
+                at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
             else:
-                dz = p * l_minus_g[:, None]
-            if any_here:
-                here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
-                dz = tl.where(here, dz + g[:, None], dz)
-            if softcap is not None:
-                dz *= softcap_slope(z, inv_temperature, softcap)
-            store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
-            if dbias_ptr is not None:
-                sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
-                tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
+                at_target *= l_minus_g
+            at_target += g
+            parts = column_slices(product, SLICES)
+            for i in tl.static_range(SLICES):
+                slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+                mask_v = slice_v < V
+                bias = None
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
+                z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
+                depth = z - lse[:, None]
+                p = tl.exp2(depth * LOG2E)
+                if h_ptr is not None:
+                    slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
+                    dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
+                else:
+                    dz = p * l_minus_g[:, None]
+                if any_here:
+                    here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
+                    dz = tl.where(here, at_target[:, None], dz)
+                if softcap is not None:
+                    dz *= softcap_slope(z, inv_temperature, softcap)
+                store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
+                if dbias_ptr is not None:
+                    sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
+                    tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
+            product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit
@@ -575,7 +600,7 @@ def launch_stats(
 
 
 def launch_finish(
-    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: TokenObjective | None = None,
+    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundObjective | None = None,
     at: slice = slice(None),
 ) -> tuple[Stats, Tensor | None, Tensor | None]:  # fmt: skip
     """Merges `partials` -> (Stats, loss, dloss / dlogprob), (n,) each; the last two with an objective that has a twin.
@@ -647,6 +672,7 @@ class RowGrads:
     h: Tensor | None  # of entropy
     entropy: Tensor | None  # the entropy itself, with h
     lse: Tensor
+    logprobs: Tensor
 
 
 def launch_dlogits(
@@ -663,7 +689,7 @@ def launch_dlogits(
         x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
         dlogits_kernel[_grid(tile, n, w.shape[0], w.device)](
             x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
-            grads.lse, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
+            grads.lse, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
             n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
             0 if raw is None else raw.stride(0), kept.stride(0), head.logit_scale, head.softcap,
             PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,

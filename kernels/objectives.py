@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import TokenObjective
+from fused_rlhf.kernels.interface import BoundObjective
 from fused_rlhf.kernels.primitives import LOG2E, expm1
 
 
@@ -63,17 +63,17 @@ SURROGATES: dict[str, Twin] = {"ppo_clip": Twin(ppo_clip, ("epsilon_low", "epsil
 KL_ESTIMATORS: dict[str, Any] = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def has_entropy_term(objective: TokenObjective) -> bool:
+def has_entropy_term(objective: BoundObjective) -> bool:
     return isinstance(objective.entropy_weight, Tensor) or objective.entropy_weight != 0.0
 
 
-def has_twin(objective: TokenObjective) -> bool:
+def has_twin(objective: BoundObjective) -> bool:
     """Whether the finish kernel can compute this objective; otherwise it is called on the log-probs."""
     known = objective.surrogate in SURROGATES and objective.kl in ("", *KL_ESTIMATORS)
     return known and not has_entropy_term(objective)
 
 
-def options_of(objective: TokenObjective) -> tuple[float, float, float]:
+def options_of(objective: BoundObjective) -> tuple[float, float, float]:
     """The surrogate's options in its twin's order, padded to three."""
     twin = SURROGATES[objective.surrogate]
     given = [objective.options[name] for name in twin.options]

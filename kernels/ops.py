@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import Grads, Head, Needs, Stats, TokenGrads, TokenObjective
+from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
 from fused_rlhf.kernels.linear_logprobs import (
     Block,
     Partials,
@@ -105,13 +105,20 @@ def backward(
     return Grads(dx, dw, db)
 
 
+def evaluate(
+    objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None
+) -> tuple[Tensor, TokenGrads]:
+    """See `interface.py`."""
+    return objective(slice(0, len(logprobs)), logprobs, entropy)
+
+
 def one_pass(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
     temperature: Tensor,
     outputs: tuple[str, ...],
-    objective: TokenObjective,
+    objective: BoundObjective,
     needs: Needs,
 ) -> tuple[Stats, Tensor, Grads]:
     """See `interface.py`. 6NVH; rows at which the objective is flat leave before dX and dW.
@@ -146,7 +153,7 @@ def _one_pass(
     targets: Tensor,
     temperature: Tensor,
     outputs: tuple[str, ...],
-    objective: TokenObjective,
+    objective: BoundObjective,
     needs: Needs,
 ) -> tuple[Stats, Tensor, Grads]:
     tokens = _rows(hidden, head, targets, temperature)
@@ -267,7 +274,7 @@ def _tile(kernel: str, rows: Rows, head: Head, entropy: bool = False) -> Tile:
             vector = rows.inv_temperature.new_ones(4096)
             h = vector if entropy else None
             out = _scratch(4096, block.w.shape[0], rows.x.dtype, w.device)[:, : block.w.shape[0]]
-            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, h, h, vector), out, False)
+            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, h, h, vector, vector), out, False)
 
     full = head.bias is not None or head.softcap is not None or entropy
     name = kernel + "+" if full else kernel
@@ -340,13 +347,14 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: Rows, head: Head) -> tuple
         scale = torch.exp2(torch.floor(10 - torch.log2(peak.clamp(1e-30, 1e30))))
         g, h, l, unscale = g * scale, h * scale, l * scale, 1 / scale
     with_entropy = grads.entropy is not None
-    return RowGrads(g, l - g, h if with_entropy else None, stats.entropy if with_entropy else None, stats.lse), unscale
+    entropy = stats.entropy if with_entropy else None
+    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.lse, stats.logprobs), unscale
 
 
 def _slice_grads(grads: RowGrads, at: slice) -> RowGrads:
     h = None if grads.h is None else grads.h[at]
     entropy = None if grads.entropy is None else grads.entropy[at]
-    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.lse[at])
+    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.lse[at], grads.logprobs[at])
 
 
 def _joined(parts: list[Stats]) -> Stats:

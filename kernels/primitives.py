@@ -25,11 +25,13 @@ def tile_origin(tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP:
 
 
 @triton.jit
-def tile_product(
+def partial_product(
     x,  # (N, H): a tensor descriptor of [BLOCK_N, BLOCK_H] blocks with TMA, else a pointer
     w,  # (V, H): likewise, [BLOCK_V, BLOCK_H]
     n_start,
     v_start,
+    h_start,
+    h_stop,
     N,
     V,
     H,
@@ -41,19 +43,22 @@ def tile_product(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x[n_start:] @ w[v_start:].T, fp32 [BLOCK_N, BLOCK_V]. Rows and columns past the end hold numbers of no meaning."""
+    """x[n_start:, h_start:h_stop] @ w[v_start:, h_start:h_stop].T, fp32 [BLOCK_N, BLOCK_V].
+
+    Rows and columns past the end hold numbers of no meaning.
+    """
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if TMA:
-        for h in range(0, H, BLOCK_H):
+        for h in range(h_start, h_stop, BLOCK_H):
             acc = tl.dot(x.load([n_start, h]), w.load([v_start, h]).T, acc, input_precision=PRECISION)
     else:
         # Clamped instead of masked: a repeated row costs nothing and its products are never stored.
         rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
         cols = tl.minimum(v_start + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
         offs_h = tl.arange(0, BLOCK_H)
-        x_ptrs = x + rows[:, None] * stride_xn + offs_h[None, :]
-        w_ptrs = w + cols[None, :] * stride_wv + offs_h[:, None]
-        for h in range(0, H, BLOCK_H):
+        x_ptrs = x + rows[:, None] * stride_xn + h_start + offs_h[None, :]
+        w_ptrs = w + cols[None, :] * stride_wv + h_start + offs_h[:, None]
+        for h in range(h_start, h_stop, BLOCK_H):
             mask_h = offs_h < H - h
             x_tile = tl.load(x_ptrs, mask=mask_h[None, :], other=0.0)
             w_tile = tl.load(w_ptrs, mask=mask_h[:, None], other=0.0)

@@ -23,6 +23,7 @@ class Tile:
     block_h: int  # depth of one step of the product
     num_warps: int
     num_stages: int
+    promote: int = 1 << 30  # sums of so many products are added in rounding arithmetic; see linear_logprobs
     slices: int = 1  # the epilogue works on 1 / slices of the columns at a time, to save registers
     group: int = 8  # tiles of rows that share the columns in L2
     tma: bool = False  # tensor descriptors (Hopper and later)
@@ -42,6 +43,7 @@ class Tile:
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
             "BLOCK_H": self.block_h,
+            "PROMOTE": self.promote,
             "GROUP": self.group,
             "SLICES": self.slices,
             "TMA": self.tma,

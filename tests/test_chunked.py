@@ -172,7 +172,13 @@ def test_scratch_does_not_grow_with_tokens(function):
         x, y, head = data["hidden"], data["targets"], Head(data["weight"])
         ones, needs = torch.ones(n), Needs(True, True, False)
         bound = fr.GRPO().bind(
-            advantages=ones, lengths=ones, old_logprobs=None, ref_logprobs=None, num_sequences=1, num_tokens=n
+            advantages=ones,
+            lengths=ones,
+            offsets=torch.tensor([0, n]),
+            old_logprobs=None,
+            ref_logprobs=None,
+            num_sequences=1,
+            num_tokens=n,
         )
         stats = chunked.forward(x, head, y, ones, ())
         run = {

@@ -60,7 +60,8 @@ def test_the_warm_up_teaches_the_answers_and_ends_when_told(tmp_path):
     )
     result = grpo.train(config, task=TASK)
     warm = [row for row in result.metrics if row["phase"] == "warmup"]
-    assert warm[-1]["accuracy"] >= 0.9 > warm[0]["loss"] - math.log(90)
+    assert warm[0]["loss"] == pytest.approx(math.log(100), abs=0.5)  # the mean over tokens of an untrained model
+    assert warm[-1]["accuracy"] >= 0.9
     assert len(warm) < 200
     assert result.before["accuracy"] >= 0.9
 

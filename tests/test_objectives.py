@@ -45,8 +45,15 @@ def test_gradcheck_of_every_surrogate_and_kl(surrogate, kl):
     lp, old, ref, adv = vectors(12)
     lengths = torch.full_like(lp, 4.0)
     loss = fr.PolicyLoss(surrogate, kl=kl, beta=0.3, entropy_coef=0.2)
+    offsets = torch.tensor([0, 5, 5, 12])
     bound = loss.bind(
-        advantages=adv, lengths=lengths, old_logprobs=old, ref_logprobs=ref, num_sequences=3, num_tokens=12
+        advantages=adv,
+        lengths=lengths,
+        offsets=offsets,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        num_sequences=3,
+        num_tokens=12,
     )
     entropy = torch.rand_like(lp).requires_grad_()
     rows = slice(0, 12)
@@ -135,9 +142,60 @@ def test_on_policy_without_old_logprobs_has_the_gradient_of_the_policy():
         (lambda: fr.GRPO(entropy_coef=math.nan), ValueError, "entropy_coef must be finite"),
         (lambda: fr.GRPO(epsilon_lo=0.1), TypeError, r"epsilon_lo is no option of ppo_clip .*epsilon_low"),
         (lambda: fr.GRPO(epsilon_low=0.0), ValueError, "epsilon_low must be finite and > 0"),
+        (lambda: fr.GRPO(level="word"), ValueError, r"level must be one of \['token', 'sequence'\], got 'word'"),
         (lambda: fr.GRPO(max_completion_length=5), TypeError, "max_completion_length is no option"),
     ],
 )
 def test_unknown_or_senseless_options_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def sequence_loss(lp, old, ref, adv, mask, beta):
+    """GSPO written out sequence by sequence: one ratio each, (B, T) advantages."""
+    total = 0.0
+    for i in range(len(lp)):
+        m = mask[i]
+        if not m.any():
+            continue
+        ratio = (lp[i][m] - old[i][m]).mean().exp()
+        token = -torch.minimum(ratio * adv[i][m], ratio.clamp(0.9, 1.2) * adv[i][m])
+        d = ref[i][m] - lp[i][m]
+        total = total + (token + beta * (d.exp() - d - 1)).mean()
+    return total / len(lp)
+
+
+@pytest.mark.parametrize("per_token_advantages", [False, True])
+def test_sequence_level_equals_the_formula_sequence_by_sequence(per_token_advantages):
+    data = inputs(24, 6, 80)
+    hidden, weight = data["hidden"].view(4, 6, -1).requires_grad_(), data["weight"].requires_grad_()
+    targets = data["targets"].view(4, 6)
+    mask = torch.rand(4, 6) > 0.3
+    mask[2] = False
+    exact = dense(hidden, weight, targets)["logprobs"]
+    old, ref = (exact.detach() + 0.2 * torch.randn(4, 6, dtype=torch.float64) for _ in range(2))
+    adv = torch.randn(4, 6, dtype=torch.float64) if per_token_advantages else torch.randn(4, dtype=torch.float64)
+    loss, metrics = fr.linear_policy_loss(
+        hidden, weight, targets, advantages=adv, completion_mask=mask, old_logprobs=old, ref_logprobs=ref,
+        objective=fr.GSPO(beta=0.1, epsilon_low=0.1, epsilon_high=0.2),
+    )  # fmt: skip
+    truth = sequence_loss(exact, old, ref, adv if adv.dim() == 2 else adv[:, None].expand(4, 6), mask, 0.1)
+    assert worst(loss, truth) < 1e-13
+    for ours, theirs in zip(
+        torch.autograd.grad(3.7 * loss, [hidden, weight]), torch.autograd.grad(3.7 * truth, [hidden, weight])
+    ):
+        assert relative(ours, theirs) < 1e-12
+    assert metrics["ratio"] > 0
+
+
+def test_one_pass_is_refused_at_sequence_level():
+    data = inputs(4, 3, 9)
+    with pytest.raises(ValueError, match=r"one_pass.* needs a token-level objective, got level='sequence'"):
+        fr.linear_policy_loss(
+            data["hidden"],
+            data["weight"],
+            data["targets"],
+            advantages=torch.ones(4),
+            objective=fr.GSPO(),
+            mode="one_pass",
+        )

@@ -14,16 +14,22 @@ class Demo(Config):
 
 DEFAULTS = Demo(
     task="arithmetic",
+    max_operand=49,
     output="runs/demo",
     overwrite=True,
-    warmup_steps=600,
+    # Until about half of the answers are right: enough for rewards to say something, and much left to learn from them.
+    warmup_steps=800,
     warmup_accuracy=0.45,
-    steps=80,
+    warmup_batch_size=128,
+    warmup_learning_rate=1.5e-3,
+    steps=40,
+    prompts_per_step=128,
+    num_generations=8,
     max_new_tokens=4,
-    num_iterations=1,
-    num_minibatches=1,
-    learning_rate=3e-4,
-    eval_steps=20,
+    num_minibatches=2,
+    micro_batch_size=512,
+    learning_rate=1e-4,
+    eval_steps=10,
     sample_steps=20,
 )
 
