@@ -365,7 +365,12 @@ def _answers(plan: Plan, scratch: Path, found: dict[Row, dict[str, Any]]) -> Ite
                 if round_ < row.rounds and "error" not in found[row]:
                     # The libraries are deterministic enough: one check is enough.
                     check = plan.check and round_ == 0
-                    yield [row], _spawn(plan, scratch, plan.cases[row.case], [row.provider], 1, check, end)
+                    answer = _spawn(plan, scratch, plan.cases[row.case], [row.provider], 1, check, end)
+                    if _disturbed(answer[row.provider]["samples"]):
+                        again = _spawn(plan, scratch, plan.cases[row.case], [row.provider], 1, False, end)
+                        better = max(answer[row.provider]["samples"] + again[row.provider]["samples"], key=_share)
+                        answer[row.provider]["samples"] = [{**better, "taken_twice": True}]
+                    yield [row], answer
         return
     names = list(dict.fromkeys(row.case for row in plan.rows))
     for position, name in enumerate(names):
@@ -381,6 +386,15 @@ def _answers(plan: Plan, scratch: Path, found: dict[Row, dict[str, Any]]) -> Ite
             fatal = [p for p in left if fresh[p].get("fatal")]
             left = [p for p in left if p not in fatal] if fatal else []
         yield rows, answer
+
+
+def _share(sample: dict[str, Any]) -> float:
+    return sample.get("cpu_share", 1.0)
+
+
+def _disturbed(samples: list[dict[str, Any]]) -> bool:
+    """A long sample during which the processors were mostly busy with something else."""
+    return any(s["both_s"] > 2 and _share(s) < 0.8 for s in samples)
 
 
 # -------------------------------------------------------------------------------------------------------------- results

@@ -122,23 +122,29 @@ def stats_kernel(
     plane = capacity.to(tl.int64) * tiles
     all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
     mine = tl.cdiv(all_tiles - tl.program_id(0), tl.num_programs(0))
-    # One step is PROMOTE products of one tile; the loop is flat so that loads run ahead across both.
+    # A step is a tile, or PROMOTE products of one. The loop is flat, so that loads run ahead from tile to tile.
     steps = 1
-    if raw_ptr is None:
+    if PROMOTE > 0:
         steps = tl.cdiv(H, PROMOTE)
-    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        span = tl.minimum(PROMOTE, H)
+        product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for step in tl.range(0, mine * steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         tile = tl.program_id(0) + step // steps * tl.num_programs(0)
         n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
-        if raw_ptr is None:
-            h_start = step % steps * PROMOTE
+        last = True
+        if raw_ptr is not None:
+            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+        elif PROMOTE > 0:
             product += partial_product(
-                x, w, n_start, v_start, h_start, tl.minimum(h_start + PROMOTE, H), N, V, H, stride_xn, stride_wv,
+                x, w, n_start, v_start, step % steps * PROMOTE, span, N, V, H, stride_xn, stride_wv,
                 BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
             )  # fmt: skip
+            last = step % steps == steps - 1
         else:
-            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
-        if step % steps == steps - 1:
+            product = partial_product(
+                x, w, n_start, v_start, 0, H, N, V, H, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION
+            )
+        if last:
             offs_n = n_start + tl.arange(0, BLOCK_N)
             offs_v = v_start + tl.arange(0, BLOCK_V)
             mask_n = offs_n < N
@@ -199,7 +205,8 @@ def stats_kernel(
                 tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, total, mask=mask_n)
             if TOP1:
                 tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
-            product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            if PROMOTE > 0:
+                product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -410,23 +417,29 @@ def dlogits_kernel(
     SLICE: tl.constexpr = BLOCK_V // SLICES
     all_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(V, BLOCK_V)
     mine = tl.cdiv(all_tiles - tl.program_id(0), tl.num_programs(0))
-    # One step is PROMOTE products of one tile; the loop is flat so that loads run ahead across both.
+    # A step is a tile, or PROMOTE products of one. The loop is flat, so that loads run ahead from tile to tile.
     steps = 1
-    if raw_ptr is None:
+    if PROMOTE > 0:
         steps = tl.cdiv(H, PROMOTE)
-    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        span = tl.minimum(PROMOTE, H)
+        product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for step in tl.range(0, mine * steps, flatten=FLATTEN, warp_specialize=WARP_SPECIALIZE):
         tile = tl.program_id(0) + step // steps * tl.num_programs(0)
         n_start, v_start = tile_origin(tile, N, V, BLOCK_N, BLOCK_V, GROUP)
-        if raw_ptr is None:
-            h_start = step % steps * PROMOTE
+        last = True
+        if raw_ptr is not None:
+            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+        elif PROMOTE > 0:
             product += partial_product(
-                x, w, n_start, v_start, h_start, tl.minimum(h_start + PROMOTE, H), N, V, H, stride_xn, stride_wv,
+                x, w, n_start, v_start, step % steps * PROMOTE, span, N, V, H, stride_xn, stride_wv,
                 BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION,
             )  # fmt: skip
+            last = step % steps == steps - 1
         else:
-            product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
-        if step % steps == steps - 1:
+            product = partial_product(
+                x, w, n_start, v_start, 0, H, N, V, H, stride_xn, stride_wv, BLOCK_N, BLOCK_V, BLOCK_H, TMA, PRECISION
+            )
+        if last:
             offs_n = n_start + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
             inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
@@ -470,7 +483,8 @@ def dlogits_kernel(
                 if dbias_ptr is not None:
                     sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
                     tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
-            product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            if PROMOTE > 0:
+                product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from fused_rlhf.kernels.linear_logprobs import (
     launch_stats,
     matmul,
 )
-from fused_rlhf.kernels.objectives import has_entropy_term, has_twin
+from fused_rlhf.kernels.objectives import has_entropy_term, has_twin, launch_sequences
 from fused_rlhf.kernels.tiles import Tile, arch, multiprocessors, precision, tune
 
 __all__ = ["backward", "forward", "one_pass", "one_pass_rows"]
@@ -108,7 +108,10 @@ def backward(
 def evaluate(
     objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None
 ) -> tuple[Tensor, TokenGrads]:
-    """See `interface.py`."""
+    """See `interface.py`. Repeatable to the bit: a sequence is summed in a fixed order."""
+    if objective.offsets is not None and has_twin(objective):
+        loss, slope = launch_sequences(objective, logprobs)
+        return loss, TokenGrads(slope)
     return objective(slice(0, len(logprobs)), logprobs, entropy)
 
 

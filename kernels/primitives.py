@@ -31,7 +31,7 @@ def partial_product(
     n_start,
     v_start,
     h_start,
-    h_stop,
+    span,
     N,
     V,
     H,
@@ -43,14 +43,14 @@ def partial_product(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x[n_start:, h_start:h_stop] @ w[v_start:, h_start:h_stop].T, fp32 [BLOCK_N, BLOCK_V].
+    """The product of `span` columns of x and w from h_start on, fp32 [BLOCK_N, BLOCK_V].
 
-    Rows and columns past the end hold numbers of no meaning.
+    Rows and columns past the end hold numbers of no meaning; past H both operands are zero.
     """
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if TMA:
-        for h in range(h_start, h_stop, BLOCK_H):
-            acc = tl.dot(x.load([n_start, h]), w.load([v_start, h]).T, acc, input_precision=PRECISION)
+        for h in range(0, span, BLOCK_H):
+            acc = tl.dot(x.load([n_start, h_start + h]), w.load([v_start, h_start + h]).T, acc, input_precision=PRECISION)
     else:
         # Clamped instead of masked: a repeated row costs nothing and its products are never stored.
         rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -58,8 +58,8 @@ def partial_product(
         offs_h = tl.arange(0, BLOCK_H)
         x_ptrs = x + rows[:, None] * stride_xn + h_start + offs_h[None, :]
         w_ptrs = w + cols[None, :] * stride_wv + h_start + offs_h[:, None]
-        for h in range(h_start, h_stop, BLOCK_H):
-            mask_h = offs_h < H - h
+        for h in range(0, span, BLOCK_H):
+            mask_h = offs_h < H - h_start - h
             x_tile = tl.load(x_ptrs, mask=mask_h[None, :], other=0.0)
             w_tile = tl.load(w_ptrs, mask=mask_h[:, None], other=0.0)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)

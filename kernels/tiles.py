@@ -23,7 +23,7 @@ class Tile:
     block_h: int  # depth of one step of the product
     num_warps: int
     num_stages: int
-    promote: int = 1 << 30  # sums of so many products are added in rounding arithmetic; see linear_logprobs
+    promote: int = 0  # > 0: sums of so many products are added in rounding arithmetic; see linear_logprobs
     slices: int = 1  # the epilogue works on 1 / slices of the columns at a time, to save registers
     group: int = 8  # tiles of rows that share the columns in L2
     tma: bool = False  # tensor descriptors (Hopper and later)

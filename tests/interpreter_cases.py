@@ -20,7 +20,7 @@ from fused_rlhf import reference
 from fused_rlhf.kernels import objectives as twins
 from fused_rlhf.kernels import ops, tiles
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads
-from fused_rlhf.objectives import DAPO, KL_ESTIMATORS, SURROGATES, BoundPolicyLoss
+from fused_rlhf.objectives import DAPO, GSPO, KL_ESTIMATORS, SURROGATES, BoundPolicyLoss
 
 ALL = Needs(True, True, True)
 
@@ -410,3 +410,30 @@ def test_fp64_is_refused_with_a_way_out() -> None:
     hidden, head, targets, temperature = inputs(3, 16, 40)
     with pytest.raises(RuntimeError, match=r'float64; use backend="reference"'):
         ops.forward(hidden.double(), replace(head, compute_dtype=torch.float64), targets, temperature, ())
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(("kl", "beta"), [("k1", 0.1), ("k2", 0.1), ("k3", 0.1), ("k3", 0.0)])
+@pytest.mark.parametrize("delta", [None, 1.0005])
+def test_sequence_level_twin(kl: str, beta: float, old: bool, delta: float | None) -> None:
+    """Sequences of many blocks, of one token and of none, against the torch objective in fp64."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 0, 2500, 1, 1024, 40])
+    N = int(lengths.sum())
+    logprobs = -3 * torch.rand(N, generator=g)
+    bound = GSPO(beta=beta, kl=kl, epsilon_low=0.001, epsilon_high=0.002, delta=delta).bind(
+        advantages=torch.randn(N, generator=g),
+        lengths=lengths.repeat_interleave(lengths).float(),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        old_logprobs=logprobs + 0.05 * torch.randn(N, generator=g) if old else None,
+        ref_logprobs=logprobs + 0.3 * torch.randn(N, generator=g),
+        num_sequences=6,
+        num_tokens=N,
+    )
+    names = ("old_logprobs", "ref_logprobs", "advantages", "token_weights")
+    wide = replace(bound, **{n: v.double() for n in names if (v := getattr(bound, n)) is not None})
+    loss, grads = ops.evaluate(bound, logprobs, None)
+    own_loss, own_grads = bound(slice(0, N), logprobs, None)
+    true_loss, true_grads = wide(slice(0, N), logprobs.double(), None)
+    assert_close(loss, own_loss, true_loss, 1e-8)
+    assert_close(grads.logprobs, own_grads.logprobs, true_grads.logprobs, 1e-8)

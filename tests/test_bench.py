@@ -298,6 +298,19 @@ def test_a_run_in_fresh_processes(tmp_path):
     assert result["targets"][0]["holds"] is True
 
 
+def test_a_disturbed_sample_is_taken_again(monkeypatch):
+    def samples(seconds, share):
+        times = {"forward_s": seconds, "backward_s": 0.0, "both_s": seconds}
+        return [{**times, "cpu_share": share, "peak_extra_bytes": 1, "scratch_bytes": 1}]
+
+    waiting = [samples(9.0, 0.4), samples(5.0, 0.9), samples(0.1, 0.4)]
+    monkeypatch.setattr("bench.run._spawn", lambda *arguments: {"dense": {"samples": waiting.pop(0)}})
+    (row,) = run(Plan("test", {"case": TINY}, [Row("case", "dense", 2)]))["rows"]
+    assert [s["both_s"] for s in row["samples"]] == [5.0, 0.1]
+    assert row["samples"][0]["taken_twice"]
+    assert not waiting
+
+
 def test_a_run_past_its_limit_reports_it():
     result = run(Plan("test", {"case": TINY}, [Row("case", "dense")], limit_s=0.0))
     assert result["rows"][0]["error"] == "stopped after 1 s"
