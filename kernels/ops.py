@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
+from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads, kept_blocks
 from fused_rlhf.kernels.linear_logprobs import (
     Block,
     Partials,
@@ -34,7 +34,7 @@ from fused_rlhf.kernels.linear_logprobs import (
 from fused_rlhf.kernels.objectives import has_entropy_term, has_twin, launch_sequences
 from fused_rlhf.kernels.tiles import Tile, arch, multiprocessors, precision, tune
 
-__all__ = ["backward", "forward", "one_pass", "one_pass_rows"]
+__all__ = ["backward", "evaluate", "forward", "mass_blocks", "one_pass", "one_pass_rows"]
 
 ROWS = 8192  # rows of one launch
 COLUMNS_PER_SM = 64  # columns of a vocabulary block of the backward, and of a head that is cast on the way
@@ -56,8 +56,15 @@ def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, ou
         rows = _slice(tokens, at)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, rows, block, head, partials)
-        found.append(launch_finish(rows, head.weight.shape[0], partials)[0])
+        stats = launch_finish(rows, head.weight.shape[0], partials)[0]
+        if head.grad_filter > 0:
+            stats = stats._replace(mass=_masses(tile, stats.lse, partials))
+        found.append(stats)
     return _joined(found)
+
+
+def mass_blocks(vocabulary: int, device: torch.device) -> int:
+    return triton.cdiv(vocabulary, _columns(device))
 
 
 def backward(
@@ -65,7 +72,8 @@ def backward(
 ) -> Grads:
     """See `interface.py`. Recomputes the logits: 2NVH, and 2NVH for each of dX and dW.
 
-    Rows whose upstream is zero should be dropped by the caller. fp16 gradients are scaled by a power of two on the
+    Rows whose upstream is zero should be dropped by the caller. Under head.grad_filter, a vocabulary block is computed
+    for the rows that need it alone. fp16 gradients are scaled by a power of two on the
     device, so that dlogits neither overflow nor vanish where the upstream is small.
     """
     tokens = _rows(hidden, head, targets, temperature)
@@ -73,7 +81,8 @@ def backward(
     (N, H), V = hidden.shape, head.weight.shape[0]
     columns = _columns(hidden.device)
     upstream, unscale = _row_grads(stats, grads, tokens, head)
-    ranges = list(_ranges(N, ROWS))
+    ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
+    filtered = _filtered(stats, grads, targets, head.grad_filter, columns)
 
     scratch = _scratch(min(N, ROWS), min(V, columns), tokens.x.dtype, hidden.device)
     dx = torch.zeros((N, H), dtype=torch.float32, device=hidden.device) if needs.hidden else None
@@ -84,18 +93,28 @@ def backward(
     dw_block = None
     if needs.weight and not (direct and head.weight.dtype == tokens.x.dtype):
         dw_block = torch.empty((min(V, columns), H), dtype=torch.float32, device=hidden.device)
-    for block in _blocks(head, columns):
+    for number, block in enumerate(_blocks(head, columns)):
         width = block.w.shape[0]
         sums: Tensor | None = None
-        for i, at in enumerate(ranges):
+        wanted = ranges if filtered is None or len(filtered[number]) == N else list(filtered[number].split(ROWS))
+        for i, at in enumerate(wanted):
             rows = _slice(tokens, at)
             dz = scratch[: len(rows.targets), :width]
             added = launch_dlogits(tile, rows, block, head, _slice_grads(upstream, at), dz, db is not None)
             sums = added if sums is None or added is None else sums + added
-            if dx is not None:
+            if dx is not None and isinstance(at, slice):
                 matmul(dz, block.w, dx[at], accumulate=True)
+            elif dx is not None:
+                some = dx.index_select(0, at)
+                matmul(dz, block.w, some, accumulate=True)
+                dx.index_copy_(0, at, some)
             if dw is not None:
                 matmul(dz.T, rows.x, dw[block.columns] if dw_block is None else dw_block[:width], accumulate=i > 0)
+        if not wanted:
+            for gradient in (dw, db):
+                if gradient is not None:
+                    gradient[block.columns] = 0
+            continue
         if dw is not None and dw_block is not None:
             dw[block.columns] = dw_block[:width] if unscale is None else dw_block[:width].mul_(unscale)
         if db is not None and sums is not None:
@@ -230,6 +249,27 @@ class _WeightGrad:
                     self.value[columns] = product
                 else:
                     add_split(self.value[columns], self.low[columns], product)
+
+
+def _masses(tile: Tile, lse: Tensor, partials: Partials) -> Tensor:
+    """(n, blocks) probability mass of each vocabulary block of `backward`, from the forward's tiles."""
+    n, tiles = len(lse), partials.values.shape[2]
+    m, s = partials.values[0, :n], partials.values[1, :n]
+    mass = s * torch.exp(m - lse[:, None])
+    per_block = _columns(lse.device) // tile.block_v
+    blocks = triton.cdiv(tiles, per_block)
+    return torch.nn.functional.pad(mass, (0, blocks * per_block - tiles)).view(n, blocks, per_block).sum(2)
+
+
+def _filtered(
+    stats: Stats, grads: TokenGrads, targets: Tensor, grad_filter: float, columns: int
+) -> tuple[Tensor, ...] | None:
+    """The rows that each vocabulary block is needed for, in ascending order; None: all of them."""
+    if stats.mass is None:
+        return None
+    exact = None if grads.entropy is None else grads.entropy != 0
+    keep = kept_blocks(stats.mass, grad_filter, targets, columns, exact)
+    return keep.T.nonzero()[:, 1].split(keep.sum(0).tolist())
 
 
 def _backward_of_live_rows(

@@ -53,8 +53,10 @@ class Tile:
 
 
 _AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2)
-_HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=3, slices=4, tma=True, programs_per_sm=1, flatten=True)
-_HOPPER_SMALL = Tile(128, 128, 64, num_warps=8, num_stages=4, tma=True, programs_per_sm=1, flatten=True)
+_HOPPER = Tile(256, 128, 64, num_warps=8, num_stages=3, slices=4, tma=True, programs_per_sm=1, flatten=True)
+_HOPPER_EXACT = Tile(
+    128, 128, 64, num_warps=8, num_stages=4, promote=512, slices=2, tma=True, programs_per_sm=1, flatten=True
+)
 _BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
 _CDNA = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=4)
 _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2)
@@ -66,10 +68,10 @@ RAW = Tile(32, 256, 16, num_warps=8, num_stages=2, raw_columns=4096)  # the kern
 # more registers. dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.
 KERNELS = ("stats", "stats+", "dlogits", "dlogits+")
 TILES: dict[tuple[str, str, str], Tile] = {
-    ("stats", "sm_90", "half"): _HOPPER,
-    ("stats+", "sm_90", "half"): _HOPPER_SMALL,
-    ("dlogits", "sm_90", "half"): replace(_HOPPER, block_n=256, block_v=128),
-    ("dlogits+", "sm_90", "half"): replace(_HOPPER, block_n=256, block_v=128),
+    ("stats", "sm_90", "half"): _HOPPER_EXACT,
+    ("stats+", "sm_90", "half"): _HOPPER_EXACT,
+    ("dlogits", "sm_90", "half"): _HOPPER,
+    ("dlogits+", "sm_90", "half"): _HOPPER,
 }
 for _kernel in KERNELS:
     TILES[_kernel, "sm_80", "half"] = _AMPERE

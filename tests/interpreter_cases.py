@@ -90,7 +90,9 @@ def check(arguments: tuple[Tensor, Head, Tensor, Tensor], outputs: tuple[str, ..
         assert_close(*triple)
     g = torch.Generator().manual_seed(1)
     vectors = [torch.randn(len(arguments[2]), generator=g) for _ in range(3)]
-    upstream = TokenGrads(vectors[0], vectors[1] if "entropy" in outputs else None, vectors[2] if "lse" in outputs else None)
+    upstream = TokenGrads(
+        vectors[0], vectors[1] if "entropy" in outputs else None, vectors[2] if "lse" in outputs else None
+    )
     needs = needs._replace(bias=needs.bias and arguments[1].bias is not None)
     grads = ops.backward(*arguments, stats, upstream, needs)
     own_grads = reference.backward(*arguments, own, upstream, needs)
@@ -128,7 +130,9 @@ def test_fp16_gradients_of_any_size(upstream: float) -> None:
     arguments = inputs(21, 32, 70, dtype=torch.float16)
     stats = ops.forward(*arguments, ())
     grads = ops.backward(*arguments, stats, TokenGrads(torch.full((21,), upstream)), Needs(False, True, False))
-    unit = reference.backward(*truth(*arguments), doubled(stats), TokenGrads(torch.ones(21).double()), Needs(False, True, False))
+    unit = reference.backward(
+        *truth(*arguments), doubled(stats), TokenGrads(torch.ones(21).double()), Needs(False, True, False)
+    )
     assert grads.weight is not None
     assert unit.weight is not None
     expected = (unit.weight * upstream).clamp(-65504, 65504)
@@ -227,11 +231,15 @@ def test_statistics_have_the_same_bits_in_any_company() -> None:
     some = ops.forward(hidden[16:21], head, targets[16:21], temperature[16:21], ("entropy",))
     assert torch.equal(alone.logprobs, together.logprobs)
     assert torch.equal(alone.logprobs[16:21], some.logprobs)
-    stats, _, _ = ops.one_pass(hidden, head, targets, temperature, (), objective(37, alone.logprobs), Needs(True, True, False))
+    stats, _, _ = ops.one_pass(
+        hidden, head, targets, temperature, (), objective(37, alone.logprobs), Needs(True, True, False)
+    )
     assert torch.equal(stats.logprobs, alone.logprobs)
 
 
-def objective(N: int, logprobs: Tensor, beta: float = 0.0, entropy_coef: float = 0.0, kl: str = "k3") -> BoundPolicyLoss:
+def objective(
+    N: int, logprobs: Tensor, beta: float = 0.0, entropy_coef: float = 0.0, kl: str = "k3"
+) -> BoundPolicyLoss:
     g = torch.Generator().manual_seed(2)
     advantages = torch.randn(N, generator=g)
     advantages[1::3] = 0.0
@@ -382,7 +390,9 @@ def points() -> Iterator[Tensor]:
 @pytest.mark.parametrize("delta", [None, 2.0])
 def test_surrogate_twins(name: str, delta: float | None) -> None:
     logprob, old, advantage = points()
-    bound = replace(objective(61, old), surrogate=name, options={"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": delta})
+    bound = replace(
+        objective(61, old), surrogate=name, options={"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": delta}
+    )
     out = torch.empty(2, 61)
     surrogate_kernel[(1,)](
         logprob, old, advantage, out, *twins.options_of(bound), 61, TWIN=twins.SURROGATES[name].function, BLOCK=64
@@ -437,3 +447,44 @@ def test_sequence_level_twin(kl: str, beta: float, old: bool, delta: float | Non
     true_loss, true_grads = wide(slice(0, N), logprobs.double(), None)
     assert_close(loss, own_loss, true_loss, 1e-8)
     assert_close(grads.logprobs, own_grads.logprobs, true_grads.logprobs, 1e-8)
+
+
+@pytest.mark.parametrize(("grad_filter", "entropy"), [(1e-2, False), (0.5, False), (0.5, True)])
+def test_filtered_gradients_stay_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch, grad_filter: float, entropy: bool
+) -> None:
+    """OP9: the bound of `linear_logprobs`, and rows that really are left out of vocabulary blocks."""
+    monkeypatch.setattr(ops, "_columns", lambda device: 64)
+    monkeypatch.setattr(ops, "ROWS", 16)
+    g = torch.Generator().manual_seed(0)
+    N, H, V = 19, 16, 250
+    hidden, weight = 15 * torch.randn(N, H, generator=g), torch.randn(V, H, generator=g) / H**0.5
+    targets = (hidden @ weight.T).argmax(1)
+    targets[::5] = 7
+    upstream = torch.randn(N, generator=g)
+    by_entropy = torch.where(torch.arange(N) % 2 == 0, 0.3, 0.0) if entropy else None
+    grads = TokenGrads(upstream, by_entropy, 0.5 * upstream)
+    rows = []
+    original = ops.launch_dlogits
+    monkeypatch.setattr(
+        ops,
+        "launch_dlogits",
+        lambda tile, some, *rest: (rows.append(len(some.targets)), original(tile, some, *rest))[1],
+    )
+    results = []
+    for f in (0.0, grad_filter):
+        rows.clear()
+        head = Head(weight, bias=torch.zeros(V), grad_filter=f)
+        stats = ops.forward(hidden, head, targets, torch.ones(N), ("entropy",))
+        gradients = ops.backward(hidden, head, targets, torch.ones(N), stats, grads, ALL)
+        results.append((sum(rows), gradients, stats))
+    (all_rows, exact, _), (some_rows, found, stats) = results
+    assert torch.allclose(stats.mass.sum(1), torch.ones(N), atol=1e-5)
+    assert all_rows == N * 4
+    assert some_rows < 0.8 * all_rows
+    allowed = (0.5 * upstream - upstream).abs() * grad_filter
+    if by_entropy is not None:
+        allowed = torch.where(by_entropy != 0, 0.0, allowed)
+    assert ((found.hidden - exact.hidden).norm(dim=1) <= allowed * weight.norm(dim=1).max() + 1e-5).all()
+    assert (found.weight - exact.weight).norm() <= (allowed * hidden.norm(dim=1)).sum() + 1e-4
+    assert (found.bias - exact.bias).abs().sum() <= allowed.sum() + 1e-4

@@ -130,6 +130,8 @@ def prepare(
 ) -> State:
     """Load and check everything, so that what can be refused is refused before the first step."""
     set_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     AcceleratorState._reset_state()  # else a second run in one process could have no other precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     processes = accelerator.num_processes

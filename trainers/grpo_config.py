@@ -88,6 +88,8 @@ class Config:
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast dtype; the weights stay fp32."""
+    threads: int = 0
+    """CPU threads of torch; 0: as many as it takes by itself. A small model gains next to nothing from a second one."""
     backend: str = "auto"
     """Backend of the op: auto, triton, chunked or reference."""
 
@@ -106,7 +108,16 @@ class Config:
         require_choices(self)
         for name in ("prompts_per_step", "max_new_tokens", "num_iterations", "num_minibatches", "micro_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "warmup_steps", "lr_warmup_updates", "eval_samples", "eval_steps", "save_steps"):
+        for name in (
+            "steps",
+            "warmup_steps",
+            "lr_warmup_updates",
+            "eval_samples",
+            "eval_steps",
+            "save_steps",
+            "sample_steps",
+            "threads",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
