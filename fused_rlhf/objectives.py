@@ -5,8 +5,8 @@
 A surrogate or KL estimator maps (N,) fp32 vectors to (N,); a token weight reads the length of each token's sequence and
 one global count, so that chunks, micro-batches and ranks cannot change the answer. At sequence level, log pi - log old
 is first replaced by its mean over the sequence, so that a sequence has one ratio (GSPO, arXiv:2507.18071). A preset is
-a constructor: `GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an objective is
-one decorated function here.
+a constructor: `GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an objective
+is one decorated function here.
 """
 
 from __future__ import annotations
