@@ -110,7 +110,7 @@ def foundation() -> Suite:
         "zero rows": replace(main, beta=0.0, zero_rows=0.8),
         "frozen": replace(main, frozen_head=True),
         "bf16": replace(main, dtype="bf16"),
-        "bf16 few": replace(main, dtype="bf16", N=128, T=128),
+        "bf16 few": replace(main, dtype="bf16", N=32, T=32),
         "long": replace(main, N=16384),
     }
     one, two = "ours-one_pass", "ours-two_phase"

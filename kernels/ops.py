@@ -146,15 +146,16 @@ def one_pass(
     """See `interface.py`. 6NVH; rows at which the objective is flat leave before dX and dW.
 
     Statistics have the bits of `forward`. What E cannot serve goes through `forward` and `backward` instead (8NVH): fp16
-    operands, a bias whose gradient is needed, and an entropy term.
+    operands, a bias whose gradient is needed, an entropy term, and an objective at sequence level.
     """
     entropy_term = has_entropy_term(objective)
     bias_gradient = needs.bias and head.bias is not None
-    if any(needs) and head.compute_dtype != torch.float16 and not entropy_term and not bias_gradient:
+    tokenwise = objective.offsets is None and not entropy_term
+    if any(needs) and head.compute_dtype != torch.float16 and tokenwise and not bias_gradient:
         return _one_pass(hidden, head, targets, temperature, outputs, objective, needs)
     computed = (*outputs, "entropy") if entropy_term and "entropy" not in outputs else outputs
     stats = forward(hidden, head, targets, temperature, computed)
-    loss, upstream = objective(slice(0, len(targets)), stats.logprobs, stats.entropy)
+    loss, upstream = evaluate(objective, stats.logprobs, stats.entropy)
     grads = _backward_of_live_rows(hidden, head, targets, temperature, stats, upstream, needs)
     return (stats if computed == outputs else stats._replace(entropy=None)), loss, grads
 

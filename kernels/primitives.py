@@ -25,47 +25,30 @@ def tile_origin(tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP:
 
 
 @triton.jit
-def partial_product(
-    x,  # (N, H): a tensor descriptor of [BLOCK_N, BLOCK_H] blocks with TMA, else a pointer
-    w,  # (V, H): likewise, [BLOCK_V, BLOCK_H]
-    n_start,
-    v_start,
-    h_start,
-    span,
-    N,
-    V,
-    H,
-    stride_xn,
-    stride_wv,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The product of `span` columns of x and w from h_start on, fp32 [BLOCK_N, BLOCK_V].
-
-    Rows and columns past the end hold numbers of no meaning; past H both operands are zero.
-    """
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+def load_x(
+    x, n_start, h_start, N, H, stride_xn, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_H] of (N, H), zero past H; `x` is a descriptor of such blocks with TMA, else a pointer."""
     if TMA:
-        for h in range(0, span, BLOCK_H):
-            acc = tl.dot(x.load([n_start, h_start + h]), w.load([v_start, h_start + h]).T, acc, input_precision=PRECISION)
+        return x.load([n_start, h_start])
     else:
         # Clamped instead of masked: a repeated row costs nothing and its products are never stored.
         rows = tl.minimum(n_start + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        offs_h = h_start + tl.arange(0, BLOCK_H)
+        return tl.load(x + rows[:, None] * stride_xn + offs_h[None, :], mask=(offs_h < H)[None, :], other=0.0)
+
+
+@triton.jit
+def load_w(
+    w, v_start, h_start, V, H, stride_wv, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_H, BLOCK_V] of (V, H) transposed; likewise."""
+    if TMA:
+        return w.load([v_start, h_start]).T
+    else:
         cols = tl.minimum(v_start + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        offs_h = tl.arange(0, BLOCK_H)
-        x_ptrs = x + rows[:, None] * stride_xn + h_start + offs_h[None, :]
-        w_ptrs = w + cols[None, :] * stride_wv + h_start + offs_h[:, None]
-        for h in range(0, span, BLOCK_H):
-            mask_h = offs_h < H - h_start - h
-            x_tile = tl.load(x_ptrs, mask=mask_h[None, :], other=0.0)
-            w_tile = tl.load(w_ptrs, mask=mask_h[:, None], other=0.0)
-            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-            x_ptrs += BLOCK_H
-            w_ptrs += BLOCK_H
-    return acc
+        offs_h = h_start + tl.arange(0, BLOCK_H)
+        return tl.load(w + cols[None, :] * stride_wv + offs_h[:, None], mask=(offs_h < H)[:, None], other=0.0)
 
 
 @triton.jit
@@ -120,3 +103,29 @@ def column_slices(tile, SLICES: tl.constexpr):
         a, b = _halves(left)
         c, d = _halves(right)
         return a, b, c, d
+
+
+@triton.jit
+def add_high(low, high):
+    """The sums whose upper 16 bits `split_high` set aside, with what has been added to their rest since."""
+    left, right = _halves(low)
+    left += (high & -65536).to(tl.float32, bitcast=True)
+    right += (high << 16).to(tl.float32, bitcast=True)
+    return _joined(left, right)
+
+
+@triton.jit
+def split_high(tile):
+    """An fp32 `[R, C]` tile as its rest, and its upper 16 bits as int32 `[R, C / 2]`; no bit is lost."""
+    left, right = _halves(tile)
+    left_bits = left.to(tl.int32, bitcast=True) & -65536
+    right_bits = right.to(tl.int32, bitcast=True) & -65536
+    rest = _joined(left - left_bits.to(tl.float32, bitcast=True), right - right_bits.to(tl.float32, bitcast=True))
+    return rest, left_bits | ((right_bits >> 16) & 65535)
+
+
+@triton.jit
+def _joined(left, right):
+    R: tl.constexpr = left.shape[0]
+    C: tl.constexpr = left.shape[1]
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (R, 2 * C))

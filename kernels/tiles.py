@@ -23,13 +23,11 @@ class Tile:
     block_h: int  # depth of one step of the product
     num_warps: int
     num_stages: int
-    promote: int = 0  # > 0: sums of so many products are added in rounding arithmetic; see linear_logprobs
+    promote: int = 0  # > 0: sums of so many products are added in rounding arithmetic; a multiple of block_h
     slices: int = 1  # the epilogue works on 1 / slices of the columns at a time, to save registers
     group: int = 8  # tiles of rows that share the columns in L2
     tma: bool = False  # tensor descriptors (Hopper and later)
     programs_per_sm: int = 0  # > 0: persistent, that many programs per multiprocessor take tiles in turn
-    flatten: bool = False  # loads of the next tile are issued during the epilogue of this one
-    warp_specialize: bool = False
     raw_columns: int = 0  # > 0: the products come from cuBLAS, this many columns at a time, instead of from the kernel
 
     @property
@@ -43,20 +41,15 @@ class Tile:
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
             "BLOCK_H": self.block_h,
-            "PROMOTE": self.promote,
             "GROUP": self.group,
             "SLICES": self.slices,
             "TMA": self.tma,
-            "FLATTEN": self.flatten,
-            "WARP_SPECIALIZE": self.warp_specialize,
         }
 
 
 _AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2)
-_HOPPER = Tile(256, 128, 64, num_warps=8, num_stages=3, slices=4, tma=True, programs_per_sm=1, flatten=True)
-_HOPPER_EXACT = Tile(
-    128, 128, 64, num_warps=8, num_stages=4, promote=512, slices=2, tma=True, programs_per_sm=1, flatten=True
-)
+_HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4, slices=4, group=16, tma=True, programs_per_sm=1)
+_HOPPER_EXACT = replace(_HOPPER, num_stages=3, promote=832)
 _BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
 _CDNA = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=4)
 _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2)

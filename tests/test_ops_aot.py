@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fused_rlhf.kernels import linear_logprobs, ops, tiles  # noqa: E402
+from fused_rlhf.kernels import linear_logprobs, objectives, ops, tiles  # noqa: E402
 from fused_rlhf.kernels.interface import OUTPUTS, Head, Needs, TokenGrads  # noqa: E402
 from fused_rlhf.objectives import DAPO  # noqa: E402
 
@@ -112,10 +112,9 @@ def record(arch: str, how: str) -> list[Launch]:
     launches: dict[Launch, None] = {}
     dtype = torch.bfloat16 if how == "half" else torch.float32
     with pytest.MonkeyPatch.context() as patch:
-        for name in dir(linear_logprobs):
-            kernel = getattr(linear_logprobs, name)
-            if name.endswith("_kernel"):
-                patch.setattr(linear_logprobs, name, Recorder(kernel, arch, how, launches))
+        for module in (linear_logprobs, objectives):
+            for name in filter(lambda name: name.endswith("_kernel"), dir(module)):
+                patch.setattr(module, name, Recorder(getattr(module, name), arch, how, launches))
         for module in (ops, tiles):
             patch.setattr(module, "arch", lambda device: arch)
             patch.setattr(module, "precision", lambda dtype: how)
@@ -125,9 +124,9 @@ def record(arch: str, how: str) -> list[Launch]:
         targets, ones = torch.zeros(N, dtype=torch.int64), torch.ones(N)
         plain = Head(weight, compute_dtype=dtype)
         full = Head(weight, bias, logit_scale=0.5, softcap=30.0, compute_dtype=dtype)
-        objective = DAPO(beta=0.1).bind(
-            advantages=ones, lengths=ones, old_logprobs=ones, ref_logprobs=ones, num_sequences=1, num_tokens=N
-        )
+        vectors = {"advantages": ones, "lengths": ones, "old_logprobs": ones, "ref_logprobs": ones}
+        objective = DAPO(beta=0.1).bind(**vectors, num_sequences=1, num_tokens=N)
+        ops.evaluate(replace(objective, offsets=torch.tensor([0, 40, N])), ones, None)
         for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
             stats = ops.forward(hidden, head, targets, ones, outputs)
         for head, grads in ((plain, TokenGrads(ones)), (plain, TokenGrads(ones, ones)), (full, TokenGrads(ones, ones, ones))):
@@ -145,8 +144,8 @@ def record(arch: str, how: str) -> list[Launch]:
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
-    kernel = getattr(linear_logprobs, launch.kernel)
-    functions = {f.__name__: f for f in vars(linear_logprobs.objectives).values() if hasattr(f, "arg_names")}
+    functions = {f.__name__: f for m in (linear_logprobs, objectives) for f in vars(m).values() if hasattr(f, "arg_names")}
+    kernel = functions[launch.kernel]
     constants = {
         (kernel.arg_names.index(name),): functions.get(value, value) if isinstance(value, str) else value
         for name, value in launch.constants
@@ -166,15 +165,30 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         usage = resource_usage(compiled.asm["cubin"])
         result["registers"], result["stack"], result["local"] = usage["REG"], usage["STACK"], usage["LOCAL"]
     result["tensor_cores"] = TENSOR_CORES[launch.arch] in text
+    result["serialized"] = launch.arch == "sm_90" and result["tensor_cores"] and waits_for_each_product(text)
     return result
 
 
+def tool(name: str) -> str:
+    return str(next(Path(triton.__file__).parent.glob(f"backends/nvidia/bin/{name}"), None) or shutil.which(name))
+
+
+def waits_for_each_product(ptx: str) -> bool:
+    """Whether ptxas had to make the asynchronous products of Hopper wait for one another: correct, and much slower."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        newest = "ptxas-blackwell" if Path(tool("ptxas-blackwell")).exists() else "ptxas"
+        command = [tool(newest), "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "kernel.cubin"))]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "wgmma.mma_async instructions are serialized" in run.stdout + run.stderr
+
+
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    tool = next(Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump"), None) or shutil.which("cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
 
 
@@ -201,6 +215,7 @@ def test_products_use_tensor_cores(compiled: list[tuple[Launch, dict[str, Any]]]
         from_kernel = launch.kernel in GEMM_KERNELS and ("raw_ptr", "constexpr") in launch.signature
         if from_kernel and launch.how != "ieee" and (launch.arch, launch.how) != ("sm_100", "tf32"):
             assert result["tensor_cores"], result
+            assert not result["serialized"], result
 
 
 @pytest.mark.slow

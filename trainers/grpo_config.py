@@ -108,16 +108,9 @@ class Config:
         require_choices(self)
         for name in ("prompts_per_step", "max_new_tokens", "num_iterations", "num_minibatches", "micro_batch_size"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "steps",
-            "warmup_steps",
-            "lr_warmup_updates",
-            "eval_samples",
-            "eval_steps",
-            "save_steps",
-            "sample_steps",
-            "threads",
-        ):
+        for name in ("steps", "warmup_steps", "lr_warmup_updates", "threads"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("eval_samples", "eval_steps", "save_steps", "sample_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("temperature", "learning_rate", "warmup_learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
