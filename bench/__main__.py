@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", choices=sorted(SUITES), default="quick", help="a named run (default: quick)")
     p.add_argument("--quick", action="store_const", const="quick", dest="suite", help="the same as --suite quick")
     p.add_argument("--out", type=Path, help="write the result here as JSON")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="only the rows of these cases or providers")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="only these rows: a case, a provider or CASE/PROVIDER")
     p.add_argument("--rounds", type=int, help="rounds for every row, instead of the suite's own")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--threads", type=int, default=2)
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, suite = "custom", Suite("", {"case": case}, rows("case", " ".join(args.providers), args.rounds or 3))
     else:
         name, suite = args.suite, SUITES[args.suite]()
-    chosen = [r for r in suite.rows if not args.only or r.case in args.only or r.provider in args.only]
+    only = set(args.only or ())
+    chosen = [r for r in suite.rows if not only or only & {r.case, r.provider, f"{r.case}/{r.provider}"}]
     if not chosen:
         raise SystemExit(f"--only {' '.join(args.only)}: no such row in {name}")
     if args.rounds:
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=args.out,
         command=command,
         commit=args.commit,
-        targets=suite.targets,
+        targets=[t for t in suite.targets if t.reads <= {(r.case, r.provider) for r in chosen}],
     )
     result = run(plan)
     print(report.render(result))

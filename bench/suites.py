@@ -47,6 +47,11 @@ class Target:
     base: Figure | None = None
     unit: float | None = None
 
+    @property
+    def reads(self) -> set[tuple[str, str]]:
+        """(case, provider) of the rows it needs."""
+        return {(f.case, f.provider) for f in (self.figure, self.base) if f is not None}
+
     def judge(self, result: dict[str, Any]) -> dict[str, Any]:
         """-> value and holds; holds is None when not measured. A wrong result cannot hold, however fast."""
         value, why = self.figure.of(result)

@@ -3,17 +3,16 @@
     u = h W^T + b        z = softcap tanh(scale u / softcap) / temperature, or scale u / temperature
     logprob[n] = z[n, y[n]] - lse[n]          lse[n] = log sum_v exp z[n, v]          entropy = lse - sum_v p z
 
-Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while it is in registers, to a maximum m and the sums
+Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while in registers, to a maximum m and the sums
 
     S = sum e      T = sum e (z - m)      Q = sum e^2      Z = sum z          e = exp(z - m)
 
 which `finish_kernel` merges over the vocabulary in a fixed order. Tiles do not depend on N, so a row's values do not
 depend on its neighbours.
 
-Tensor cores add in fp32 but cut off what does not fit instead of rounding it (sm_90, measured): a sum of 4096 products is
-5e-6 too small, relatively, and a log-prob at logits of +-25 off by 2e-4. Every PROMOTE products the upper 16 bits of the
-sums are therefore set aside, two to a register, and the tensor cores go on with the small rest. The backward does
-without, but takes p at the target from the forward.
+Tensor cores add in fp32 but cut off what does not fit instead of rounding it (sm_90, measured): a sum of 4096 products
+is 4e-6 too small, relatively, and a log-prob at logits of +-25 off by 2e-4, in cuBLAS as well. Sums of PROMOTE products
+are therefore added by ordinary additions. The backward does without, but takes p at the target from the forward.
 
 Backward, with upstream gradients g of logprob, h of entropy and l of lse:
 
@@ -22,9 +21,10 @@ Backward, with upstream gradients g of logprob, h of entropy and l of lse:
 `dlogits_kernel` recomputes a tile of z and writes dz, times the slope of the transform, in the compute dtype; the two
 products are left to cuBLAS.
 
-In one pass the forward also stores E = exp(z - c), where c[n] is the target's logit to within rounding: a row's largest
-logit is at least c, so nothing that matters underflows, and the exponent range of bf16 and fp32 covers z - c < 60. Where
-a tile lies higher, E is relative to that tile's own maximum, and `repair_kernel` brings the row to one reference. Then
+In one pass the forward also stores E = exp(z - c), where c[n] is the target's logit to within rounding: a row's
+largest logit is at least c, so nothing that matters underflows, and the exponent range of bf16 and fp32 covers
+z - c < 60. Where a tile lies higher, E is relative to that tile's own maximum, and `repair_kernel` brings the row to
+one reference. Then
 
     dz = factor (E - onehot / p_y) with one factor per row,      so dx = factor (E W)      and dW = E^T (factor x):
 
@@ -49,14 +49,12 @@ from fused_rlhf.kernels.interface import BoundObjective, Head, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LOG2E,
-    add_high,
     column_slices,
     expm1,
     load_w,
     load_x,
     logit_transform,
     softcap_slope,
-    split_high,
     tile_origin,
 )
 from fused_rlhf.kernels.tiles import Tile, multiprocessors
@@ -137,7 +135,7 @@ def stats_kernel(
     v_start = 0
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if PROMOTE > 0:
-        high = tl.zeros((BLOCK_N, BLOCK_V // 2), tl.int32)
+        total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for _ in range(0, mine * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -156,7 +154,9 @@ def stats_kernel(
         if flush:
             product = acc
             if PROMOTE > 0:
-                product = add_high(acc, high)
+                total += acc
+                product = total
+            acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             if complete:
                 if raw_ptr is not None:
                     product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
@@ -201,7 +201,9 @@ def stats_kernel(
                     if MEAN:
                         z_sum += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
                     if TOP1:
-                        columns = tl.where(part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf"))
+                        columns = tl.where(
+                            part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf")
+                        )
                         first = tl.minimum(first, tl.min(columns, 1))
                     if exps is not None:
                         kept = e * rise[:, None]
@@ -220,11 +222,8 @@ def stats_kernel(
                     tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, z_sum, mask=mask_n)
                 if TOP1:
                     tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
-                acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
                 if PROMOTE > 0:
-                    high = tl.zeros((BLOCK_N, BLOCK_V // 2), tl.int32)
-            else:
-                acc, high = split_high(product)
+                    total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -424,6 +423,7 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
@@ -441,6 +441,8 @@ def dlogits_kernel(
     n_start = 0
     v_start = 0
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if PROMOTE > 0:
+        total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for _ in range(0, mine * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -450,54 +452,66 @@ def dlogits_kernel(
             x_tile = load_x(x, n_start, step * BLOCK_H, N, H, stride_xn, BLOCK_N, BLOCK_H, TMA)
             w_tile = load_w(w, v_start, step * BLOCK_H, V, H, stride_wv, BLOCK_V, BLOCK_H, TMA)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        if step == steps - 1:
+        # One `if` for both ends: with two, the products of a step wait for those of the one before (sm_90).
+        flush = step == steps - 1
+        complete = True
+        if PROMOTE > 0:
+            complete = flush
+            flush |= (step + 1) % (PROMOTE // BLOCK_H) == 0
+        if flush:
             product = acc
-            if raw_ptr is not None:
-                product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
-            offs_n = n_start + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < N
-            inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
-            target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
-            lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
-            logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
-            g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
-            l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
-            if h_ptr is not None:
-                h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
-                entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-            any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
-            # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
-            at_target = tl.exp2(logprob * LOG2E)
-            if h_ptr is not None:
-                at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
-            else:
-                at_target *= l_minus_g
-            at_target += g
-            parts = column_slices(product, SLICES)
-            for i in tl.static_range(SLICES):
-                slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-                mask_v = slice_v < V
-                bias = None
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
-                z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
-                depth = z - lse[:, None]
-                p = tl.exp2(depth * LOG2E)
-                if h_ptr is not None:
-                    slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
-                    dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
-                else:
-                    dz = p * l_minus_g[:, None]
-                if any_here:
-                    here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
-                    dz = tl.where(here, at_target[:, None], dz)
-                if softcap is not None:
-                    dz *= softcap_slope(z, inv_temperature, softcap)
-                store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
-                if dbias_ptr is not None:
-                    sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
-                    tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
+            if PROMOTE > 0:
+                total += acc
+                product = total
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            if complete:
+                if raw_ptr is not None:
+                    product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+                offs_n = n_start + tl.arange(0, BLOCK_N)
+                mask_n = offs_n < N
+                inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+                target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+                lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
+                logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
+                g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
+                l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
+                if h_ptr is not None:
+                    h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
+                    entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+                any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
+                # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
+                at_target = tl.exp2(logprob * LOG2E)
+                if h_ptr is not None:
+                    at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
+                else:
+                    at_target *= l_minus_g
+                at_target += g
+                parts = column_slices(product, SLICES)
+                for i in tl.static_range(SLICES):
+                    slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+                    mask_v = slice_v < V
+                    bias = None
+                    if bias_ptr is not None:
+                        bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
+                    z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
+                    depth = z - lse[:, None]
+                    p = tl.exp2(depth * LOG2E)
+                    if h_ptr is not None:
+                        slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
+                        dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
+                    else:
+                        dz = p * l_minus_g[:, None]
+                    if any_here:
+                        here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
+                        dz = tl.where(here, at_target[:, None], dz)
+                    if softcap is not None:
+                        dz *= softcap_slope(z, inv_temperature, softcap)
+                    store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
+                    if dbias_ptr is not None:
+                        sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
+                        tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
+                if PROMOTE > 0:
+                    total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @triton.jit
@@ -511,6 +525,7 @@ def add_split_kernel(hi_ptr, lo_ptr, addend_ptr, size, BLOCK: tl.constexpr):
     rounded = total.to(hi_ptr.dtype.element_ty)
     tl.store(hi_ptr + offs, rounded, mask=mask)
     tl.store(lo_ptr + offs, (total - rounded.to(tl.float32)).to(lo_ptr.dtype.element_ty), mask=mask)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -558,7 +573,11 @@ def _operands(tile: Tile, rows: Rows, w: Tensor, out: Tensor | None) -> tuple:
         return rows.x, w, out
     x = TensorDescriptor.from_tensor(rows.x, [tile.block_n, tile.block_h])
     blocks = TensorDescriptor.from_tensor(w, [tile.block_v, tile.block_h])
-    return x, blocks, None if out is None else TensorDescriptor.from_tensor(out, [tile.block_n, tile.block_v // tile.slices])
+    return (
+        x,
+        blocks,
+        None if out is None else TensorDescriptor.from_tensor(out, [tile.block_n, tile.block_v // tile.slices]),
+    )
 
 
 def _pieces(tile: Tile, rows: Rows, block: Block) -> Iterator[tuple[Tensor | None, slice]]:
@@ -608,7 +627,7 @@ def launch_stats(
     exps: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> None:
-    """Reduces the block's logits into `partials`; with exps (n, columns of the block) and reference (n,), also stores E."""
+    """Reduces the block's logits into `partials`; with exps (n, its columns) and reference (n,), also stores E."""
     n, H = rows.x.shape
     for raw, piece in _pieces(tile, rows, block):
         w = block.w[piece]
@@ -622,7 +641,7 @@ def launch_stats(
             head.logit_scale, head.softcap,
             ENTROPY=int("entropy" in partials.outputs), SUM_SQ=int("sum_sq" in partials.outputs),
             MEAN=int("mean_logit" in partials.outputs), TOP1=int("is_top1" in partials.outputs),
-            PRECISION=_multiply_as(w.dtype), PROMOTE=tile.promote, **tile.constants, **tile.options,
+            PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
         )  # fmt: skip
 
 
@@ -649,7 +668,12 @@ def launch_finish(
         loss, slope = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
         surrogate, options = SURROGATES[objective.surrogate].function, options_of(objective)
         kl = KL_ESTIMATORS[objective.kl] if objective.kl else None
-        whole = (objective.old_logprobs, objective.ref_logprobs if kl else None, objective.advantages, objective.token_weights)
+        whole = (
+            objective.old_logprobs,
+            objective.ref_logprobs if kl else None,
+            objective.advantages,
+            objective.token_weights,
+        )
         vectors = [None if v is None else v[at] for v in whole]
     finish_kernel[(n,)](
         partials.values, partials.target_logits, rows.targets, logprobs, lse,
@@ -677,8 +701,8 @@ _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.
 
 
 def launch_repair(
-    tile: Tile, rows: Rows, head: Head, partials: Partials, exps: Tensor, reference: Tensor, row_max: Tensor, stats: Stats,
-    slope: Tensor,
+    tile: Tile, rows: Rows, head: Head, partials: Partials, exps: Tensor, reference: Tensor, row_max: Tensor,
+    stats: Stats, slope: Tensor,
 ) -> Tensor:  # fmt: skip
     """Makes E (n, V) ready for the products and returns the factor (n,) with dz = factor E."""
     factor = torch.empty_like(slope)
@@ -705,7 +729,7 @@ class RowGrads:
 def launch_dlogits(
     tile: Tile, rows: Rows, block: Block, head: Head, grads: RowGrads, out: Tensor, need_bias: bool
 ) -> Tensor | None:
-    """Writes dloss/du (n, columns of the block) into `out` in the compute dtype; returns its fp32 column sums if needed."""
+    """Writes dloss/du (n, the block's columns) into `out` in the compute dtype; returns its column sums if needed."""
     n, H = rows.x.shape
     sums = []
     for raw, piece in _pieces(tile, rows, block):

@@ -1,12 +1,12 @@
 """Twins of the objectives, to go on to the loss without leaving the device.
 
-At token level the finish kernel calls them; at sequence level `sequence_kernel` does, one program per sequence, with the
+At token level the finish kernel calls them; at sequence level `sequence_kernel` does, a program per sequence, with the
 mean of logprob - old as the log-prob and 0 as the old one, so that with r the sequence's ratio and n its tokens
 
     dloss / dlogprob[t] = 1/n sum_s w[s] dsurrogate(log r, A[s]) / dlog r + w[t] beta dkl[t]
 
 A surrogate maps scalars (logprob, old, advantage, a, b, c) to (loss, dloss / dlogprob); a, b, c are its options in the
-order of its `Twin`. A KL estimator maps (logprob, ref) to (kl, dkl / dlogprob). The formulas and their sources are those of
+order of its `Twin`. A KL estimator maps (logprob, ref) to (kl, dkl / dlogprob). Formulas and sources are those of
 `fused_rlhf.objectives`, to which the tests hold these equal in value and in gradient.
 """
 
@@ -130,7 +130,9 @@ def sequence_kernel(
         loss, slope = SURROGATE(ratio_log, 0.0, advantage, option_a, option_b, option_c)
         pull += weight * slope
         if KL is not None:
-            kl, _ = KL(tl.load(logprobs_ptr + offs, mask=mask, other=0.0), tl.load(ref_ptr + offs, mask=mask, other=0.0))
+            kl, _ = KL(
+                tl.load(logprobs_ptr + offs, mask=mask, other=0.0), tl.load(ref_ptr + offs, mask=mask, other=0.0)
+            )
             loss += beta * kl
         tl.store(loss_ptr + offs, weight * loss, mask=mask)
 
@@ -141,7 +143,9 @@ def sequence_kernel(
         slope = tl.zeros((BLOCK,), tl.float32) + shared
         if KL is not None:
             weight = tl.load(token_weights_ptr + offs, mask=mask, other=0.0)
-            _, by_kl = KL(tl.load(logprobs_ptr + offs, mask=mask, other=0.0), tl.load(ref_ptr + offs, mask=mask, other=0.0))
+            _, by_kl = KL(
+                tl.load(logprobs_ptr + offs, mask=mask, other=0.0), tl.load(ref_ptr + offs, mask=mask, other=0.0)
+            )
             slope += weight * beta * by_kl
         tl.store(slope_ptr + offs, slope, mask=mask)
 

@@ -1,11 +1,11 @@
 """The Triton backend: the three functions of `interface.py`, and how they walk over rows and vocabulary.
 
     forward    rows outermost        scratch: ROWS x (tiles of the vocabulary) x statistics, fp32
-    backward   vocabulary outermost  scratch: ROWS x (64 columns per multiprocessor) of dlogits; dX in fp32; dW is written block by block
+    backward   vocabulary outermost  scratch: ROWS x (64 columns per multiprocessor) of dlogits; dX in fp32
     one_pass   rows outermost        scratch: rows x V of E, at most ONE_PASS_BYTES together with what dW needs
 
-Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes in
-half precision is cast block by block. FLOPs in NVH: forward 2, backward 6 (4 with one operand frozen), one_pass 6.
+Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes
+in half precision is cast block by block. FLOPs in NVH: forward 2, backward 6 (4 with one operand frozen), one_pass 6.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def backward(
     return Grads(dx, dw, db)
 
 
-def evaluate(
-    objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None
-) -> tuple[Tensor, TokenGrads]:
+def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     """See `interface.py`. Repeatable to the bit: a sequence is summed in a fixed order."""
     if objective.offsets is not None and has_twin(objective):
         loss, slope = launch_sequences(objective, logprobs)
@@ -145,7 +143,7 @@ def one_pass(
 ) -> tuple[Stats, Tensor, Grads]:
     """See `interface.py`. 6NVH; rows at which the objective is flat leave before dX and dW.
 
-    Statistics have the bits of `forward`. What E cannot serve goes through `forward` and `backward` instead (8NVH): fp16
+    Statistics have the bits of `forward`. What E cannot serve goes through `forward` and `backward` (8NVH): fp16
     operands, a bias whose gradient is needed, an entropy term, and an objective at sequence level.
     """
     entropy_term = has_entropy_term(objective)
@@ -292,9 +290,7 @@ def _backward_of_live_rows(
         return None if tensor is None else tensor.index_select(0, rows)
 
     some = [t.index_select(0, rows) for t in (hidden, targets, temperature)]
-    grads = backward(
-        some[0], head, some[1], some[2], Stats(*map(pick, stats)), TokenGrads(*map(pick, upstream)), needs
-    )  # type: ignore[arg-type]
+    grads = backward(some[0], head, some[1], some[2], Stats(*map(pick, stats)), TokenGrads(*map(pick, upstream)), needs)  # type: ignore[arg-type]
     if grads.hidden is None:
         return grads
     return grads._replace(hidden=torch.zeros_like(hidden).index_copy_(0, rows, grads.hidden))
@@ -310,7 +306,9 @@ def _tile(kernel: str, rows: Rows, head: Head, entropy: bool = False) -> Tile:
     H = rows.x.shape[1]
 
     def run(tile: Tile) -> None:
-        some = Rows(rows.x.new_empty((4096, H)).normal_(), rows.targets.new_zeros(4096), rows.inv_temperature.new_ones(4096))
+        some = Rows(
+            rows.x.new_empty((4096, H)).normal_(), rows.targets.new_zeros(4096), rows.inv_temperature.new_ones(4096)
+        )
         block = next(_blocks(head, _columns(w.device)))
         if kernel == "stats":
             launch_stats(tile, some, block, head, Partials.empty(tile, 4096, block.w.shape[0], (), w.device))
@@ -359,7 +357,7 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _move_to_front(scratch: Tensor, keep: Tensor) -> Tensor:
-    """Moves the rows to keep to the front and returns where each came from; only holes there are filled, from the end."""
+    """Moves the rows to keep to the front and returns where each came from; holes there are filled from the end."""
     rows = keep.nonzero().squeeze(-1)
     count = len(rows)
     from_end = rows[rows >= count]

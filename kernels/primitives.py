@@ -85,7 +85,8 @@ def softcap_slope(z, inv_temperature, softcap):
 
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
+    """Left and right columns of a tile, without moving a register."""
     R: tl.constexpr = tile.shape[0]
     C: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
@@ -97,35 +98,9 @@ def column_slices(tile, SLICES: tl.constexpr):
     if SLICES == 1:
         return (tile,)
     elif SLICES == 2:
-        return _halves(tile)
+        return halves(tile)
     else:
-        left, right = _halves(tile)
-        a, b = _halves(left)
-        c, d = _halves(right)
+        left, right = halves(tile)
+        a, b = halves(left)
+        c, d = halves(right)
         return a, b, c, d
-
-
-@triton.jit
-def add_high(low, high):
-    """The sums whose upper 16 bits `split_high` set aside, with what has been added to their rest since."""
-    left, right = _halves(low)
-    left += (high & -65536).to(tl.float32, bitcast=True)
-    right += (high << 16).to(tl.float32, bitcast=True)
-    return _joined(left, right)
-
-
-@triton.jit
-def split_high(tile):
-    """An fp32 `[R, C]` tile as its rest, and its upper 16 bits as int32 `[R, C / 2]`; no bit is lost."""
-    left, right = _halves(tile)
-    left_bits = left.to(tl.int32, bitcast=True) & -65536
-    right_bits = right.to(tl.int32, bitcast=True) & -65536
-    rest = _joined(left - left_bits.to(tl.float32, bitcast=True), right - right_bits.to(tl.float32, bitcast=True))
-    return rest, left_bits | ((right_bits >> 16) & 65535)
-
-
-@triton.jit
-def _joined(left, right):
-    R: tl.constexpr = left.shape[0]
-    C: tl.constexpr = left.shape[1]
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (R, 2 * C))

@@ -1,7 +1,8 @@
-"""The Triton backend against fp64, in Triton's interpreter; `test_linear_logprobs.py` runs this file with TRITON_INTERPRET=1.
+"""The Triton backend against fp64, in Triton's interpreter: `test_linear_logprobs.py` sets TRITON_INTERPRET=1.
 
-Scratch comes poisoned with NaN. Every comparison is `error <= 2 x (torch's own error in the same dtype) + 1e-5`, the errors
-relative to the largest true value; fp16 operands add fp16's own step, since dlogits are rounded to it. bf16 products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
+Scratch comes poisoned with NaN. Every comparison is `error <= 2 x (torch's own error in the same dtype) + 1e-5`, the
+errors relative to the largest true value; fp16 operands add fp16's own step, since dlogits are rounded to it. bf16
+products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, Tok
 from fused_rlhf.objectives import DAPO, GSPO, KL_ESTIMATORS, SURROGATES, BoundPolicyLoss
 
 ALL = Needs(True, True, True)
+NO_BIAS = Needs(True, True, False)
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +157,7 @@ def other_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         "raw": replace(usual, raw_columns=64),
         "slices": replace(usual, slices=4, group=1, programs_per_sm=0),
     }[request.param]
-    monkeypatch.setattr(tiles, "TILES", {key: other for key in tiles.TILES})
+    monkeypatch.setattr(tiles, "TILES", dict.fromkeys(tiles.TILES, other))
 
 
 @pytest.mark.usefixtures("other_tiles")
@@ -171,7 +173,7 @@ def test_rows_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shift", [-120.0, 6e4, -6e4])
 def test_logits_far_from_zero(shift: float) -> None:
-    hidden, head, targets, temperature = inputs(9, 24, 75, bias=True)
+    hidden, head, targets, _ = inputs(9, 24, 75, bias=True)
     assert head.bias is not None
     arguments = (hidden, replace(head, bias=head.bias + shift), targets, torch.ones(9))
     check(arguments, ("entropy", "sum_sq"))
@@ -255,7 +257,7 @@ def objective(
 
 def check_one_pass(
     arguments: tuple[Tensor, Head, Tensor, Tensor],
-    needs: Needs = Needs(True, True, False),
+    needs: Needs = NO_BIAS,
     slack: float = 0.0,
     **options: Any,
 ) -> tuple[Stats, Tensor, Grads]:

@@ -19,9 +19,7 @@ def test_the_variable_overrides_auto_and_nothing_else(monkeypatch):
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(
-        ValueError, match=r"backend must be one of \['auto', 'triton', .*, got 'x'"
-    ):
+    with pytest.raises(ValueError, match=r"backend must be one of \['auto', 'triton', .*, got 'x'"):
         backends.resolve("x", torch.ones(1))
 
 

@@ -15,25 +15,33 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fused_rlhf import reference  # noqa: E402
-from fused_rlhf.kernels import linear_logprobs, ops, tiles  # noqa: E402
-from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads  # noqa: E402
-from fused_rlhf.objectives import DAPO, BoundPolicyLoss  # noqa: E402
+from fused_rlhf import reference
+from fused_rlhf.kernels import linear_logprobs, ops, tiles
+from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads
+from fused_rlhf.objectives import DAPO, BoundPolicyLoss
 
 
 @pytest.mark.slow
 def test_against_fp64_in_the_interpreter() -> None:
     """The interpreter must be chosen before triton is imported, hence another process; see interpreter_cases.py."""
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "interpreter_cases.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).parent / "interpreter_cases.py"),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
 
-# What follows needs a GPU. Truth is fp64 on the same operands; "torch" is dense torch with fp32 logits, whose gradient of
-# the logits is rounded to the operands' dtype before its two products.
+# What follows needs a GPU. Truth is fp64 on the same operands; "torch" is dense torch with fp32 logits, whose gradient
+# of the logits is rounded to the operands' dtype before its two products.
 
 
 def inputs(
@@ -163,7 +171,9 @@ def test_fp32_head_with_bf16_products() -> None:
     rounded = (hidden, replace(head, weight=master.weight.bfloat16()), targets, temperature)
     assert torch.equal(stats.logprobs, ops.forward(*rounded, ()).logprobs)
     grads = ops.backward(*arguments, stats, TokenGrads(torch.ones(300, device="cuda")), Needs(True, True, False))
-    true = reference.backward(*wide(*rounded), stats, TokenGrads(torch.ones(300, device="cuda").double()), Needs(True, True, False))
+    true = reference.backward(
+        *wide(*rounded), stats, TokenGrads(torch.ones(300, device="cuda").double()), Needs(True, True, False)
+    )
     assert grads.weight is not None
     assert grads.weight.dtype == torch.float32
     assert error(grads.weight, true.weight) <= 3e-3  # dlogits in bf16
@@ -279,7 +289,9 @@ def test_more_than_two_billion_logits() -> None:
         ops.ONE_PASS_BYTES = ops_rows
     vectors = ("advantages", "token_weights", "old_logprobs")
     few = replace(bound, **{name: getattr(bound, name)[tail] for name in vectors})
-    _, _, expected = ops.one_pass(hidden[tail], head, targets[tail], temperature[tail], (), few, Needs(True, False, False))
+    _, _, expected = ops.one_pass(
+        hidden[tail], head, targets[tail], temperature[tail], (), few, Needs(True, False, False)
+    )
     assert error(grads.hidden[tail], expected.hidden.double()) <= 1e-2  # type: ignore[index, union-attr]
 
 

@@ -1,7 +1,7 @@
 """Every kernel the Triton backend launches, compiled ahead of time for four architectures; no GPU is needed.
 
-The launches are recorded from the backend itself on small CPU tensors, once per set of options, with the tile records of
-the architecture in question; each distinct one is compiled and its code inspected.
+The launches are recorded from the backend itself on small CPU tensors, once per set of options, with the tile records
+of the architecture in question; each distinct one is compiled and its code inspected.
 """
 
 from __future__ import annotations
@@ -129,7 +129,11 @@ def record(arch: str, how: str) -> list[Launch]:
         ops.evaluate(replace(objective, offsets=torch.tensor([0, 40, N])), ones, None)
         for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
             stats = ops.forward(hidden, head, targets, ones, outputs)
-        for head, grads in ((plain, TokenGrads(ones)), (plain, TokenGrads(ones, ones)), (full, TokenGrads(ones, ones, ones))):
+        for head, grads in (
+            (plain, TokenGrads(ones)),
+            (plain, TokenGrads(ones, ones)),
+            (full, TokenGrads(ones, ones, ones)),
+        ):
             ops.backward(hidden, head, targets, ones, stats, grads, Needs(True, True, True))
         if how != "tf32":
             for head, outputs in ((plain, ()), (replace(full, bias=None), ("entropy",))):
@@ -144,7 +148,9 @@ def record(arch: str, how: str) -> list[Launch]:
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
-    functions = {f.__name__: f for m in (linear_logprobs, objectives) for f in vars(m).values() if hasattr(f, "arg_names")}
+    functions = {
+        f.__name__: f for m in (linear_logprobs, objectives) for f in vars(m).values() if hasattr(f, "arg_names")
+    }
     kernel = functions[launch.kernel]
     constants = {
         (kernel.arg_names.index(name),): functions.get(value, value) if isinstance(value, str) else value
@@ -188,7 +194,9 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
 
 
@@ -222,7 +230,7 @@ def test_products_use_tensor_cores(compiled: list[tuple[Launch, dict[str, Any]]]
 def test_nothing_spills_on_ampere_and_hopper(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
     for launch, result in compiled:
         if launch.arch in ("sm_80", "sm_90"):
-            assert result["stack"] == 0 and result["local"] == 0, result
+            assert (result["stack"], result["local"]) == (0, 0), result
 
 
 @pytest.mark.slow

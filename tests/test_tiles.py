@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fused_rlhf.kernels import tiles  # noqa: E402
+from fused_rlhf.kernels import tiles
 
 CUDA = torch.device("cuda")
 
@@ -21,8 +21,13 @@ def no_cache() -> Iterator[None]:
     tiles.arch.cache_clear()
 
 
-@pytest.mark.parametrize(("capability", "name"), [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")])  # fmt: skip
-def test_architecture_of_an_nvidia_device(capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+)
+def test_architecture_of_an_nvidia_device(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert tiles.arch(CUDA) == name
 
@@ -42,7 +47,9 @@ def test_a_device_without_kernels_names_the_way_out(monkeypatch: pytest.MonkeyPa
         tiles.arch(CUDA)
     tiles.arch.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"gcnArchName": "gfx1100"}))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"gcnArchName": "gfx1100"})
+    )
     with pytest.raises(RuntimeError, match=r'got gfx1100; use backend="chunked"'):
         tiles.arch(CUDA)
 
@@ -73,7 +80,9 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_record_fits_blocks_of_256_columns() -> None:
-    assert all(256 % tile.block_v == 0 and tile.block_v % tile.slices == 0 for tile in (*tiles.TILES.values(), tiles.RAW))
+    assert all(
+        256 % tile.block_v == 0 and tile.block_v % tile.slices == 0 for tile in (*tiles.TILES.values(), tiles.RAW)
+    )
 
 
 def test_autotuning_times_each_candidate_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,16 @@ class Demo(Config):
 DEFAULTS = Demo(
     task="arithmetic",
     max_operand=49,
+    hidden_size=96,
+    num_layers=3,
     output="runs/demo",
     overwrite=True,
     # Until about half of the answers are right: enough for rewards to say something, and much left to learn from them.
     warmup_steps=800,
     warmup_accuracy=0.45,
     warmup_batch_size=128,
-    warmup_learning_rate=1.5e-3,
-    steps=50,
+    warmup_learning_rate=2e-3,
+    steps=80,
     prompts_per_step=64,
     num_generations=8,
     max_new_tokens=4,
@@ -30,7 +32,7 @@ DEFAULTS = Demo(
     learning_rate=1.5e-4,
     lr_warmup_updates=5,
     threads=1,
-    eval_steps=10,
+    eval_steps=20,
     sample_steps=20,
 )
 
