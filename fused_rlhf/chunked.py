@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,7 +237,7 @@ class _BackwardRows:
     def pick(self, index: Tensor) -> _BackwardRows:
         """Some of these rows, with a d_x of their own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        some = {k: v[index] for k, v in values.items() if isinstance(v, Tensor)}
+        some: dict[str, Any] = {k: v[index] for k, v in values.items() if isinstance(v, Tensor)}
         found = replace(self, **some, rows=self.rows.pick(index))
         if self.d_x is not None:
             found.d_x = torch.zeros_like(found.rows.x)

@@ -96,7 +96,9 @@ def backward(
     for number, block in enumerate(_blocks(head, columns)):
         width = block.w.shape[0]
         sums: Tensor | None = None
-        wanted = ranges if filtered is None or len(filtered[number]) == N else list(filtered[number].split(ROWS))
+        wanted = ranges
+        if filtered is not None and len(filtered[number]) < N:
+            wanted = list(filtered[number].split(ROWS))
         for i, at in enumerate(wanted):
             rows = _slice(tokens, at)
             dz = scratch[: len(rows.targets), :width]
@@ -104,7 +106,7 @@ def backward(
             sums = added if sums is None or added is None else sums + added
             if dx is not None and isinstance(at, slice):
                 matmul(dz, block.w, dx[at], accumulate=True)
-            elif dx is not None:
+            elif dx is not None and isinstance(at, Tensor):
                 some = dx.index_select(0, at)
                 matmul(dz, block.w, some, accumulate=True)
                 dx.index_copy_(0, at, some)
@@ -344,7 +346,7 @@ def _ranges(count: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _slice(rows: Rows, at: slice) -> Rows:
+def _slice(rows: Rows, at: slice | Tensor) -> Rows:
     return Rows(rows.x[at], rows.targets[at], rows.inv_temperature[at])
 
 
@@ -393,7 +395,7 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: Rows, head: Head) -> tuple
     return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.lse, stats.logprobs), unscale
 
 
-def _slice_grads(grads: RowGrads, at: slice) -> RowGrads:
+def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
     h = None if grads.h is None else grads.h[at]
     entropy = None if grads.entropy is None else grads.entropy[at]
     return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.lse[at], grads.logprobs[at])
@@ -402,4 +404,5 @@ def _slice_grads(grads: RowGrads, at: slice) -> RowGrads:
 def _joined(parts: list[Stats]) -> Stats:
     if len(parts) == 1:
         return parts[0]
-    return Stats(*(None if columns[0] is None else torch.cat(columns) for columns in zip(*parts)))
+    merged = (None if columns[0] is None else torch.cat(columns) for columns in zip(*parts))
+    return Stats(*merged)  # type: ignore[arg-type]
