@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=args.out,
         command=command,
         commit=args.commit,
-        targets=[t for t in suite.targets if t.reads <= {(r.case, r.provider) for r in chosen}],
+        targets=[t for t in suite.targets if not only or t.reads <= {(r.case, r.provider) for r in chosen}],
     )
     result = run(plan)
     print(report.render(result))

@@ -29,7 +29,7 @@ from bench.registry import (
     tile,
     within,
 )
-from bench.run import PeakMemory, Plan, Row, measure, run, summarise
+from bench.run import PeakMemory, Plan, Row, bf16_products, measure, run, summarise
 from bench.suites import SUITES, Figure, Target
 
 TINY = Case(N=48, H=64, V=1003, T=16)
@@ -239,6 +239,8 @@ def test_targets(target, value, holds):
 def test_suites_measure_what_their_targets_read(name):
     suite = SUITES[name]()
     known = {(row.case, row.provider) for row in suite.rows}
+    if not bf16_products():
+        known.add(("bf16", "dense"))  # left out on purpose, and its target reported as not measured
     for row in suite.rows:
         assert suite.cases[row.case].op in PROVIDERS[row.provider].ops
     for target in suite.targets:
