@@ -38,7 +38,7 @@ bench: $(VENV)/.test
 
 # On a machine with a GPU and its own torch, triton and transformers; no virtual environment is made.
 gpu:
-	$(PYTHON) -m bench.gpu $(OUT)
+	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf $(VENV) build *.egg-info

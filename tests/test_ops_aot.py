@@ -211,7 +211,7 @@ def compiled() -> Iterator[list[tuple[Launch, dict[str, Any]]]]:
 @pytest.mark.slow
 def test_every_launch_compiles_within_its_architecture(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
     assert {launch.kernel for launch, _ in compiled} == {
-        name for name in dir(linear_logprobs) if name.endswith("_kernel")
+        name for module in (linear_logprobs, objectives) for name in dir(module) if name.endswith("_kernel")
     }
     for launch, result in compiled:
         assert result["shared"] <= tiles.SHARED_MEMORY[launch.arch], result
