@@ -1,13 +1,11 @@
 """The op in plain torch with bounded memory: the backend for CPUs, and the twin of `kernels/ops.py` anywhere.
 
 Work is cut into blocks of ROWS rows by TILE columns, small enough that everything done to a tile of logits between two
-matrix products happens in cache. With c the target's logit, which needs no pass over the others, a tile of logits z
-becomes E = exp(z - c) in place, and per row
+matrix products happens in cache. Per tile of logits z, with running maximum m:
 
-    s = sum E     e = sum E (z - c)     logprob = (z_y - c) - log s     lse = c + log s     H = log s - e / s
+    s = sum exp(z - m)    e = sum exp(z - m) (z - m)    logprob = (z_y - m) - log s    H = log s - e / s
 
-A row with a logit some 69 above its target's is done again with its largest logit as c. Back, with p = E / s and
-upstream g (log-prob), k (lse), h (entropy):
+and back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy):
 
     dz = g onehot(y) + p (k - g - h (log p + H))
 
@@ -31,7 +29,6 @@ TILE = 4096  # columns: with ROWS rows of fp32, 8 MB
 ROWS = 512
 ONE_PASS_BYTES = 320 << 20  # the block of logits that one_pass keeps: fewer rows for a larger vocabulary
 _FAR = -1e4  # stands for -inf under an exp that underflows to 0 either way, so that 0 * z is 0
-_LARGE = 1e30  # sums beyond it are done again: 1 / s must keep all its digits in fp32
 
 
 def row_block(vocabulary: int, itemsize: int) -> int:
@@ -49,156 +46,125 @@ def _slices(count: int, size: int) -> Iterator[slice]:
 
 
 class _Operands:
-    """One call's inputs in the dtype of the arithmetic."""
+    """One call's inputs in the dtype of the arithmetic, block by block."""
 
-    def __init__(self, hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> None:
-        self.hidden, self.head, self.targets, self.temperature = hidden, head, targets, temperature
+    def __init__(self, hidden: Tensor, head: Head, temperature: Tensor) -> None:
+        self.hidden, self.head, self.temperature = hidden, head, temperature
         self.compute = head.compute_dtype
         self.wide = torch.promote_types(head.compute_dtype, torch.float32)
-        self.vocabulary = head.weight.shape[0]
-        self.size = row_block(self.vocabulary, self.wide.itemsize)
+        self.rows = row_block(head.weight.shape[0], self.wide.itemsize)
         native = self.compute == torch.bfloat16 and native_bf16(hidden.device)
         self.narrow = self.compute if native else self.wide  # the operands of the backward's products
         self.rounded = native and head.round_logits
         scale = torch.full_like(temperature, head.logit_scale)
         # Without a softcap the whole transform is one factor per row, which the (n, H) operand can carry.
-        self.scale = scale if head.softcap is not None else scale / temperature
-        self.scaled = not bool((self.scale == 1).all())
+        self.row_scale = scale if head.softcap is not None else scale / temperature
+        self.scaled = not bool((self.row_scale == 1).all())
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.hidden.device)
 
-    def blocks(self) -> list[slice]:
-        return list(_slices(self.targets.numel(), self.size))
+    def x(self, rows: slice) -> Tensor:
+        """(n, H) hidden states times row_scale."""
+        x = self.hidden[rows].to(self.compute).to(self.wide)
+        return x * self.row_scale[rows, None] if self.scaled else x
 
-    def tiles(self) -> Iterator[slice]:
-        return _slices(self.vocabulary, TILE)
-
-    def rows(self, index: slice | Tensor) -> _Rows:
-        x = self.hidden[index].to(self.compute).to(self.wide)
-        scale = self.scale[index]
-        return _Rows(x * scale[:, None] if self.scaled else x, scale, self.temperature[index], self.targets[index])
-
-    def w(self, columns: slice | Tensor) -> Tensor:
+    def w(self, columns: slice) -> Tensor:
         """(v, H) rows of the head, as the products want them."""
         return self.head.weight[columns].to(self.compute).to(self.narrow)
 
-    def logits(self, rows: _Rows, w: Tensor, columns: slice, out: Tensor) -> Tensor:
-        """(n, v) logits into `out`."""
+    def logits(self, x: Tensor, w: Tensor, scale: Tensor, temperature: Tensor, columns: slice, out: Tensor) -> Tensor:
+        """(n, v) logits into `out`; x (n, H), scale and temperature (n,) are of the same rows."""
         if self.rounded:
-            z = out.copy_(rows.x.to(self.narrow) @ w.T)
+            z = out.copy_(x.to(self.narrow) @ w.T)
         else:
-            z = torch.mm(rows.x, w.to(self.wide).T, out=out)
+            z = torch.mm(x, w.to(self.wide).T, out=out)
         if self.head.bias is not None:
-            z.addr_(rows.scale, self.head.bias[columns].to(self.wide))
-        return self._capped_(z, rows.temperature[:, None])
-
-    def target_logits(self, rows: _Rows) -> Tensor:
-        """(n,) logits of the targets to within rounding, finite."""
-        z = (rows.x * self.w(rows.targets).to(self.wide)).sum(1)
-        if self.head.bias is not None:
-            z += rows.scale * self.head.bias[rows.targets].to(self.wide)
-        return torch.nan_to_num(self._capped_(z, rows.temperature), nan=0.0, posinf=0.0, neginf=0.0)
-
-    def largest_logits(self, rows: _Rows) -> Tensor:
-        """(n,) largest logits; 0 where there is none above -inf."""
-        largest = torch.full_like(rows.scale, -torch.inf)
-        tile = self.new(rows.x.shape[0] * TILE)
-        for columns in self.tiles():
-            w = self.w(columns)
-            z = self.logits(rows, w, columns, _view(tile, rows.x, w))
-            largest = torch.maximum(largest, z.amax(1))
-        return largest.masked_fill(largest == -torch.inf, 0.0)
-
-    def _capped_(self, z: Tensor, temperature: Tensor) -> Tensor:
+            z.addr_(scale, self.head.bias[columns].to(self.wide))
         cap = self.head.softcap
-        return z if cap is None else z.div_(cap).tanh_().mul_(cap / temperature)
+        if cap is not None:
+            z.div_(cap).tanh_().mul_((cap / temperature)[:, None])
+        return z
 
 
-@dataclass
-class _Rows:
-    """Some rows of a call."""
+class _Running:
+    """Statistics of one call's rows, merged tile by tile in the order of the vocabulary."""
 
-    x: Tensor  # (n, H) times scale
-    scale: Tensor  # (n,), as are the next two
-    temperature: Tensor
-    targets: Tensor
+    def __init__(self, op: _Operands, targets: Tensor, outputs: tuple[str, ...]) -> None:
+        count, like = targets.numel(), op.temperature
+        self.targets, self.outputs, self.vocabulary = targets, outputs, op.head.weight.shape[0]
+        self.maximum = torch.full_like(like, -torch.inf)
+        self.total = torch.zeros_like(like)
+        self.target = torch.zeros_like(like)
+        self.weighted = torch.zeros_like(like) if "entropy" in outputs else None
+        self.squares = torch.zeros_like(like) if "sum_sq" in outputs else None
+        self.logit_sum = torch.zeros_like(like) if "mean_logit" in outputs else None
+        self.best = torch.zeros_like(targets) if "is_top1" in outputs else None
+        self.log_mass: Tensor | None = None  # (N, tiles) log sum exp z of each tile
+        if op.head.grad_filter > 0:
+            self.log_mass = op.new(count, mass_blocks(self.vocabulary, like.device))
+        self.scratch = [op.new(min(op.rows, count) * TILE) for _ in range(1 + (self.weighted is not None))]
 
-    def pick(self, index: Tensor) -> _Rows:
-        return _Rows(*(getattr(self, f.name)[index] for f in fields(self)))
-
-    def target_columns(self, columns: slice, width: int) -> tuple[Tensor, Tensor]:
-        """(n, 1) column of the target in this tile, in range, and (n,) whether it is there."""
-        inside = self.targets - columns.start
-        return inside.clamp(0, width - 1)[:, None], (inside >= 0) & (inside < width)
-
-
-class _Statistics:
-    """Statistics of some rows, summed tile by tile in the order of the vocabulary."""
-
-    def __init__(self, op: _Operands, rows: _Rows, outputs: tuple[str, ...], reference: Tensor) -> None:
-        self.rows, self.reference, self.vocabulary = rows, reference, op.vocabulary
-
-        def zeros(name: str) -> Tensor | None:
-            return torch.zeros_like(reference) if name in outputs else None
-
-        self.total, self.target = torch.zeros_like(reference), torch.zeros_like(reference)
-        self.weighted, self.squares, self.logit_sum = zeros("entropy"), zeros("sum_sq"), zeros("mean_logit")
-        self.best = torch.zeros_like(rows.targets) if "is_top1" in outputs else None
-        self.maximum = torch.full_like(reference, -torch.inf)  # with best alone
-        self.log_mass: list[Tensor] | None = [] if op.head.grad_filter > 0 else None  # (n,) of each tile
-
-    def update(self, z: Tensor, columns: slice) -> None:
-        """Takes in the (n, v) logits of these columns, which become E."""
-        column, here = self.rows.target_columns(columns, z.shape[1])
-        self.target = torch.where(here, z.gather(1, column).squeeze(1), self.target)
+    def update(self, z: Tensor, rows: slice, columns: slice) -> None:
+        """Takes in the (n, v) logits of these rows and columns, which it leaves as they are."""
+        inside = self.targets[rows] - columns.start
+        hit = (inside >= 0) & (inside < z.shape[1])
+        found = z.gather(1, inside.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
+        self.target[rows] = torch.where(hit, found, self.target[rows])
         if self.logit_sum is not None:
-            self.logit_sum += z.sum(1)
-        if self.best is not None:
-            largest, index = z.max(1)
-            self.best = torch.where(largest > self.maximum, index + columns.start, self.best)
-            self.maximum = torch.maximum(self.maximum, largest)
-        z.sub_(self.reference[:, None])
-        if self.weighted is None:
-            z.exp_()
+            self.logit_sum[rows] += z.sum(1)
+
+        before = self.maximum[rows].clone()
+        if self.best is None:
+            tile_max = z.amax(1)
         else:
-            e = z.clamp_(min=_FAR).exp()
-            self.weighted += z.mul_(e).sum(1)
-            z.copy_(e)
-        if self.squares is not None:
-            self.squares += z.square().sum(1)
-        tile_total = z.sum(1)
-        self.total += tile_total
+            tile_max, index = z.max(1)
+            self.best[rows] = torch.where(tile_max > before, index + columns.start, self.best[rows])
+        now = torch.maximum(before, tile_max)
+        # A row may have seen nothing but -inf so far; its sums are 0 whatever the reference.
+        reference = now.masked_fill(now == -torch.inf, 0.0)
+        rescale = (before - reference).exp()
+        self.maximum[rows] = now
+
+        d = torch.sub(z, reference[:, None], out=self.scratch[0][: z.numel()].view(z.shape))
+        if self.weighted is None:
+            e = d.exp_()
+        else:
+            d.clamp_(min=_FAR)
+            e = torch.exp(d, out=self.scratch[1][: z.numel()].view(z.shape))
+            moved = self.weighted[rows] + self.total[rows] * (before - reference).clamp(min=_FAR)
+            self.weighted[rows] = rescale * moved + d.mul_(e).sum(1)
+        tile_total = e.sum(1)
+        self.total[rows] = rescale * self.total[rows] + tile_total
         if self.log_mass is not None:
-            self.log_mass.append(self.reference + tile_total.log())
+            self.log_mass[rows, columns.start // TILE] = reference + tile_total.log()
+        if self.squares is not None:
+            self.squares[rows] = rescale.square() * self.squares[rows] + e.square_().sum(1)
 
-    def too_large(self) -> Tensor:
-        """(n,) rows whose reference was too low for their sums."""
-        fine = self.total < _LARGE
-        return ~fine if self.squares is None else ~(fine & (self.squares < _LARGE))
-
-    def stats(self) -> Stats:
-        total, log_total = self.total, self.total.log()
-        lse = self.reference + log_total
+    def stats(self, rows: slice = slice(None)) -> Stats:
+        total, log_total = self.total[rows], self.total[rows].log()
+        lse = self.maximum[rows] + log_total
         return Stats(
-            logprobs=(self.target - self.reference) - log_total,
+            logprobs=(self.target[rows] - self.maximum[rows]) - log_total,
             lse=lse,
-            entropy=None if self.weighted is None else log_total - self.weighted / total,
-            sum_sq=None if self.squares is None else self.squares / total.square(),
-            mean_logit=None if self.logit_sum is None else self.logit_sum / self.vocabulary,
-            is_top1=None if self.best is None else self.best == self.rows.targets,
-            mass=None if self.log_mass is None else (torch.stack(self.log_mass, 1) - lse[:, None]).exp(),
+            entropy=None if self.weighted is None else log_total - self.weighted[rows] / total,
+            sum_sq=None if self.squares is None else self.squares[rows] / total.square(),
+            mean_logit=None if self.logit_sum is None else self.logit_sum[rows] / self.vocabulary,
+            is_top1=None if self.best is None else self.best[rows] == self.targets[rows],
+            mass=None if self.log_mass is None else (self.log_mass[rows] - lse[:, None]).exp(),
         )
 
 
 @dataclass
-class _BackwardRows:
-    """Some rows on their way back: E becomes dz tile by tile, and dz goes into the gradients."""
+class _BackwardBlock:
+    """Some rows on their way back: logits become dz tile by tile, and dz goes into the gradients."""
 
-    rows: _Rows
+    x: Tensor  # (n, H) times scale
     narrow_x: Tensor
-    lse: Tensor  # (n,), as are the next five; p = E / total
-    total: Tensor
+    scale: Tensor  # (n,), as are the next three
+    temperature: Tensor
+    targets: Tensor
+    lse: Tensor
     onehot: Tensor  # dz = onehot at the target + p (constant - slope log p)
     constant: Tensor
     slope: Tensor | None
@@ -207,49 +173,53 @@ class _BackwardRows:
     softcap: float | None
 
     @staticmethod
-    def of(op: _Operands, rows: _Rows, total: Tensor, stats: Stats, grads: TokenGrads, needs: Needs) -> _BackwardRows:
-        zero, cap = torch.zeros_like(stats.lse), op.head.softcap
+    def of(
+        op: _Operands, x: Tensor, index: slice | Tensor, targets: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+    ) -> _BackwardBlock:
+        """`index`: the rows of the call; x, targets, stats and grads are theirs already."""
+        temperature = op.temperature[index]
+        zero = torch.zeros_like(stats.lse)
         g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
-        if cap is not None:  # else it is part of the rows' scale
-            g, h, k = g / rows.temperature, h / rows.temperature, k / rows.temperature
+        if op.head.softcap is not None:  # else it is part of scale
+            g, h, k = g / temperature, h / temperature, k / temperature
         constant, keep = k - g, None
         if grads.entropy is not None:
             assert stats.entropy is not None
             constant = constant - h * stats.entropy
         if stats.mass is not None:
             exact = None if grads.entropy is None else grads.entropy != 0
-            keep = kept_blocks(stats.mass, op.head.grad_filter, rows.targets, TILE, exact)
-        if cap is not None:
-            g = g * _cap_slope(stats.logprobs + stats.lse, rows.temperature, cap)
-        return _BackwardRows(
-            rows=rows,
-            narrow_x=rows.x.to(op.narrow),
+            keep = kept_blocks(stats.mass, op.head.grad_filter, targets, TILE, exact)
+        return _BackwardBlock(
+            x=x,
+            narrow_x=x.to(op.narrow),
+            scale=op.row_scale[index],
+            temperature=temperature,
+            targets=targets,
             lse=stats.lse,
-            total=total,
             onehot=g,
             constant=constant,
             slope=None if grads.entropy is None else h,
             keep=keep,
-            d_x=torch.zeros_like(rows.x) if needs.hidden else None,
-            softcap=cap,
+            d_x=torch.zeros_like(x) if needs.hidden else None,
+            softcap=op.head.softcap,
         )
 
-    def pick(self, index: Tensor) -> _BackwardRows:
+    def pick(self, index: Tensor) -> _BackwardBlock:
         """Some of these rows, with a d_x of their own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         some: dict[str, Any] = {k: v[index] for k, v in values.items() if isinstance(v, Tensor)}
-        found = replace(self, **some, rows=self.rows.pick(index))
+        found = replace(self, **some)
         if self.d_x is not None:
-            found.d_x = torch.zeros_like(found.rows.x)
+            found.d_x = torch.zeros_like(found.x)
         return found
 
     def add(
-        self, e: Tensor, w: Tensor, columns: slice, d_weight: Tensor | None, d_bias: Tensor | None, first: bool
+        self, z: Tensor, w: Tensor, columns: slice, d_weight: Tensor | None, d_bias: Tensor | None, first: bool
     ) -> None:
-        """Takes in E (n, v), which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole."""
-        dz = self._to_dlogits_(e, columns)
+        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole."""
+        dz = self._to_dlogits_(z, columns)
         if d_bias is not None:
-            d_bias[columns].addmv_(dz.T, self.rows.scale)
+            d_bias[columns].addmv_(dz.T, self.scale)
         dz = dz.to(self.narrow_x.dtype)
         if self.d_x is not None:
             _add_product_(self.d_x, dz, w, first=False)
@@ -259,33 +229,37 @@ class _BackwardRows:
     def d_hidden(self) -> Tensor:
         """(n, H), complete once every tile was added."""
         assert self.d_x is not None
-        return self.d_x.mul_(self.rows.scale[:, None])
+        return self.d_x.mul_(self.scale[:, None])
 
-    def _to_dlogits_(self, e: Tensor, columns: slice) -> Tensor:
-        log_p = None
-        if self.slope is not None or self.softcap is not None:
-            log_p = e.log().sub_(self.total.log()[:, None]).clamp_(min=_FAR)
+    def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
+        keep = None
+        if self.softcap is not None:  # du/dz of the cap is 1 - tanh^2
+            keep = 1 - (z * (self.temperature / self.softcap)[:, None]).square_()
+        log_p = z.sub_(self.lse[:, None])
         if self.slope is None:
-            dz = e.mul_((self.constant / self.total)[:, None])
+            dz = log_p.exp_().mul_(self.constant[:, None])
         else:
-            assert log_p is not None
+            log_p.clamp_(min=_FAR)
             coefficient = torch.addcmul(self.constant[:, None], log_p, self.slope[:, None], value=-1)
-            dz = e.mul_(coefficient.div_(self.total[:, None]))
-        if self.softcap is not None:
-            assert log_p is not None
-            dz.mul_(_cap_slope(log_p.add_(self.lse[:, None]), self.rows.temperature[:, None], self.softcap))
-        column, here = self.rows.target_columns(columns, e.shape[1])
-        return dz.scatter_add_(1, column, torch.where(here, self.onehot, 0.0)[:, None])
+            dz = log_p.exp_().mul_(coefficient)
+        inside = self.targets - columns.start
+        hit = (inside >= 0) & (inside < z.shape[1])
+        column = inside.clamp(0, z.shape[1] - 1)[:, None]
+        dz.scatter_add_(1, column, torch.where(hit, self.onehot, 0.0)[:, None])
+        return dz if keep is None else dz.mul_(keep)
 
 
-def _cap_slope(z: Tensor, temperature: Tensor, softcap: float) -> Tensor:
-    """d capped / d uncapped = 1 - tanh^2, from z = softcap tanh(.) / temperature."""
-    return 1 - (z * (temperature / softcap)).square()
-
-
-def _view(tile: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """The front of a flat scratch as (n, v)."""
-    return tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
+def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
+    op = _Operands(hidden, head, temperature)
+    running = _Running(op, targets, outputs)
+    tile = op.new(min(op.rows, targets.numel()) * TILE)
+    xs = [(rows, op.x(rows)) for rows in _slices(targets.numel(), op.rows)]
+    for columns in _slices(head.weight.shape[0], TILE):
+        w = op.w(columns)
+        for rows, x in xs:
+            out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
+            running.update(op.logits(x, w, op.row_scale[rows], temperature[rows], columns, out), rows, columns)
+    return running.stats()
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -302,68 +276,41 @@ def _pick(tensors: Stats | TokenGrads, rows: slice | Tensor) -> list[Tensor | No
     return [None if t is None else t[rows] for t in tensors]
 
 
-def _sweep(op: _Operands, blocks: list[_Rows], outputs: tuple[str, ...], references: list[Tensor]) -> list[_Statistics]:
-    """Statistics of blocks of rows, vocabulary outermost."""
-    found = [_Statistics(op, rows, outputs, reference) for rows, reference in zip(blocks, references)]
-    tile = op.new(max(rows.x.shape[0] for rows in blocks) * TILE)
-    for columns in op.tiles():
-        w = op.w(columns)
-        for rows, statistics in zip(blocks, found):
-            statistics.update(op.logits(rows, w, columns, _view(tile, rows.x, w)), columns)
-    return found
-
-
 def mass_blocks(vocabulary: int, device: torch.device) -> int:
     return -(-vocabulary // TILE)
-
-
-def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    op = _Operands(hidden, head, targets, temperature)
-    blocks = [op.rows(index) for index in op.blocks()]
-    parts = []
-    for rows, found in zip(blocks, _sweep(op, blocks, outputs, [op.target_logits(rows) for rows in blocks])):
-        stats = found.stats()
-        index = found.too_large().nonzero().squeeze(1)
-        if index.numel():
-            some = rows.pick(index)
-            (again,) = _sweep(op, [some], outputs, [op.largest_logits(some)])
-            pairs = zip(stats, again.stats())
-            stats = Stats(*(None if b is None else a.index_copy(0, index, b) for a, b in pairs))  # type: ignore
-        parts.append(stats)
-    return Stats(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))  # type: ignore[arg-type]
 
 
 def backward(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
 ) -> Grads:
     """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
-    op = _Operands(hidden, head, targets, temperature)
+    op = _Operands(hidden, head, temperature)
     weight, bias = head.weight, head.bias
     d_weight = torch.empty_like(weight) if needs.weight else None
     d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
-    tile = op.new(min(op.size, targets.numel()) * TILE)
+    tile = op.new(min(op.rows, targets.numel()) * TILE)
     blocks = []
-    for index in op.blocks():
-        upstream, known = TokenGrads(*_pick(grads, index)), Stats(*_pick(stats, index))  # type: ignore[arg-type]
-        total = torch.ones_like(known.lse)
-        blocks.append(_BackwardRows.of(op, op.rows(index), total, known, upstream, needs))
-    for number, columns in enumerate(op.tiles()):
+    for rows in _slices(targets.numel(), op.rows):
+        upstream, known = TokenGrads(*_pick(grads, rows)), Stats(*_pick(stats, rows))  # type: ignore[arg-type]
+        blocks.append((rows, _BackwardBlock.of(op, op.x(rows), rows, targets[rows], known, upstream, needs)))
+    for number, columns in enumerate(_slices(weight.shape[0], TILE)):
         w = op.w(columns)
         d_tile = None
         if d_weight is not None:
             d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(*w.shape)
         first = True
-        for whole in blocks:
-            some, kept = whole, None
+        for _, whole in blocks:
+            block, index = whole, None
             if whole.keep is not None:
-                kept = whole.keep[:, number].nonzero().squeeze(1)
-                if kept.numel() == 0:
+                index = whole.keep[:, number].nonzero().squeeze(1)
+                if index.numel() == 0:
                     continue
-                some = whole.pick(kept)
-            z = op.logits(some.rows, w, columns, _view(tile, some.rows.x, w))
-            some.add(z.sub_(some.lse[:, None]).exp_(), w, columns, d_tile, d_bias, first)
-            if kept is not None and whole.d_x is not None and some.d_x is not None:
-                whole.d_x.index_add_(0, kept, some.d_x)
+                block = whole.pick(index)
+            out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
+            z = op.logits(block.x, w, block.scale, block.temperature, columns, out)
+            block.add(z, w, columns, d_tile, d_bias, first)
+            if index is not None and whole.d_x is not None and block.d_x is not None:
+                whole.d_x.index_add_(0, index, block.d_x)
             first = False
         if d_weight is not None and d_tile is not None:
             if first:
@@ -373,8 +320,8 @@ def backward(
     d_hidden = None
     if needs.hidden:
         d_hidden = torch.empty_like(hidden)
-        for index, block in zip(op.blocks(), blocks):
-            d_hidden[index] = block.d_hidden()
+        for rows, block in blocks:
+            d_hidden[rows] = block.d_hidden()
     return Grads(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
 
 
@@ -391,53 +338,46 @@ def one_pass(
     objective: BoundObjective,
     needs: Needs,
 ) -> tuple[Stats, Tensor, Grads]:
-    """Rows outermost: E of a block is kept until its own loss has turned it into gradients.
+    """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.
 
     Holds one fp32 (V, H) accumulator when the weight is narrower than that.
     """
-    op = _Operands(hidden, head, targets, temperature)
+    op = _Operands(hidden, head, temperature)
     weight, bias, count = head.weight, head.bias, targets.numel()
     d_hidden = torch.zeros_like(hidden) if needs.hidden else None
     d_weight = torch.empty_like(weight, dtype=op.wide) if needs.weight else None
     d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
-    kept = op.new(min(op.size, count), op.vocabulary)
-    losses, parts, first = torch.zeros_like(temperature), [], True
-    for at in op.blocks():
-        rows = op.rows(at)
-        exps = kept[: rows.x.shape[0]]
-        found = _fill(op, rows, outputs, op.target_logits(rows), exps)
-        if (again := found.too_large()).any():
-            reference = torch.where(again, op.largest_logits(rows), found.reference)
-            found = _fill(op, rows, outputs, reference, exps)
-        stats = found.stats()
-        parts.append(stats)
-        losses[at], upstream = objective(at, stats.logprobs, stats.entropy)
-        live = torch.zeros_like(rows.targets, dtype=torch.bool)
+    running = _Running(op, targets, outputs)
+    losses = torch.zeros_like(temperature)
+    kept = op.new(min(op.rows, count), weight.shape[0])
+    first = True
+    for rows in _slices(count, op.rows):
+        x = op.x(rows)
+        logits = kept[: x.shape[0]]
+        for columns in _slices(weight.shape[0], TILE):
+            z = op.logits(x, op.w(columns), op.row_scale[rows], temperature[rows], columns, logits[:, columns])
+            running.update(z, rows, columns)
+        stats = running.stats(rows)
+        losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
+        live = torch.zeros_like(targets[rows], dtype=torch.bool)
         for g in upstream:
             if g is not None:
                 live |= g != 0
-        index = live.nonzero().squeeze(1)
-        if index.numel() == 0:
+        if not live.any():
             continue
+        index = live.nonzero().squeeze(1)
         every = index.numel() == live.numel()
+        here = index + rows.start
         known, gradient = Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index))  # type: ignore[arg-type]
-        some = _BackwardRows.of(op, rows if every else rows.pick(index), found.total[index], known, gradient, needs)
-        for columns in op.tiles():
-            e = exps[:, columns] if every else exps[:, columns].index_select(0, index)
-            some.add(e, op.w(columns), columns, None if d_weight is None else d_weight[columns], d_bias, first)
+        block = _BackwardBlock.of(op, x if every else x[index], here, targets[here], known, gradient, needs)
+        for columns in _slices(weight.shape[0], TILE):
+            z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
+            d_tile = None if d_weight is None else d_weight[columns]
+            block.add(z, op.w(columns), columns, d_tile, d_bias, first)
         if d_hidden is not None:
-            d_hidden[at.start + index] = some.d_hidden().to(hidden.dtype)
+            d_hidden[here] = block.d_hidden().to(hidden.dtype)
         first = False
     if d_weight is not None:
         d_weight = torch.zeros_like(weight) if first else d_weight.to(weight.dtype)
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-    joined = Stats(*(None if values[0] is None else torch.cat(values) for values in zip(*parts)))  # type: ignore
-    return joined, losses, Grads(d_hidden, d_weight, d_bias)
-
-
-def _fill(op: _Operands, rows: _Rows, outputs: tuple[str, ...], reference: Tensor, exps: Tensor) -> _Statistics:
-    """Statistics of one block of rows, whose E stays in `exps` (n, V)."""
-    found = _Statistics(op, rows, outputs, reference)
-    for columns in op.tiles():
-        found.update(op.logits(rows, op.w(columns), columns, exps[:, columns]), columns)
-    return found
+    return running.stats(), losses, Grads(d_hidden, d_weight, d_bias)

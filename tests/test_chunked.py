@@ -228,9 +228,9 @@ def test_the_filter_skips_what_holds_no_mass_and_keeps_targets(monkeypatch):
     monkeypatch.setattr(chunked, "ROWS", 8)
     monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: 8)
     done = []
-    original = chunked._BackwardRows.add
+    original = chunked._BackwardBlock.add
     monkeypatch.setattr(
-        chunked._BackwardRows, "add", lambda self, z, *rest: (done.append(z.numel()), original(self, z, *rest))[1]
+        chunked._BackwardBlock, "add", lambda self, z, *rest: (done.append(z.numel()), original(self, z, *rest))[1]
     )
     data = peaked()
     work = {}
