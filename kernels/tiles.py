@@ -80,6 +80,7 @@ for _kernel in KERNELS:
         TILES[_kernel, _arch, "tf32"] = _TF32
     TILES[_kernel, "gfx942", "ieee"] = _SIMT
     TILES[_kernel, "interpreter", "half"] = TILES[_kernel, "interpreter", "ieee"] = _INTERPRETER
+TILES["stats+", "gfx942", "half"] = replace(_CDNA, block_v=64, slices=2)  # 128 columns take 80 KB of its 64 KB
 
 # Shared memory a block can have; a record must fit its architecture. sm_80 records also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
