@@ -54,7 +54,7 @@ _HOPPER_EXACT = Tile(
     128, 128, 128, num_warps=8, num_stages=3, promote=768, slices=2, group=12, tma=True, programs_per_sm=1
 )
 _BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
-_CDNA = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=4)
+_CDNA = Tile(128, 64, 32, num_warps=8, num_stages=2, slices=2)  # 128 columns take 80 KB of its 64 KB
 _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2, slices=2)
 _TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
 _INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, slices=2, group=2, programs_per_sm=1)
@@ -80,7 +80,6 @@ for _kernel in KERNELS:
         TILES[_kernel, _arch, "tf32"] = _TF32
     TILES[_kernel, "gfx942", "ieee"] = _SIMT
     TILES[_kernel, "interpreter", "half"] = TILES[_kernel, "interpreter", "ieee"] = _INTERPRETER
-TILES["stats+", "gfx942", "half"] = replace(_CDNA, block_v=64, slices=2)  # 128 columns take 80 KB of its 64 KB
 
 # Shared memory a block can have; a record must fit its architecture. sm_80 records also serve sm_86, sm_89 and sm_120.
 SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
