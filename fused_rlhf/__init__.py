@@ -7,20 +7,67 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-from fused_rlhf import lm_head, objectives  # noqa: E402
-from fused_rlhf.functional import LogProbs, linear_logprobs, linear_policy_loss  # noqa: E402
-from fused_rlhf.objectives import DAPO, GRPO, GSPO, DrGRPO, PolicyLoss  # noqa: E402
+from fused_rlhf import lm_head, objectives, preferences  # noqa: E402
+from fused_rlhf.functional import (  # noqa: E402
+    LogProbs,
+    linear_logprobs,
+    linear_policy_loss,
+    linear_preference_loss,
+)
+from fused_rlhf.objectives import (  # noqa: E402
+    BNPO,
+    CISPO,
+    DAPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    LUSPO,
+    PPO,
+    REINFORCE,
+    RLOO,
+    SAPO,
+    VESPO,
+    ClipCov,
+    DrGRPO,
+    GSPOToken,
+    KLCov,
+    PolicyLoss,
+    ReinforcePP,
+)
+from fused_rlhf.preferences import CPO, DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "BNPO",
+    "CISPO",
+    "CPO",
     "DAPO",
+    "DPO",
+    "GMPO",
     "GRPO",
     "GSPO",
+    "IPO",
+    "KTO",
+    "LUSPO",
+    "ORPO",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
+    "SAPO",
+    "VESPO",
+    "ClipCov",
     "DrGRPO",
+    "GSPOToken",
+    "KLCov",
     "LogProbs",
     "PolicyLoss",
+    "PreferenceLoss",
+    "ReinforcePP",
+    "SimPO",
     "linear_logprobs",
     "linear_policy_loss",
+    "linear_preference_loss",
     "lm_head",
     "objectives",
+    "preferences",
 ]

@@ -1,7 +1,8 @@
 """From the backends' three functions to differentiable ops.
 
 `linear_logprobs` is a pair of custom ops, so that torch.compile keeps it as one node although the number of real rows
-depends on the data; `one_pass_loss` is an autograd.Function whose forward already holds the gradients.
+depends on the data; `one_pass_loss` is an autograd.Function whose forward already holds the gradients, and
+`frozen_logprobs` one whose forward holds dlogprob/dhidden, which under a frozen head is all that any loss can need.
 
 Rows that must cost nothing are dropped here, before any backend sees them: ignored targets on the way forward, rows
 whose upstream gradient is exactly zero on the way back.
@@ -10,13 +11,14 @@ whose upstream gradient is exactly zero on the way back.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.kernels.interface import OUTPUTS, BoundObjective, Grads, Head, Needs, Stats, TokenGrads
+from fused_rlhf.kernels.interface import OUTPUTS, BoundObjective, BoundPolicy, Grads, Head, Needs, Stats, TokenGrads
 
 Maybe = TypeVar("Maybe", bound=Tensor | None)
 _EXTRA = tuple(name for name in OUTPUTS if name != "lse")
@@ -326,3 +328,72 @@ def one_pass_loss(
     # lse is always returned; the other statistics only when asked for.
     names = [name for name in Stats._fields if name in ("logprobs", "lse") or name in outputs]
     return total, Stats(**dict(zip(names, values)))
+
+
+@dataclass(kw_only=True)
+class _Unit(BoundPolicy):
+    """The sum of the log-probs as an objective: its gradients are those of each token's own log-prob."""
+
+    tokenwise: bool = True
+    needs_entropy: bool = False
+
+    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        return logprobs, TokenGrads(torch.ones_like(logprobs))
+
+    @staticmethod
+    def over(like: Tensor) -> _Unit:
+        """For (N,) rows in the dtype of `like`."""
+        return _Unit(
+            surrogate="reinforce",
+            kl="",
+            old_logprobs=None,
+            ref_logprobs=None,
+            advantages=torch.full_like(like, -1.0),
+            token_weights=torch.ones_like(like),
+            entropy_weight=0.0,
+            beta=0.0,
+            options={},
+            level="token",
+            offsets=torch.tensor([0, like.numel()], device=like.device),
+            plain=True,
+        )
+
+
+class _FrozenLogprobs(torch.autograd.Function):
+    """Log-probs under a head that takes no gradient. Four products in all: none is left for the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        targets: Tensor,
+        temperature: Tensor,
+        outputs: tuple[str, ...],
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        with _no_autocast(hidden):
+            stats, _, grads = backends.resolve(backend, hidden).one_pass(
+                hidden, head, targets, temperature, outputs, _Unit.over(temperature), Needs(True, False, False)
+            )
+        ctx.save_for_backward(grads.hidden)
+        values = [s for s in stats if s is not None]
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        (unit,) = ctx.saved_tensors
+        d_hidden = None if upstream is None else (unit * upstream[:, None]).to(unit.dtype)
+        return d_hidden, None, None, None, None, None
+
+
+def frozen_logprobs(
+    hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...], backend: str
+) -> Stats:
+    """Statistics of (N, H) real rows; only the log-probs are differentiable, and only in hidden."""
+    _check_temperature(temperature)
+    values = _FrozenLogprobs.apply(hidden, head, targets, temperature, outputs, backend)
+    names = [name for name in Stats._fields if name in ("logprobs", "lse") or name in outputs]
+    return Stats(**dict(zip(names, values)))

@@ -1,12 +1,18 @@
 """Policy objectives as three small tables: surrogates, KL estimators and token weights.
 
-    loss = sum_t w_t (surrogate(logprob_t, old_t, A_t) + beta kl(logprob_t, ref_t)) - entropy_coef mean_t H_t
+    loss = sum_t w_t (m_t surrogate(logprob_t, old_t, A_t) + beta kl(logprob_t, ref_t)) - entropy_coef mean_t H_t
 
-A surrogate or KL estimator maps (N,) fp32 vectors to (N,); a token weight reads the length of each token's sequence and
-one global count, so that chunks, micro-batches and ranks cannot change the answer. At sequence level, log pi - log old
-is first replaced by its mean over the sequence, so that a sequence has one ratio (GSPO, arXiv:2507.18071). A preset is
-a constructor: `GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an objective
-is one decorated function here.
+A surrogate or KL estimator maps (N,) vectors to (N,); a token weight reads the length of each token's sequence and one
+global count, so that chunks, micro-batches and ranks cannot change the answer. m is 1 unless asked otherwise: the
+off-policy mask, times the entropy mask, times the importance-sampling ratio. The level says whose ratio is compared:
+
+    token            log r_t = logprob_t - old_t
+    sequence         log r_t = the mean of that over the sequence            (GSPO, arXiv:2507.18071)
+    sequence_sum     log r_t = the sum of it over the sequence               (RLOO, arXiv:2402.14740)
+    sequence_token   the sequence's value, the token's own gradient          (GSPO-token)
+
+A preset is a constructor: `GRPO(beta=0.04)` is `PolicyLoss("ppo_clip", "sequence_mean", kl="k3", beta=0.04)`. Adding an
+objective is one decorated function here, and a line where it deserves a preset.
 """
 
 from __future__ import annotations
@@ -14,15 +20,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import TokenGrads
+from fused_rlhf.kernels.interface import BoundPolicy, TokenGrads
+from fused_rlhf.segments import Sequences
 
-LEVELS = ("token", "sequence")
+LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 SURROGATES: dict[str, Callable[..., Tensor]] = {}
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -32,22 +41,40 @@ PRESETS: dict[str, Callable[..., PolicyLoss]] = {}
 Count = int | float | Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a surrogate may know beyond a token: its fourth argument, where it takes one."""
+
+    sequences: Sequences
+    log_correction: Tensor | None  # (S,) sum of the log importance-sampling ratios, for those that correct themselves
+
+
 def surrogate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Registers `f(logprob, old, advantage, *, options...) -> loss`, (N,) each; its keywords become options."""
+    """Registers `f(logprob, old, advantage, *, options...) -> loss`, (N,) each; its keywords become options.
+
+    One that looks beyond the token takes a `Batch` as its fourth argument, and all rows at once.
+    """
     SURROGATES[function.__name__] = function
     return function
 
 
-def kl_estimator(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def kl_estimator(name: str) -> Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], Tensor]]:
     """Registers `f(logprob, ref) -> per-token KL estimate`, (N,) each."""
-    KL_ESTIMATORS[function.__name__] = function
-    return function
+
+    def register(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        KL_ESTIMATORS[name] = function
+        return function
+
+    return register
 
 
 def token_weight(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Registers `f(lengths, num_sequences, num_tokens, *, options...) -> (N,)`; lengths (N,): of its sequence."""
     TOKEN_WEIGHTS[function.__name__] = function
     return function
+
+
+# -------------------------------------------------------------------------------------------------------- surrogates
 
 
 @surrogate
@@ -59,30 +86,184 @@ def ppo_clip(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     delta: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)   (arXiv:1707.06347; delta 2505.07291)"""
+    """-min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A), at most -dual_clip A where A < 0
+
+    (PPO arXiv:1707.06347; delta arXiv:2505.07291; dual clip arXiv:1912.09729)
+    """
     ratio = (logprob - old).exp()
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     capped = ratio if delta is None else ratio.clamp(max=delta)
-    return -torch.minimum(capped * advantage, clipped * advantage)
+    loss = -torch.minimum(capped * advantage, clipped * advantage)
+    if dual_clip is not None:
+        loss = torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+    return loss
 
 
-@kl_estimator
+@surrogate
+def cispo(
+    logprob: Tensor, old: Tensor, advantage: Tensor, *, ratio_max: float = 5.0, ratio_min: float | None = None
+) -> Tensor:
+    """-sg(clip(r, ratio_min, ratio_max)) A log pi   (MiniMax-M1, arXiv:2506.13585)"""
+    weight = (logprob - old).detach().exp().clamp(min=ratio_min, max=ratio_max)
+    return -weight * advantage * logprob
+
+
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """torch.where of two numbers, in the dtype of `like` rather than the default one."""
+    return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
+
+
+@surrogate
+def sapo(logprob: Tensor, old: Tensor, advantage: Tensor, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
+    """-(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A   (SAPO, arXiv:2511.20347)"""
+    tau = _either(advantage > 0, tau_pos, tau_neg, advantage)
+    return -4 / tau * torch.sigmoid(tau * ((logprob - old).exp() - 1)) * advantage
+
+
+@surrogate
+def vespo(
+    logprob: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    batch: Batch,
+    *,
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+) -> Tensor:
+    """-phi(w) A log pi, log phi = lambda + k log w - lambda w, w the sequence's importance weight (no gradient)
+
+    log w = sum_t clip(log pi - log old, +-20), plus the sampler's correction, clipped to [log 1e-8, 20]; k and lambda by
+    the sign of A.   (VESPO, arXiv:2602.10693)
+    """
+    return -vespo_phi(logprob, old, advantage, batch, k_pos, lambda_pos, k_neg, lambda_neg) * advantage * logprob
+
+
+@torch.no_grad()
+def vespo_phi(
+    logprob: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    batch: Batch,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+) -> Tensor:
+    """(N,) phi of `vespo`."""
+    total = batch.sequences.sum((logprob - old).clamp(-20.0, 20.0))
+    if batch.log_correction is not None:
+        total = total + batch.log_correction
+    log_w = batch.sequences.spread(total.clamp(math.log(1e-8), 20.0))
+    k = _either(advantage >= 0, k_pos, k_neg, advantage)
+    decay = _either(advantage >= 0, lambda_pos, lambda_neg, advantage).clamp(min=1e-4)
+    return (decay + k * log_w - decay * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+@surrogate
+def gmpo(
+    logprob: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    batch: Batch,
+    *,
+    epsilon_low: float = 0.4,
+    epsilon_high: float = 0.4,
+) -> Tensor:
+    """-A exp(mean over the sequence of clip(log pi - log old)), clipped above where A > 0 and below elsewhere
+
+    The bounds are of the log-ratio.   (GMPO, arXiv:2507.20673)
+    """
+    log_ratio = logprob - old
+    clipped = log_ratio.clamp(-epsilon_low, epsilon_high)
+    one_sided = torch.where(advantage > 0, torch.minimum(log_ratio, clipped), torch.maximum(log_ratio, clipped))
+    return -batch.sequences.spread(batch.sequences.mean(one_sided).exp()) * advantage
+
+
+@surrogate
+def reinforce(logprob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
+    """-A log pi   (REINFORCE; GPG, arXiv:2504.02546)"""
+    return -advantage * logprob
+
+
+def _covariance(logprob: Tensor, advantage: Tensor) -> Tensor:
+    lp = logprob.detach()
+    return (advantage - advantage.mean()) * (lp - lp.mean())
+
+
+@surrogate
+def clip_cov(
+    logprob: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    batch: Batch,
+    *,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    share: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    seed: int = 1,
+) -> Tensor:
+    """ppo_clip without a random `share` of all tokens, of those unclipped with cov_low < cov < cov_high
+
+    cov = (A - mean A)(log pi - mean log pi). The choice is the same for the same input.   (arXiv:2505.22617)
+    """
+    loss = ppo_clip(logprob, old, advantage, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    ratio, cov = (logprob - old).detach().exp(), _covariance(logprob, advantage)
+    unclipped = ratio * advantage <= ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage
+    eligible = unclipped & (cov > cov_low) & (cov < cov_high)
+    lot = torch.rand(len(cov), generator=torch.Generator().manual_seed(int(seed))).to(cov.device)
+    count = max(int(share * len(cov)), 1)
+    drawn = lot.masked_fill(~eligible, -1.0).topk(min(count, len(cov))).indices
+    keep = torch.ones_like(loss)
+    keep[drawn] = (~eligible[drawn]).to(keep.dtype)
+    return loss * keep
+
+
+@surrogate
+def kl_cov(
+    logprob: Tensor, old: Tensor, advantage: Tensor, batch: Batch, *, share: float = 2e-4, kl_coef: float = 1.0
+) -> Tensor:
+    """-r A, plus kl_coef |log pi - log old| on the `share` of tokens of the highest covariance   (arXiv:2505.22617)"""
+    cov = _covariance(logprob, advantage)
+    top = cov.topk(min(max(int(share * len(cov)), 1), len(cov))).indices
+    penalised = torch.zeros_like(cov).index_fill(0, top, kl_coef)
+    return -(logprob - old).exp() * advantage + penalised * (logprob - old).abs()
+
+
+# ------------------------------------------------------------------------------------------------------ KL estimators
+
+
+@kl_estimator("k1")
 def k1(logprob: Tensor, ref: Tensor) -> Tensor:
     """log pi - log ref   (Schulman, Approximating KL divergence)"""
     return logprob - ref
 
 
-@kl_estimator
+@kl_estimator("k2")
 def k2(logprob: Tensor, ref: Tensor) -> Tensor:
     """(log pi - log ref)^2 / 2"""
     return 0.5 * (logprob - ref).square()
 
 
-@kl_estimator
+@kl_estimator("k3")
 def k3(logprob: Tensor, ref: Tensor) -> Tensor:
     """exp(ref - lp) - (ref - lp) - 1, unbiased and never negative"""
     return torch.expm1(ref - logprob) - (ref - logprob)
+
+
+@kl_estimator("k3+")
+def k3_plus(logprob: Tensor, ref: Tensor) -> Tensor:
+    """The value of k3 with the gradient of k2, which is that of the KL itself"""
+    gradient = k2(logprob, ref)
+    return gradient + (k3(logprob, ref) - gradient).detach()
+
+
+# ------------------------------------------------------------------------------------------------------ token weights
 
 
 @token_weight
@@ -98,6 +279,12 @@ def token_mean(lengths: Tensor, num_sequences: Count, num_tokens: Count) -> Tens
 
 
 @token_weight
+def sequence_sum(lengths: Tensor, num_sequences: Count, num_tokens: Count) -> Tensor:
+    """Sum over each sequence's tokens, mean over sequences   (LUSPO, arXiv:2602.05261)"""
+    return torch.ones_like(lengths) / num_sequences
+
+
+@token_weight
 def fixed_length(
     lengths: Tensor, num_sequences: Count, num_tokens: Count, *, max_completion_length: int | None = None
 ) -> Tensor:
@@ -107,18 +294,39 @@ def fixed_length(
     return torch.ones_like(lengths) / (num_sequences * max_completion_length)
 
 
-def _keywords(function: Callable[..., Any]) -> set[str]:
+# --------------------------------------------------------------------------------------------------------- the whole
+
+
+def keywords(function: Callable[..., Any]) -> set[str]:
+    """The options of a registered function."""
     return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def _registered(argument: str, name: str, table: dict[str, Any]) -> None:
+def options_of(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a registered function: given, or its own defaults."""
+    parameters = inspect.signature(function).parameters
+    return {name: given.get(name, parameters[name].default) for name in keywords(function)}
+
+
+def registered(argument: str, name: str, table: dict[str, Any]) -> None:
     if name not in table:
         raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}")
 
 
+def check_number(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
+    """Raises ValueError unless `value` is finite, > above and >= at_least."""
+    if not (math.isfinite(value) and value > above and value >= at_least):
+        bound = f" and > {above:g}" if above > -math.inf else f" and >= {at_least:g}" if at_least > -math.inf else ""
+        raise ValueError(f"{name} must be finite{bound}, got {value}")
+
+
+def _looks_beyond(surrogate: str) -> bool:
+    return "batch" in inspect.signature(SURROGATES[surrogate]).parameters
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
-    """One policy objective, complete: which surrogate, weighted how, with what KL and entropy terms.
+    """One policy objective, complete: which surrogate, weighted how, with what masks, KL and entropy terms.
 
     Args:
         surrogate: a name in `SURROGATES`.
@@ -126,11 +334,20 @@ class PolicyLoss:
         kl: a name in `KL_ESTIMATORS`; used when beta is not 0.
         beta: weight of the KL to the reference, >= 0.
         entropy_coef: weight of the entropy bonus (mean over active tokens), subtracted from the loss.
-        level: "token" or "sequence": what has a ratio of its own.
+        level: a name in `LEVELS`: whose ratio is compared.
+        use_bias_correction_kl: multiply the KL by the ratio, with its gradient (DeepSeek-V3.2, arXiv:2512.02556).
+        off_policy_mask_threshold: drop a token of negative advantage when its sequence's mean of
+            log sampler - log pi exceeds this (DeepSeek-V3.2). The sampler's log-probs default to the old ones.
+        top_entropy_quantile: in (0, 1]: the share of active tokens, of highest entropy, that keep their surrogate
+            (arXiv:2506.01939). The threshold is taken over this call's tokens on all ranks.
+        importance_sampling: None, or how the surrogate is weighted by exp(log old - log sampler), per token or summed
+            over the sequence: truncated to [importance_sampling_min, importance_sampling_max], or masked, zero
+            outside (TIS, IcePop). A NaN difference counts as ratio 1.
+        importance_sampling_min, importance_sampling_max: its bounds; None leaves that side open.
         options: keywords of the surrogate and the token weight.
 
     Raises:
-        ValueError: an unknown name, a non-finite or negative number.
+        ValueError: an unknown name, a number out of range, options that contradict each other.
         TypeError: an option that neither the surrogate nor the token weight takes.
     """
 
@@ -140,157 +357,500 @@ class PolicyLoss:
     beta: float = 0.0
     entropy_coef: float = 0.0
     level: str = "token"
+    use_bias_correction_kl: bool = False
+    off_policy_mask_threshold: float | None = None
+    top_entropy_quantile: float = 1.0
+    importance_sampling: str | None = None
+    importance_sampling_min: float | None = None
+    importance_sampling_max: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _registered("surrogate", self.surrogate, SURROGATES)
-        _registered("token_weight", self.token_weight, TOKEN_WEIGHTS)
-        _registered("kl", self.kl, KL_ESTIMATORS)
-        if self.level not in LEVELS:
-            raise ValueError(f"level must be one of {list(LEVELS)}, got {self.level!r}")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise ValueError(f"beta must be finite and >= 0, got {self.beta}")
-        if not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
-        allowed = _keywords(SURROGATES[self.surrogate]) | _keywords(TOKEN_WEIGHTS[self.token_weight])
+        registered("surrogate", self.surrogate, SURROGATES)
+        registered("token_weight", self.token_weight, TOKEN_WEIGHTS)
+        registered("kl", self.kl, KL_ESTIMATORS)
+        registered("level", self.level, dict.fromkeys(LEVELS))
+        check_number("beta", self.beta, at_least=0)
+        check_number("entropy_coef", self.entropy_coef)
+        if self.use_bias_correction_kl and self.beta == 0:
+            raise ValueError("use_bias_correction_kl must be False when beta is 0: there is no KL to correct")
+        if self.off_policy_mask_threshold is not None:
+            check_number("off_policy_mask_threshold", self.off_policy_mask_threshold)
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ValueError(f"top_entropy_quantile must lie in (0, 1], got {self.top_entropy_quantile}")
+        self._check_importance_sampling()
+        if _looks_beyond(self.surrogate) and self.level != "token":
+            raise ValueError(
+                f"level must be 'token' for {self.surrogate}, which sets its own ratio; got {self.level!r}"
+            )
+        if self.surrogate == "gmpo" and self.top_entropy_quantile < 1:
+            raise ValueError("top_entropy_quantile must be 1 for gmpo, whose ratio is that of all tokens")
+        allowed = keywords(SURROGATES[self.surrogate]) | keywords(TOKEN_WEIGHTS[self.token_weight])
         for name, value in self.options.items():
             if name not in allowed:
                 raise TypeError(f"{name} is no option of {self.surrogate} with {self.token_weight}: {sorted(allowed)}")
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be finite and > 0, got {value}")
+            if value is not None:
+                check_number(name, value, above=0)
+        low, high = (options_of(SURROGATES[self.surrogate], self.options).get(k) for k in ("epsilon_low", "dual_clip"))
+        if self.surrogate != "gmpo" and low is not None and low >= 1:
+            raise ValueError(f"epsilon_low must be below 1, got {low}")
+        if high is not None and high <= 1:
+            raise ValueError(f"dual_clip must be above 1, got {high}")
 
-    def _options_of(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """The keywords of `function`: given, or its own defaults."""
-        parameters = inspect.signature(function).parameters
-        return {name: self.options.get(name, parameters[name].default) for name in _keywords(function)}
+    def _check_importance_sampling(self) -> None:
+        bounds = (self.importance_sampling_min, self.importance_sampling_max)
+        if self.importance_sampling is None:
+            if bounds != (None, None):
+                raise ValueError(
+                    f"importance_sampling must be one of {list(CORRECTIONS)} where it has bounds, got None"
+                )
+            return
+        registered("importance_sampling", self.importance_sampling, dict.fromkeys(CORRECTIONS))
+        for name, value in zip(("importance_sampling_min", "importance_sampling_max"), bounds):
+            if value is not None:
+                check_number(name, value, at_least=0)
+        if bounds == (None, None):
+            raise ValueError(
+                f"importance_sampling_min or importance_sampling_max must be given with importance_sampling="
+                f"{self.importance_sampling!r}, got neither"
+            )
+        if self.surrogate == "vespo" and not self.importance_sampling.startswith("token"):
+            raise ValueError(
+                f"importance_sampling must be 'token_truncate' or 'token_mask' for vespo, got "
+                f"{self.importance_sampling!r}"
+            )
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether a token's loss depends on that token alone, so that `one_pass` serves it."""
+        whole = self.level != "token" or self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1
+        return not whole and not _looks_beyond(self.surrogate)
 
     def bind(
         self,
         *,
         advantages: Tensor,
-        lengths: Tensor,
+        sequences: Sequences,
         old_logprobs: Tensor | None,
         ref_logprobs: Tensor | None,
         num_sequences: Count,
         num_tokens: Count,
-        offsets: Tensor | None = None,
+        sampling_logprobs: Tensor | None = None,
+        per_sequence: bool = True,
     ) -> BoundPolicyLoss:
-        """The objective over N real tokens with all but the log-probs known.
+        """The objective over N real tokens with all but the log-probs known. Vectors are (N,), the counts global.
 
-        Vectors are (N,), offsets (S + 1,) int64: where each of the S sequences starts, needed at sequence level; the
-        counts are global.
+        per_sequence: the advantages are one per sequence, so that at sequence level metrics are means over sequences.
         """
-        if self.level == "sequence" and offsets is None:
-            raise ValueError("offsets must be given at sequence level, got None")
         if self.beta != 0 and ref_logprobs is None:
             raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta={self.beta}")
+        importance = self._importance(old_logprobs, sampling_logprobs, sequences)
+        log_correction = None
+        if importance is not None and self.surrogate == "vespo":
+            log_correction = sequences.sum(importance.log().clamp(math.log(1e-8), 20.0))
+            importance = None
         weight = TOKEN_WEIGHTS[self.token_weight]
+        lengths = sequences.spread(sequences.lengths).to(advantages.dtype)
+        token_weights = weight(lengths, num_sequences, num_tokens, **options_of(weight, self.options))
+        if importance is not None and self.beta == 0:  # a constant of each token
+            token_weights, importance = token_weights * importance, None
+        masked = self.off_policy_mask_threshold is not None or self.top_entropy_quantile < 1
         return BoundPolicyLoss(
             surrogate=self.surrogate,
             kl=self.kl if self.beta != 0 else "",
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
             advantages=advantages,
-            token_weights=weight(lengths, num_sequences, num_tokens, **self._options_of(weight)),
+            token_weights=token_weights,
             entropy_weight=self.entropy_coef / num_tokens if self.entropy_coef else 0.0,
             beta=self.beta,
-            options=self._options_of(SURROGATES[self.surrogate]),
-            offsets=offsets if self.level == "sequence" else None,
+            options=options_of(SURROGATES[self.surrogate], self.options),
+            level=self.level,
+            offsets=sequences.offsets,
+            plain=not masked and importance is None and not self.use_bias_correction_kl,
+            tokenwise=self.tokenwise,
+            objective=self,
+            batch=Batch(sequences, log_correction),
+            sampling_logprobs=sampling_logprobs,
+            importance=importance,
+            advantages_per_sequence=per_sequence,
         )
 
+    def _importance(self, old: Tensor | None, sampling: Tensor | None, sequences: Sequences) -> Tensor | None:
+        """(N,) what the surrogate is multiplied by to correct for the sampler."""
+        if self.importance_sampling is None:
+            if sampling is not None and self.off_policy_mask_threshold is None:
+                raise ValueError(
+                    "sampling_logprobs must be None unless the objective has importance_sampling or an "
+                    "off_policy_mask_threshold; they would change nothing"
+                )
+            return None
+        if sampling is None or old is None:
+            missing = "sampling_logprobs" if sampling is None else "old_logprobs"
+            raise ValueError(f"{missing} must be given for importance_sampling={self.importance_sampling!r}, got None")
+        difference = (old - sampling).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        if self.importance_sampling.startswith("sequence"):
+            difference = sequences.spread(sequences.sum(difference))
+        ratio = difference.exp()
+        low, high = self.importance_sampling_min, self.importance_sampling_max
+        if self.importance_sampling.endswith("truncate"):
+            return ratio.clamp(min=low, max=high)
+        outside = (ratio < (0.0 if low is None else low)) | (ratio > (math.inf if high is None else high))
+        return ratio.masked_fill(outside, 0.0)
 
-@dataclass
-class BoundPolicyLoss:
+
+@dataclass(kw_only=True)
+class BoundPolicyLoss(BoundPolicy):
     """A `kernels.interface.BoundObjective`."""
 
-    surrogate: str
-    kl: str
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
-    advantages: Tensor
-    token_weights: Tensor
-    entropy_weight: Tensor | float
-    beta: float
-    options: dict[str, Any]
-    offsets: Tensor | None
+    tokenwise: bool
+    objective: PolicyLoss
+    batch: Batch
+    sampling_logprobs: Tensor | None
+    importance: Tensor | None  # (N,), where it is not part of token_weights
+    advantages_per_sequence: bool
 
-    def compared(self, rows: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """What the surrogate compares, (n,) each: log-probs and old ones, or the sequences' mean difference and 0."""
-        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
-        if self.offsets is None:
-            return logprobs, old
-        lengths = self.offsets.diff()
-        sums = torch.segment_reduce(logprobs - old, "sum", lengths=lengths, unsafe=True)
-        sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-        mean = (sums / lengths.clamp(min=1))[sequence]
-        return mean, torch.zeros_like(mean)
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a sequence has one ratio and one advantage, so that a share of clipped ones is of sequences."""
+        return self.advantages_per_sequence and self.level in ("sequence", "sequence_sum")
 
     @property
     def needs_entropy(self) -> bool:
-        return isinstance(self.entropy_weight, Tensor) or self.entropy_weight != 0.0
+        return self.objective.entropy_coef != 0 or self.objective.top_entropy_quantile < 1
+
+    def compared(self, rows: slice, logprobs: Tensor) -> Tensor:
+        """The old log-probs that make logprob - old the log-ratio of the objective's level, (n,)."""
+        old = logprobs.detach() if self.old_logprobs is None else self.old_logprobs[rows]
+        if self.level == "token":
+            return old
+        reduce = self.batch.sequences.sum if self.level == "sequence_sum" else self.batch.sequences.mean
+        log_ratio = self.batch.sequences.spread(reduce(logprobs - old))
+        if self.level == "sequence_token":
+            return (logprobs - log_ratio).detach()
+        return logprobs - log_ratio
+
+    def core(self, rows: slice, logprobs: Tensor, old: Tensor) -> Tensor:
+        """(n,) values of the surrogate."""
+        function = SURROGATES[self.surrogate]
+        beyond = (self.batch,) if _looks_beyond(self.surrogate) else ()
+        return function(logprobs, old, self.advantages[rows], *beyond, **self.options)
+
+    def kl_term(self, rows: slice, logprobs: Tensor, old: Tensor) -> Tensor:
+        assert self.ref_logprobs is not None
+        kl = KL_ESTIMATORS[self.kl or "k3"](logprobs, self.ref_logprobs[rows])
+        return kl * (logprobs - old).exp() if self.objective.use_bias_correction_kl else kl
 
     def per_token(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """(n,) contributions to the loss, differentiable in logprobs and entropy."""
-        loss = SURROGATES[self.surrogate](*self.compared(rows, logprobs), self.advantages[rows], **self.options)
-        if self.kl:
-            assert self.ref_logprobs is not None
-            loss = loss + self.beta * KL_ESTIMATORS[self.kl](logprobs, self.ref_logprobs[rows])
-        loss = self.token_weights[rows] * loss
-        if self.needs_entropy:
+        old = self.compared(rows, logprobs)
+        loss = self.core(rows, logprobs, old)
+        bonus = self.entropy_weight
+        if self.objective.off_policy_mask_threshold is not None:
+            loss = loss * self._on_policy(logprobs)
+        if self.objective.top_entropy_quantile < 1:
             assert entropy is not None
-            loss = loss - self.entropy_weight * entropy
+            keep = high_entropy(entropy.detach(), self.objective.top_entropy_quantile).to(loss.dtype)
+            loss = loss * keep
+            # Its mean is over the tokens kept: their share of this call's tokens is taken for that of all.
+            bonus = bonus * keep / keep.mean().clamp(min=1e-12)
+        if self.importance is not None:
+            loss = loss * self.importance[rows]
+        if self.kl:
+            loss = loss + self.beta * self.kl_term(rows, logprobs, old)
+        loss = self.token_weights[rows] * loss
+        if self.objective.entropy_coef != 0:
+            assert entropy is not None
+            loss = loss - bonus * entropy
         return loss
 
+    @torch.no_grad()
+    def _on_policy(self, logprobs: Tensor) -> Tensor:
+        """(N,) 1 for the tokens that the off-policy mask keeps."""
+        sampler = self.sampling_logprobs if self.sampling_logprobs is not None else self.old_logprobs
+        drift = torch.zeros_like(logprobs) if sampler is None else (sampler - logprobs).nan_to_num(nan=0.0)
+        near = self.batch.sequences.mean(drift) <= self.objective.off_policy_mask_threshold
+        return ((self.advantages >= 0) | self.batch.sequences.spread(near)).to(logprobs.dtype)
+
     def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
-        with torch.enable_grad():
-            lp = logprobs.detach().requires_grad_()
-            h = entropy.detach().requires_grad_() if entropy is not None and self.needs_entropy else None
-            loss = self.per_token(rows, lp, h)
-            found = torch.autograd.grad(loss.sum(), [lp] if h is None else [lp, h])
-        return loss.detach(), TokenGrads(found[0], None if h is None else found[1])
+        return differentiated(partial(self.per_token, rows), logprobs, entropy, self.objective.entropy_coef != 0)
+
+
+def differentiated(
+    function: Callable[[Tensor, Tensor | None], Tensor], logprobs: Tensor, entropy: Tensor | None, by_entropy: bool
+) -> tuple[Tensor, TokenGrads]:
+    """What `function(logprobs, entropy)` gives and the derivatives of its sum, by autograd on the (n,) vectors."""
+    with torch.enable_grad():
+        lp = logprobs.detach().requires_grad_()
+        h = None if entropy is None else entropy.detach().requires_grad_(by_entropy)
+        loss = function(lp, h)
+        found = torch.autograd.grad(loss.sum(), [lp, h] if by_entropy else [lp], allow_unused=True)
+    by_logprob = torch.zeros_like(logprobs) if found[0] is None else found[0]
+    return loss.detach(), TokenGrads(by_logprob, found[1] if by_entropy else None)
+
+
+@torch.no_grad()
+def high_entropy(entropy: Tensor, share: float) -> Tensor:
+    """(N,) bool: the tokens whose entropy reaches the (1 - share) quantile over the tokens of all ranks."""
+    everyone = entropy
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, entropy.cpu())
+        everyone = torch.cat(parts).to(entropy.device)
+    if everyone.numel() == 0:
+        return torch.zeros_like(entropy, dtype=torch.bool)
+    return entropy >= quantile(everyone, 1 - share)
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """torch.quantile, which refuses more than 2^24 values."""
+    ordered = values.sort().values
+    position = q * (ordered.numel() - 1)
+    low = math.floor(position)
+    high = min(low + 1, ordered.numel() - 1)
+    return torch.lerp(ordered[low], ordered[high], position - low)
 
 
 def preset(
-    name: str, surrogate: str, token_weight: str, level: str = "token", **defaults: Any
+    name: str, surrogate: str, token_weight: str, level: str = "token", source: str = "", **defaults: Any
 ) -> Callable[..., PolicyLoss]:
     """A constructor of `PolicyLoss`; keywords are its fields or options of the surrogate and the weight."""
+    own = {f.name for f in fields(PolicyLoss)} - {"surrogate", "token_weight", "options"}
 
-    def construct(
-        *, kl: str = "k3", beta: float = 0.0, entropy_coef: float = 0.0, level: str = level, **options: Any
-    ) -> PolicyLoss:
-        return PolicyLoss(surrogate, token_weight, kl, beta, entropy_coef, level, {**defaults, **options})
+    def construct(**given: Any) -> PolicyLoss:
+        settings = {key: value for key, value in given.items() if key in own}
+        options = defaults | {key: value for key, value in given.items() if key not in own}
+        return PolicyLoss(surrogate, token_weight, **({"level": level} | settings), options=options)
 
     construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"{name}: {surrogate}, {token_weight}, {level} level; {defaults or 'the defaults of both'}."
-    PRESETS[name.lower()] = construct
+    construct.__doc__ = f"""{name}: {surrogate}, {token_weight}, {level} level{f" ({source})" if source else ""}.
+
+    Defaults of its own: {defaults or "none"}. Keywords: the fields of `PolicyLoss`, and the options
+    {sorted(keywords(SURROGATES[surrogate]) | keywords(TOKEN_WEIGHTS[token_weight]))}.
+    """
+    PRESETS[snake_case(name)] = construct
     return construct
 
 
-GRPO = preset("GRPO", "ppo_clip", "sequence_mean")
-DAPO = preset("DAPO", "ppo_clip", "token_mean", epsilon_low=0.2, epsilon_high=0.28)
-DrGRPO = preset("DrGRPO", "ppo_clip", "fixed_length")
-GSPO = preset("GSPO", "ppo_clip", "sequence_mean", level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
+def snake_case(name: str) -> str:
+    """DrGRPO -> dr_grpo, GSPOToken -> gspo_token, ReinforcePP -> reinforce_pp"""
+    out = name[0]
+    for before, letter, after in zip(name, name[1:], name[2:] + " "):
+        starts = letter.isupper() and (before.islower() or after.islower())
+        out += f"_{letter}" if starts else letter
+    return out.lower()
+
+
+GRPO = preset("GRPO", "ppo_clip", "sequence_mean", source="arXiv:2402.03300")
+BNPO = preset("BNPO", "ppo_clip", "token_mean", source="token mean over the call's own tokens")
+DrGRPO = preset("DrGRPO", "ppo_clip", "fixed_length", source="arXiv:2503.20783")
+DAPO = preset("DAPO", "ppo_clip", "token_mean", source="arXiv:2503.14476", epsilon_low=0.2, epsilon_high=0.28)
+LUSPO = preset("LUSPO", "ppo_clip", "sequence_sum", level="sequence", source="arXiv:2602.05261")
+GSPO = preset(
+    "GSPO",
+    "ppo_clip",
+    "sequence_mean",
+    level="sequence",
+    source="arXiv:2507.18071",
+    epsilon_low=3e-4,
+    epsilon_high=4e-4,
+)
+GSPOToken = preset(
+    "GSPOToken",
+    "ppo_clip",
+    "sequence_mean",
+    level="sequence_token",
+    source="arXiv:2507.18071",
+    epsilon_low=3e-4,
+    epsilon_high=4e-4,
+)
+CISPO = preset("CISPO", "cispo", "token_mean", source="arXiv:2506.13585")
+SAPO = preset("SAPO", "sapo", "sequence_mean", source="arXiv:2511.20347")
+VESPO = preset("VESPO", "vespo", "token_mean", source="arXiv:2602.10693")
+GMPO = preset("GMPO", "gmpo", "sequence_mean", source="arXiv:2507.20673")
+PPO = preset("PPO", "ppo_clip", "token_mean", source="arXiv:1707.06347")
+REINFORCE = preset("REINFORCE", "reinforce", "token_mean", source="arXiv:2504.02546")
+ReinforcePP = preset("ReinforcePP", "ppo_clip", "token_mean", source="REINFORCE++, arXiv:2501.03262")
+RLOO = preset("RLOO", "ppo_clip", "sequence_mean", level="sequence_sum", source="arXiv:2402.14740")
+ClipCov = preset("ClipCov", "clip_cov", "token_mean", source="arXiv:2505.22617")
+KLCov = preset("KLCov", "kl_cov", "token_mean", source="arXiv:2505.22617")
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Masked means over N tokens, or over S sequences where a sequence has one value. 0-d, no host sync."""
+
+    sequences: Sequences
+    per_sequence: bool
+
+    def tokens(self, values: Tensor) -> Tensor:
+        return values.sum() / max(values.numel(), 1)
+
+    def first(self, values: Tensor, empty: float = 0.0) -> Tensor:
+        """(S,) the value at each sequence's first token."""
+        if values.numel() == 0:
+            return values.new_full((self.sequences.count,), empty)
+        at = self.sequences.offsets[:-1].clamp(max=values.numel() - 1)
+        return values[at].masked_fill(self.sequences.lengths == 0, empty)
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.first(values).mean() if self.per_sequence else self.tokens(values)
+
+    def min(self, values: Tensor) -> Tensor:
+        """The least of the sequences' means; 0 where there are no tokens."""
+        return self._extreme(values, math.inf).min()
+
+    def max(self, values: Tensor) -> Tensor:
+        return self._extreme(values, -math.inf).max()
+
+    def _extreme(self, values: Tensor, empty: float) -> Tensor:
+        if self.per_sequence:
+            return self.first(values)
+        means = self.sequences.mean(values).masked_fill(self.sequences.lengths == 0, empty)
+        none = (self.sequences.lengths == 0).all()
+        return torch.cat([means, means.new_full((1,), empty)]).masked_fill(none, 0.0)
+
+
+METRICS: dict[str, Callable[[BoundPolicyLoss, Tensor, Tensor, Tensor, Reduce], dict[str, Tensor]]] = {}
+
+
+def metrics_of(*surrogates: str) -> Callable[[Any], Any]:
+    """Registers `f(bound, logprobs, old, ratio, reduce) -> metrics` for these surrogates."""
+
+    def register(function: Any) -> Any:
+        METRICS.update(dict.fromkeys(surrogates, function))
+        return function
+
+    return register
+
+
+@metrics_of("ppo_clip", "clip_cov")
+def clip_ratios(
+    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
+) -> dict[str, Tensor]:
+    delta = bound.options.get("delta")
+    ratio = ratio if delta is None else ratio.clamp(max=delta)
+    low = ((ratio < 1 - bound.options["epsilon_low"]) & (bound.advantages < 0)).to(ratio.dtype)
+    high = ((ratio > 1 + bound.options["epsilon_high"]) & (bound.advantages > 0)).to(ratio.dtype)
+    return {
+        "clip_ratio/low_mean": reduce.mean(low),
+        "clip_ratio/low_min": reduce.min(low),
+        "clip_ratio/high_mean": reduce.mean(high),
+        "clip_ratio/high_max": reduce.max(high),
+        "clip_ratio/region_mean": reduce.mean(low + high),
+    }
+
+
+@metrics_of("cispo")
+def cispo_clip_ratio(
+    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
+) -> dict[str, Tensor]:
+    clipped = (ratio > bound.options["ratio_max"]) & (bound.advantages > 0)
+    return {"cispo_clip_ratio": reduce.mean(clipped.to(ratio.dtype))}
+
+
+@metrics_of("vespo")
+def phi_mean(bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce) -> dict[str, Tensor]:
+    phi = vespo_phi(logprobs, old, bound.advantages, bound.batch, **bound.options)  # type: ignore[arg-type]
+    return {"phi_mean": reduce.first(phi, empty=1.0).mean() if bound.advantages_per_sequence else reduce.tokens(phi)}
 
 
 @torch.no_grad()
 def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
     """Means over the N active tokens, as 0-d tensors (no host sync); zero when there are none.
 
-    ratio: exp(logprob - old), or of its mean over the sequence at sequence level. clip_ratio/low_mean: share of tokens
-    with A < 0 below 1 - epsilon_low; high_mean: with A > 0 above 1 + epsilon_high; region_mean: either. kl: of the
-    objective's estimator. entropy: when it was computed.
+    ratio_mean, ratio_var: of the objective's ratio. approx_kl: (logprob - old)^2 / 2. clip_ratio/low_mean: share with
+    A < 0 below 1 - epsilon_low; high_mean: with A > 0 above 1 + epsilon_high; region_mean: either; low_min, high_max:
+    the extremes of the sequences' means. At sequence level, with one advantage a sequence, these are means over all
+    sequences. kl: of the objective's estimator. entropy: when it was computed.
     """
-    count = max(logprobs.numel(), 1)
-    new, old = bound.compared(slice(0, logprobs.numel()), logprobs)
-    ratio = (new - old).exp()
-    metrics = {"ratio": ratio.sum() / count}
-    if bound.surrogate == "ppo_clip":
-        low = (ratio < 1 - bound.options["epsilon_low"]) & (bound.advantages < 0)
-        high = (ratio > 1 + bound.options["epsilon_high"]) & (bound.advantages > 0)
-        for key, clipped in (("low", low), ("high", high), ("region", low | high)):
-            metrics[f"clip_ratio/{key}_mean"] = clipped.to(ratio.dtype).sum() / count
+    rows = slice(0, logprobs.numel())
+    old = bound.compared(rows, logprobs)
+    ratio = (logprobs - old).exp()
+    reduce = Reduce(bound.batch.sequences, bound.per_sequence)
+    mean = reduce.tokens(ratio)
+    before = logprobs if bound.old_logprobs is None else bound.old_logprobs
+    metrics = {
+        "ratio_mean": mean,
+        "ratio_var": reduce.tokens((ratio - mean).square()),
+        "approx_kl": reduce.tokens(k2(logprobs, before)),
+    }
+    if bound.surrogate in METRICS:
+        metrics |= METRICS[bound.surrogate](bound, logprobs, old, ratio, reduce)
     if bound.ref_logprobs is not None:
-        metrics["kl"] = KL_ESTIMATORS[bound.kl or "k3"](logprobs, bound.ref_logprobs).sum() / count
+        metrics["kl"] = reduce.tokens(bound.kl_term(rows, logprobs, old))
     if entropy is not None:
-        metrics["entropy"] = entropy.sum() / count
+        metrics["entropy"] = reduce.tokens(entropy)
+    return metrics
+
+
+# -------------------------------------------------------------------------------------------------------------- value
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else torch.where(mask.bool(), values, torch.zeros_like(values))
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    cliprange_value: float | None = 0.2,
+    num_tokens: Count | None = None,
+) -> Tensor:
+    """1/2 mean of max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) over the active tokens   (arXiv:1707.06347)
+
+    Args:
+        values: any shape, differentiable; what the mask leaves out never matters.
+        returns, old_values: the same shape, no gradient. old_values may be None when cliprange_value is.
+        mask: the same shape, bool or 0 / 1; None: all tokens are active.
+        cliprange_value: c, positive; None does not clip.
+        num_tokens: the global count that normalises; default: this call's active tokens.
+
+    Raises:
+        ValueError: shapes differ, cliprange_value is not positive, or it is given without old_values.
+    """
+    for name, other in (("returns", returns), ("old_values", old_values), ("mask", mask)):
+        if other is not None and other.shape != values.shape:
+            raise ValueError(f"{name} must have the shape of values {tuple(values.shape)}, got {tuple(other.shape)}")
+    loss = (_masked(values, mask) - _masked(returns, mask)).square()
+    if cliprange_value is not None:
+        check_number("cliprange_value", cliprange_value, above=0)
+        if old_values is None:
+            raise ValueError(f"old_values must be given with cliprange_value={cliprange_value}, got None")
+        clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+        loss = torch.maximum(loss, (_masked(clipped, mask) - _masked(returns, mask)).square())
+    count = num_tokens if num_tokens is not None else (values.numel() if mask is None else mask.sum())
+    return 0.5 * loss.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+@torch.no_grad()
+def value_metrics(
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cliprange_value: float | None = 0.2,
+) -> dict[str, Tensor]:
+    """Over the active tokens, 0-d: value_clip_fraction, where clipping raised the loss; explained_variance of returns."""
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
+    count = mask.sum().clamp(min=1)
+
+    def mean(x: Tensor) -> Tensor:
+        return _masked(x, mask).sum() / count
+
+    def variance(x: Tensor) -> Tensor:
+        return mean((x - mean(x)).square())
+
+    metrics = {"explained_variance": 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)}
+    if cliprange_value is not None:
+        clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+        raised = (clipped - returns).square() > (values - returns).square()
+        metrics["value_clip_fraction"] = mean(raised.to(values.dtype))
     return metrics

@@ -67,6 +67,14 @@ class TokenGrads(NamedTuple):
     entropy: Tensor | None = None
     lse: Tensor | None = None
 
+    def live(self, like: Tensor) -> Tensor:
+        """(N,) bool, on the device of `like` (N,): the rows where any of them is not exactly zero; a NaN is not."""
+        live = torch.zeros_like(like, dtype=torch.bool)
+        for vector in self:
+            if vector is not None:
+                live |= vector != 0
+        return live
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted; the work and memory of the others must be absent."""
@@ -100,9 +108,23 @@ def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int,
 class BoundObjective(Protocol):
     """An objective with everything but the log-probs known, so that the backward can follow at once.
 
-    Calling it with a slice of rows and their statistics gives each row's contribution to the (summed) loss and the
-    derivatives of it; at sequence level the rows must be all of them. A backend that has a twin of `surrogate` and `kl`
-    may read the fields instead of calling.
+    Calling it with a slice of rows and their statistics gives contributions to the loss, which is their sum, and the
+    derivatives of it. Where it is `tokenwise` the contributions are the rows' own; otherwise the rows must be all.
+    """
+
+    tokenwise: bool  # a token's loss and gradient depend on that token's statistics alone
+    needs_entropy: bool
+
+    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        """-> contributions to the loss, and its derivatives by the (n,) log-probs and entropies."""
+        ...
+
+
+@dataclass(kw_only=True)
+class BoundPolicy:
+    """What a twin needs to know of a policy objective. Where `plain`, the loss is
+
+    sum_n token_weights[n] (surrogate[n] + beta kl[n]) - entropy_weight H[n]
     """
 
     surrogate: str
@@ -110,14 +132,30 @@ class BoundObjective(Protocol):
     old_logprobs: Tensor | None  # (N,) fp32; None: on-policy, the ratio is exactly 1 and keeps its gradient
     ref_logprobs: Tensor | None  # (N,) fp32, present when kl is
     advantages: Tensor  # (N,) fp32
-    # The loss is sum_n token_weights[n] (surrogate[n] + beta kl[n]) - entropy_weight H[n].
     token_weights: Tensor  # (N,) fp32
-    entropy_weight: Tensor | float  # 0.0: no entropy bonus, and no entropy needed
+    entropy_weight: Tensor | float  # 0.0: no entropy bonus
     beta: float
     options: dict[str, float | None]  # the surrogate's own: epsilon_low, epsilon_high, delta ...
-    # (S + 1,) int64: where each sequence starts, when a sequence has one ratio, exp(mean of logprob - old); else None.
-    offsets: Tensor | None
+    level: str  # whose ratio: "token", or of the sequence: "sequence" (mean of logprob - old), "sequence_sum" ...
+    offsets: Tensor  # (S + 1,) int64: where each sequence starts
+    plain: bool  # nothing masks or reweights the surrogate or the KL
 
-    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
-        """-> loss (n,) of these rows, and its derivatives by their log-probs and entropies."""
-        ...
+
+@dataclass(kw_only=True)
+class BoundPreference:
+    """What a twin needs to know of a preference objective over P pairs. Where `plain`, the loss is
+
+    sum_p pair_weight sum_k weights[k] losses[k](pair p)
+
+    of the completions' summed log-probs. The first P sequences are the chosen ones, the others the rejected ones.
+    """
+
+    losses: tuple[str, ...]
+    weights: tuple[float, ...]
+    beta: float
+    options: dict[str, float | None]
+    offsets: Tensor  # (2 P + 1,) int64
+    ref_sums: Tensor | None  # (2 P,) fp32, weighted as the policy's sums are; None: no reference
+    token_weights: Tensor | None  # (N,) fp32: what a token counts in its sum; None: 1
+    pair_weight: Tensor | float
+    plain: bool  # pairs, reverse KL, no weighting by the policy

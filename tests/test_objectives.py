@@ -5,6 +5,7 @@ import torch
 
 import fused_rlhf as fr
 from fused_rlhf import objectives
+from fused_rlhf.segments import Sequences
 from tests.helpers import dense, inputs, relative, worst
 
 
@@ -39,30 +40,154 @@ def test_kl_estimators():
     assert worst(objectives.k2(p.log(), q.log()), (p / q).log() ** 2 / 2) < 1e-14
 
 
-@pytest.mark.parametrize("surrogate", sorted(objectives.SURROGATES))
-@pytest.mark.parametrize("kl", sorted(objectives.KL_ESTIMATORS))
-def test_gradcheck_of_every_surrogate_and_kl(surrogate, kl):
-    lp, old, ref, adv = vectors(12)
-    lengths = torch.full_like(lp, 4.0)
-    loss = fr.PolicyLoss(surrogate, kl=kl, beta=0.3, entropy_coef=0.2)
-    offsets = torch.tensor([0, 5, 5, 12])
-    bound = loss.bind(
+OPTIONS = {"clip_cov": {"cov_low": 0.01, "share": 0.3}, "kl_cov": {"share": 0.3}}
+LEVELS = {name: ["token"] if name in ("vespo", "gmpo", "clip_cov", "kl_cov") else objectives.LEVELS
+          for name in objectives.SURROGATES}  # fmt: skip
+OFFSETS = torch.tensor([0, 5, 5, 12])
+
+
+def bind(loss, old, ref, adv, sampling=None, offsets=OFFSETS, **counts):
+    lengths = offsets.diff()
+    index = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return loss.bind(
         advantages=adv,
-        lengths=lengths,
-        offsets=offsets,
+        sequences=Sequences.of(index, len(lengths)),
         old_logprobs=old,
         ref_logprobs=ref,
-        num_sequences=3,
-        num_tokens=12,
+        sampling_logprobs=sampling,
+        **({"num_sequences": len(lengths), "num_tokens": len(index)} | counts),
     )
-    entropy = torch.rand_like(lp).requires_grad_()
+
+
+def cases():
+    """Every surrogate at every level; every KL estimator, with and without bias correction; every mask."""
+    for name, levels in LEVELS.items():
+        for level in levels:
+            yield pytest.param(
+                {"surrogate": name, "level": level, "options": OPTIONS.get(name, {})}, id=f"{name}-{level}"
+            )
+    for kl in objectives.KL_ESTIMATORS:
+        for corrected in (False, True):
+            yield pytest.param({"kl": kl, "beta": 0.3, "use_bias_correction_kl": corrected}, id=f"{kl}-{corrected}")
+    yield pytest.param({"off_policy_mask_threshold": 0.01, "beta": 0.2}, id="off-policy")
+    yield pytest.param({"top_entropy_quantile": 0.4, "entropy_coef": 0.2}, id="entropy")
+    for how in objectives.CORRECTIONS:
+        bounds = {"importance_sampling_min": 0.7, "importance_sampling_max": 1.3}
+        yield pytest.param({"importance_sampling": how, "beta": 0.2, **bounds}, id=how)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_gradcheck(case):
+    lp, old, ref, adv = vectors(12)
+    loss = fr.PolicyLoss(**case)
+    sampling = old + 0.2 if loss.importance_sampling or loss.off_policy_mask_threshold else None
+    bound = bind(loss, old, ref, adv, sampling)
+    entropy = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     rows = slice(0, 12)
-    assert torch.autograd.gradcheck(lambda l, h: bound.per_token(rows, l, h), [lp.requires_grad_(), entropy])
-    value, grads = bound(slice(3, 9), lp[3:9], entropy[3:9])
-    truth = torch.autograd.grad(bound.per_token(rows, lp, entropy).sum(), [lp, entropy])
-    assert worst(value, bound.per_token(rows, lp, entropy)[3:9].detach()) == 0
-    assert worst(grads.logprobs, truth[0][3:9]) < 1e-15
-    assert worst(grads.entropy, truth[1][3:9]) < 1e-15
+    lp.requires_grad_()
+    if loss.kl == "k3+" and loss.beta:  # its gradient is by design not that of its value
+        found = torch.autograd.grad(bound.per_token(rows, lp, entropy).sum(), lp)[0]
+        k2 = fr.PolicyLoss(**(case | {"kl": "k2"}))
+        if not loss.use_bias_correction_kl:
+            expected = torch.autograd.grad(bind(k2, old, ref, adv).per_token(rows, lp, entropy).sum(), lp)[0]
+            assert worst(found, expected) < 1e-15
+    elif loss.surrogate in ("cispo", "vespo") or loss.level == "sequence_token":  # weights without gradient
+        weights = bound.core(rows, lp, bound.compared(rows, lp)).detach()
+        assert weights.isfinite().all()
+    else:
+        wanted = [lp, entropy] if loss.entropy_coef else [lp]
+        assert torch.autograd.gradcheck(
+            lambda *x: bound.per_token(rows, x[0], x[-1] if len(x) > 1 else entropy), wanted
+        )
+    value, grads = bound(rows, lp, entropy)
+    total = bound.per_token(rows, lp, entropy)
+    truth = torch.autograd.grad(total.sum(), [lp, entropy], allow_unused=True)
+    assert worst(value, total.detach()) == 0
+    assert worst(grads.logprobs, truth[0]) < 1e-15
+    assert (grads.entropy is None) == (loss.entropy_coef == 0)
+    if loss.tokenwise:
+        assert worst(bound(slice(3, 9), lp[3:9], entropy[3:9])[0], value[3:9]) == 0
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages():
+    """min(max(-A r, -A clip r), -A c) where A < 0, token by token."""
+    lp, old, _, adv = vectors()
+    found = objectives.ppo_clip(lp + 2, old, adv, dual_clip=3.0)
+    for i in range(len(lp)):
+        r, a = math.exp(lp[i] + 2 - old[i]), adv[i].item()
+        two_sided = max(-a * r, -a * min(max(r, 0.8), 1.2))
+        assert found[i].item() == pytest.approx(min(two_sided, -a * 3.0) if a < 0 else two_sided, abs=1e-12)
+    assert (found[adv < 0] == -3.0 * adv[adv < 0]).any()
+
+
+@pytest.mark.parametrize("name", ["cispo", "sapo"])
+def test_soft_and_capped_ratios_by_cases(name):
+    lp, old, _, adv = vectors()
+    found = objectives.SURROGATES[name](lp, old, adv)
+    for i in range(len(lp)):
+        r, a = math.exp(lp[i] - old[i]), adv[i].item()
+        tau = 1.0 if a > 0 else 1.05
+        expected = {"cispo": -min(r, 5.0) * a * lp[i].item(), "sapo": -4 / tau / (1 + math.exp(-tau * (r - 1))) * a}
+        assert found[i].item() == pytest.approx(expected[name], abs=1e-13)
+
+
+def test_levels_compare_the_mean_or_the_sum_of_a_sequence():
+    lp, old, ref, adv = vectors(12)
+    rows = slice(0, 12)
+    for level, reduce in (("sequence", torch.mean), ("sequence_sum", torch.sum)):
+        bound = bind(fr.PolicyLoss(level=level), old, ref, adv)
+        log_ratio = lp - bound.compared(rows, lp)
+        for start, end in ((0, 5), (5, 12)):
+            assert worst(log_ratio[start:end], reduce((lp - old)[start:end])) < 1e-14
+    token = bind(fr.PolicyLoss("reinforce", level="sequence_token"), old, ref, adv)
+    lp.requires_grad_()
+    ratio = (lp - token.compared(rows, lp)).exp()
+    (by_lp,) = torch.autograd.grad(ratio.sum(), lp)
+    assert worst(by_lp, ratio.detach()) < 1e-14  # the token's own gradient, the sequence's value
+    assert worst(ratio[:5].detach(), (lp - old)[:5].mean().exp().detach()) < 1e-14
+
+
+def test_clip_cov_drops_and_kl_cov_penalises_only_tokens_of_high_covariance():
+    lp, old, _, adv = vectors(200)
+    batch = objectives.Batch(Sequences.of(torch.zeros(200, dtype=torch.int64), 1), None)
+    cov = (adv - adv.mean()) * (lp - lp.mean())
+    plain = objectives.ppo_clip(lp, old, adv)
+    dropped = objectives.clip_cov(lp, old, adv, batch, share=0.05, cov_low=0.1, cov_high=1.0) == 0
+    assert 0 < dropped[plain != 0].sum() <= 10
+    assert ((cov > 0.1) & (cov < 1.0))[dropped & (plain != 0)].all()
+    added = objectives.kl_cov(lp, old, adv, batch, share=0.05, kl_coef=2.0) + (lp - old).exp() * adv
+    assert worst(added, torch.where(cov >= cov.topk(10).values[-1], 2.0 * (lp - old).abs(), 0.0)) < 1e-14
+
+
+def test_quantile_is_torchs():
+    values = torch.rand(1001, dtype=torch.float64)
+    for q in (0.0, 0.1234, 0.5, 0.8, 1.0):
+        assert worst(objectives.quantile(values, q), torch.quantile(values, q)) < 1e-15
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss_by_cases_and_masked_nan(clip):
+    generator = torch.Generator().manual_seed(0)
+    v, r, old = (torch.randn(4, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(4, 6, generator=generator) > 0.3
+    v[~mask] = r[~mask] = old[~mask] = math.nan
+    v.requires_grad_()
+    total = 0.0
+    for value, ret, before in zip(v[mask].tolist(), r[mask].tolist(), old[mask].tolist()):
+        square = (value - ret) ** 2
+        if clip:
+            square = max(square, (min(max(value, before - clip), before + clip) - ret) ** 2)
+        total += 0.5 * square
+    loss = objectives.value_loss(v, r, old, mask, cliprange_value=clip)
+    assert loss.item() == pytest.approx(total / mask.sum().item(), rel=1e-13)
+    loss.backward()
+    assert v.grad[mask].isfinite().all()
+    assert (v.grad[~mask] == 0).all()
+    metrics = objectives.value_metrics(v.detach(), r, old, mask, cliprange_value=clip)
+    left = (r - v.detach())[mask]
+    assert metrics["explained_variance"].item() == pytest.approx(1 - (left.var() / r[mask].var()).item(), rel=1e-12)
+    with pytest.raises(ValueError, match="returns must have the shape of values"):
+        objectives.value_loss(v, r[:2], old)
 
 
 def test_token_weights():
@@ -107,11 +232,19 @@ def test_grpo_with_kl_and_entropy_equals_the_dense_formula(mode):
     assert relative(hidden.grad, x.grad) < 1e-12
     assert relative(weight.grad, w.grad) < 1e-12
     mean = {
-        k: (v.detach() * m).sum() / m.sum() for k, v in {"kl": kl, "ratio": ratio, "entropy": truth["entropy"]}.items()
+        k: (v.detach() * m).sum() / m.sum()
+        for k, v in {"kl": kl, "ratio_mean": ratio, "entropy": truth["entropy"]}.items()
     }
     low, high = (ratio < 0.9) & (a < 0), (ratio > 1.3) & (a > 0)
     for key, clipped in (("low", low), ("high", high), ("region", low | high)):
         mean[f"clip_ratio/{key}_mean"] = (clipped * m).sum() / m.sum()
+    kept = [(value[keep].mean() if keep.any() else None) for value, keep in zip(low.double(), mask)]
+    mean["clip_ratio/low_min"] = torch.stack([value for value in kept if value is not None]).min()
+    kept = [(value[keep].mean() if keep.any() else None) for value, keep in zip(high.double(), mask)]
+    mean["clip_ratio/high_max"] = torch.stack([value for value in kept if value is not None]).max()
+    real = ratio.detach()[mask]
+    mean["ratio_var"] = real.var(unbiased=False)
+    mean["approx_kl"] = (0.5 * (lp.detach() - old.view(4, 6)) ** 2)[mask].mean()
     assert set(metrics) == set(mean)
     for key, value in mean.items():
         assert worst(metrics[key], value) < 1e-12, key
@@ -126,7 +259,7 @@ def test_on_policy_without_old_logprobs_has_the_gradient_of_the_policy():
             hidden, data["weight"], data["targets"], advantages=torch.ones(5), old_logprobs=old, objective=fr.GRPO()
         )
         loss.backward()
-        assert metrics["ratio"] == 1
+        assert metrics["ratio_mean"] == 1
         grads.append(hidden.grad)
     assert torch.equal(*grads)
     assert grads[0].abs().sum() > 0
@@ -135,15 +268,29 @@ def test_on_policy_without_old_logprobs_has_the_gradient_of_the_policy():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: fr.PolicyLoss("ppo"), ValueError, r"surrogate must be one of \['ppo_clip'\], got 'ppo'"),
+        (lambda: fr.PolicyLoss("ppo"), ValueError, r"surrogate must be one of \['cispo', .*'ppo_clip'.*\], got 'ppo'"),
         (lambda: fr.PolicyLoss(token_weight="mean"), ValueError, "token_weight must be one of"),
-        (lambda: fr.GRPO(kl="k4"), ValueError, r"kl must be one of \['k1', 'k2', 'k3'\], got 'k4'"),
+        (lambda: fr.GRPO(kl="k4"), ValueError, r"kl must be one of \['k1', 'k2', 'k3', 'k3\+'\], got 'k4'"),
         (lambda: fr.GRPO(beta=-1.0), ValueError, "beta must be finite and >= 0, got -1.0"),
         (lambda: fr.GRPO(entropy_coef=math.nan), ValueError, "entropy_coef must be finite"),
         (lambda: fr.GRPO(epsilon_lo=0.1), TypeError, r"epsilon_lo is no option of ppo_clip .*epsilon_low"),
         (lambda: fr.GRPO(epsilon_low=0.0), ValueError, "epsilon_low must be finite and > 0"),
-        (lambda: fr.GRPO(level="word"), ValueError, r"level must be one of \['token', 'sequence'\], got 'word'"),
+        (lambda: fr.GRPO(level="word"), ValueError, r"level must be one of \['sequence', .*'token'\], got 'word'"),
         (lambda: fr.GRPO(max_completion_length=5), TypeError, "max_completion_length is no option"),
+        (lambda: fr.CISPO(delta=2.0), TypeError, "delta is no option of cispo"),
+        (
+            lambda: fr.GRPO(use_bias_correction_kl=True),
+            ValueError,
+            "use_bias_correction_kl must be False when beta is 0",
+        ),
+        (lambda: fr.GRPO(top_entropy_quantile=0.0), ValueError, r"top_entropy_quantile must lie in \(0, 1\], got 0.0"),
+        (lambda: fr.GRPO(importance_sampling="tis"), ValueError, "importance_sampling must be one of"),
+        (lambda: fr.GRPO(importance_sampling="token_mask"), ValueError, "importance_sampling_min or .*got neither"),
+        (lambda: fr.GRPO(importance_sampling_max=2.0), ValueError, "importance_sampling must be one of .*got None"),
+        (lambda: fr.VESPO(level="sequence"), ValueError, "level must be 'token' for vespo"),
+        (lambda: fr.GMPO(top_entropy_quantile=0.5), ValueError, "top_entropy_quantile must be 1 for gmpo"),
+        (lambda: fr.PPO(dual_clip=0.5), ValueError, "dual_clip must be above 1, got 0.5"),
+        (lambda: fr.GRPO(epsilon_low=1.5), ValueError, "epsilon_low must be below 1, got 1.5"),
     ],
 )
 def test_unknown_or_senseless_options_raise(make, error, message):
@@ -185,17 +332,110 @@ def test_sequence_level_equals_the_formula_sequence_by_sequence(per_token_advant
         torch.autograd.grad(3.7 * loss, [hidden, weight]), torch.autograd.grad(3.7 * truth, [hidden, weight])
     ):
         assert relative(ours, theirs) < 1e-12
-    assert metrics["ratio"] > 0
+    assert metrics["ratio_mean"] > 0
 
 
 def test_one_pass_is_refused_at_sequence_level():
     data = inputs(4, 3, 9)
-    with pytest.raises(ValueError, match=r"one_pass.* needs a token-level objective, got level='sequence'"):
+    with pytest.raises(ValueError, match=r"one_pass.* needs an objective whose terms are known token by token"):
         fr.linear_policy_loss(
             data["hidden"],
-            data["weight"],
+            data["weight"].requires_grad_(),
             data["targets"],
             advantages=torch.ones(4),
             objective=fr.GSPO(),
             mode="one_pass",
         )
+
+
+def batch(n=24, t=6, seed=3):
+    data = inputs(n, 6, 80, seed=seed)
+    shape = (n // t, t)
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    mask[1] = False
+    old, ref, sampling = (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 - 4 for _ in range(3))
+    return {
+        "hidden": data["hidden"].view(*shape, 6),
+        "weight": data["weight"],
+        "targets": data["targets"].view(shape),
+        "advantages": torch.randn(shape[0], generator=generator, dtype=torch.float64),
+        "completion_mask": mask,
+        "old_logprobs": old,
+        "ref_logprobs": ref,
+        "sampling_logprobs": sampling,
+    }
+
+
+def objective_of(name):
+    """Each preset with what its own options allow of KL and corrections."""
+    extra = {"max_completion_length": 10} if name == "dr_grpo" else {}
+    return objectives.PRESETS[name](
+        beta=0.1, importance_sampling="token_truncate", importance_sampling_max=2.0, **extra
+    )
+
+
+def run(objective, data, frozen=False, **options):
+    hidden = data["hidden"].clone().requires_grad_()
+    weight = data["weight"].clone().requires_grad_(not frozen)
+    loss, metrics = fr.linear_policy_loss(
+        **(data | {"hidden": hidden, "weight": weight}), objective=objective, **options
+    )
+    (3.7 * loss).backward(retain_graph=True)
+    return loss.detach(), hidden.grad, weight.grad, metrics
+
+
+@pytest.mark.parametrize("name", sorted(objectives.PRESETS))
+def test_every_preset_gives_the_same_by_every_route_and_backend(name):
+    """one_pass, two_phase and the frozen head's route, chunked and reference, against each other."""
+    data, objective = batch(), objective_of(name)
+    truth = run(objective, data, mode="two_phase", backend="reference")
+    found = {"two_phase": run(objective, data, mode="two_phase", backend="chunked")}
+    if objective.tokenwise:
+        found["one_pass"] = run(objective, data, mode="one_pass", backend="chunked")
+    for backend in ("chunked", "reference"):
+        found[f"frozen {backend}"] = run(objective, data, frozen=True, mode="one_pass", backend=backend)
+    for route, (loss, d_hidden, d_weight, metrics) in found.items():
+        assert worst(loss, truth[0]) < 1e-12, route
+        assert relative(d_hidden, truth[1]) < 1e-11, route
+        assert (d_weight is None) == route.startswith("frozen")
+        if d_weight is not None:
+            assert relative(d_weight, truth[2]) < 1e-11, route
+        for key, value in metrics.items():
+            assert worst(value, truth[3][key]) < 1e-11, (route, key)
+
+
+def test_the_reference_computed_in_the_call_equals_the_one_given():
+    data = batch()
+    generator = torch.Generator().manual_seed(9)
+    ref_hidden = torch.randn(4, 6, 5, generator=generator, dtype=torch.float64)
+    ref_weight = torch.randn(80, 5, generator=generator, dtype=torch.float64)
+    given = fr.linear_logprobs(ref_hidden, ref_weight, data["targets"], temperature=0.7).logprobs
+    objective = fr.GRPO(beta=0.3, off_policy_mask_threshold=0.1)
+    first = run(objective, data | {"ref_logprobs": given}, temperature=0.7)
+    del data["ref_logprobs"]
+    second = run(objective, data, temperature=0.7, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    for a, b in zip(first[:3], second[:3]):
+        assert relative(a, b) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("change", "objective", "message"),
+    [
+        ({}, fr.GRPO(), "sampling_logprobs must be None unless"),
+        ({"sampling_logprobs": None}, fr.GRPO(importance_sampling="token_mask", importance_sampling_max=2.0),
+         "sampling_logprobs must be given for importance_sampling='token_mask'"),
+        ({"old_logprobs": None}, fr.GRPO(importance_sampling="token_mask", importance_sampling_max=2.0),
+         "old_logprobs must be given for importance_sampling='token_mask'"),
+        ({"ref_hidden": torch.zeros(4, 6, 6)}, fr.GRPO(off_policy_mask_threshold=1.0),
+         "ref_logprobs must be None where ref_hidden is given"),
+        ({"ref_weight": torch.zeros(80, 6)}, fr.GRPO(off_policy_mask_threshold=1.0), "ref_weight must be None without"),
+        ({"ref_logprobs": None, "ref_hidden": torch.zeros(4, 5, 6)}, fr.GRPO(off_policy_mask_threshold=1.0),
+         r"ref_hidden must be \(4, 6, 6\), got \(4, 5, 6\)"),
+        ({"ref_logprobs": None}, fr.GRPO(beta=0.1, off_policy_mask_threshold=1.0),
+         "ref_logprobs or ref_hidden must be given when beta is not 0"),
+    ],
+)  # fmt: skip
+def test_contradictory_arguments_raise(change, objective, message):
+    with pytest.raises(ValueError, match=message):
+        fr.linear_policy_loss(**(batch() | change), objective=objective)
