@@ -130,7 +130,7 @@ def reinforce_pp_advantages(
     """(B,) rewards, (B, T) per-token KL estimates, (B, T) mask -> (B, T)   (REINFORCE++, arXiv:2501.03262)
 
     The reward counts at the completion's last token. For its variant with a baseline, pass
-    `group_advantages(rewards, num_generations, "none")` as the rewards. `total`: as in `whiten`.
+    `group_advantages(rewards, num_generations, "none")` as the rewards. `total`: as in `moments`.
 
     Raises ValueError where shapes do not fit.
     """
@@ -175,9 +175,21 @@ def whiten(
     *,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """(values - mean) / sqrt(var + 1e-8) over the mask, any shape; the mean is added back unless `shift_mean`.
+    """(values - mean) / sqrt(variance + 1e-8) over the mask, any shape; the mean is added back unless `shift_mean`.
 
-    `total` adds a tensor up over the ranks, for statistics of the whole batch; by default they are of this call.
+    `total`: as in `moments`. Raises ValueError where the shapes differ.
+    """
+    mean, variance = moments(values, mask, total=total)
+    whitened = (_inside(values, mask) - mean) * (variance + 1e-8).rsqrt()
+    return _inside(whitened if shift_mean else whitened + mean, mask)
+
+
+def moments(
+    values: Tensor, mask: Tensor, *, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over the mask, 0-d; 0 where there are no values, or one.
+
+    `total` adds a tensor up over the ranks, for moments of the whole batch; by default they are of this call.
 
     Raises ValueError where the shapes differ.
     """
@@ -186,8 +198,7 @@ def whiten(
     count, summed = total(torch.stack([mask.sum().to(values), values.sum()]))
     mean = summed / count.clamp(min=1)
     variance = total(_inside(values - mean, mask).square().sum()) / (count - 1).clamp(min=1)
-    whitened = (values - mean) * (variance + 1e-8).rsqrt()
-    return _inside(whitened if shift_mean else whitened + mean, mask)
+    return mean, variance
 
 
 def at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:

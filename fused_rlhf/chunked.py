@@ -105,8 +105,11 @@ class _Running:
             self.log_mass = op.new(count, mass_blocks(self.vocabulary, like.device))
         self.scratch = [op.new(min(op.rows, count) * TILE) for _ in range(1 + (self.weighted is not None))]
 
-    def update(self, z: Tensor, rows: slice, columns: slice) -> None:
-        """Takes in the (n, v) logits of these rows and columns, which it leaves as they are."""
+    def update(self, z: Tensor, rows: slice, columns: slice, in_place: bool = False) -> Tensor:
+        """Takes in the (n, v) logits of these rows and columns, which it leaves as they are.
+
+        in_place: leaves exp(z - reference) in them instead. Returns the reference, (n,).
+        """
         inside = self.targets[rows] - columns.start
         hit = (inside >= 0) & (inside < z.shape[1])
         found = z.gather(1, inside.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
@@ -126,12 +129,12 @@ class _Running:
         rescale = (before - reference).exp()
         self.maximum[rows] = now
 
-        d = torch.sub(z, reference[:, None], out=self.scratch[0][: z.numel()].view(z.shape))
+        first = self.scratch[0][: z.numel()].view(z.shape)
         if self.weighted is None:
-            e = d.exp_()
+            e = torch.sub(z, reference[:, None], out=z if in_place else first).exp_()
         else:
-            d.clamp_(min=_FAR)
-            e = torch.exp(d, out=self.scratch[1][: z.numel()].view(z.shape))
+            d = torch.sub(z, reference[:, None], out=first).clamp_(min=_FAR)
+            e = torch.exp(d, out=z if in_place else self.scratch[1][: z.numel()].view(z.shape))
             moved = self.weighted[rows] + self.total[rows] * (before - reference).clamp(min=_FAR)
             self.weighted[rows] = rescale * moved + d.mul_(e).sum(1)
         tile_total = e.sum(1)
@@ -139,7 +142,8 @@ class _Running:
         if self.log_mass is not None:
             self.log_mass[rows, columns.start // TILE] = reference + tile_total.log()
         if self.squares is not None:
-            self.squares[rows] = rescale.square() * self.squares[rows] + e.square_().sum(1)
+            self.squares[rows] = rescale.square() * self.squares[rows] + torch.square(e, out=first).sum(1)
+        return reference
 
     def stats(self, rows: slice = slice(None)) -> Stats:
         total, log_total = self.total[rows], self.total[rows].log()
@@ -214,10 +218,24 @@ class _BackwardBlock:
         return found
 
     def add(
-        self, z: Tensor, w: Tensor, columns: slice, d_weight: Tensor | None, d_bias: Tensor | None, first: bool
+        self,
+        z: Tensor,
+        w: Tensor,
+        columns: slice,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        first: bool,
+        reference: Tensor | None = None,
     ) -> None:
-        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole."""
-        dz = self._to_dlogits_(z, columns)
+        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole.
+
+        reference: (n,), where z holds exp(logit - reference) already.
+        """
+        if reference is None:
+            dz = self._to_dlogits_(z, columns)
+        else:  # never above the lse, but for a row that saw nothing but -inf, whose exponentials are 0
+            p_of = (reference - self.lse).clamp(max=0).exp()
+            dz = self._add_onehot_(z.mul_((self.constant * p_of)[:, None]), columns)
         if d_bias is not None:
             d_bias[columns].addmv_(dz.T, self.scale)
         dz = dz.to(self.narrow_x.dtype)
@@ -242,11 +260,14 @@ class _BackwardBlock:
             log_p.clamp_(min=_FAR)
             coefficient = torch.addcmul(self.constant[:, None], log_p, self.slope[:, None], value=-1)
             dz = log_p.exp_().mul_(coefficient)
-        inside = self.targets - columns.start
-        hit = (inside >= 0) & (inside < z.shape[1])
-        column = inside.clamp(0, z.shape[1] - 1)[:, None]
-        dz.scatter_add_(1, column, torch.where(hit, self.onehot, 0.0)[:, None])
+        self._add_onehot_(dz, columns)
         return dz if keep is None else dz.mul_(keep)
+
+    def _add_onehot_(self, dz: Tensor, columns: slice) -> Tensor:
+        inside = self.targets - columns.start
+        hit = (inside >= 0) & (inside < dz.shape[1])
+        column = inside.clamp(0, dz.shape[1] - 1)[:, None]
+        return dz.scatter_add_(1, column, torch.where(hit, self.onehot, 0.0)[:, None])
 
 
 def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
@@ -340,6 +361,7 @@ def one_pass(
 ) -> tuple[Stats, Tensor, Grads]:
     """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.
 
+    What is kept is exp(z - running maximum), which saves the exponential of the way back, unless that needs z itself.
     Holds one fp32 (V, H) accumulator when the weight is narrower than that.
     """
     op = _Operands(hidden, head, temperature)
@@ -350,13 +372,15 @@ def one_pass(
     running = _Running(op, targets, outputs)
     losses = torch.zeros_like(temperature)
     kept = op.new(min(op.rows, count), weight.shape[0])
+    exponentials = head.softcap is None and not objective.needs_entropy
     first = True
     for rows in _slices(count, op.rows):
         x = op.x(rows)
         logits = kept[: x.shape[0]]
+        references = []
         for columns in _slices(weight.shape[0], TILE):
             z = op.logits(x, op.w(columns), op.row_scale[rows], temperature[rows], columns, logits[:, columns])
-            running.update(z, rows, columns)
+            references.append(running.update(z, rows, columns, in_place=exponentials))
         stats = running.stats(rows)
         losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
         live = torch.zeros_like(targets[rows], dtype=torch.bool)
@@ -370,10 +394,11 @@ def one_pass(
         here = index + rows.start
         known, gradient = Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index))  # type: ignore[arg-type]
         block = _BackwardBlock.of(op, x if every else x[index], here, targets[here], known, gradient, needs)
-        for columns in _slices(weight.shape[0], TILE):
+        for columns, reference in zip(_slices(weight.shape[0], TILE), references):
             z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
             d_tile = None if d_weight is None else d_weight[columns]
-            block.add(z, op.w(columns), columns, d_tile, d_bias, first)
+            of_exps = reference[index] if exponentials else None
+            block.add(z, op.w(columns), columns, d_tile, d_bias, first, of_exps)
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(hidden.dtype)
         first = False

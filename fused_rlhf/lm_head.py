@@ -15,7 +15,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,17 @@ class HeadInputs:
         """The autocast of the model's own head, which accelerate, for one, keeps inside the model's forward."""
         dtype = self.autocast_dtype
         return torch.autocast(self.hidden.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Probed:
+    """What one forward of a model puts into its head, and what it does to the logits that come out."""
+
+    hidden: Tensor  # the head's own input, (B, T, H), with its graph
+    logit_scale: float
+    softcap: float | None
+    aux_loss: Tensor | None
+    autocast_dtype: torch.dtype | None  # as in `HeadInputs`
 
 
 def logprobs(
@@ -155,7 +166,7 @@ def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
     gpus = {p.device.index for p in base.parameters() if p.is_cuda}
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
-    weight, bias = _operands(_linear(base.get_output_embeddings()))  # a parametrised weight wants its graph
+    weight, bias = _operands(linear_of(base.get_output_embeddings()))  # a parametrised weight wants its graph
     return LMHead(weight, bias, head.logit_scale, head.softcap)
 
 
@@ -188,7 +199,7 @@ def forward(
     embeddings = found.base.get_output_embeddings()
     if embeddings is None:
         raise ValueError(f"{_name(found.base)} has no output embeddings: not a causal LM with a linear head")
-    _linear(embeddings)
+    linear_of(embeddings)
 
     if input_ids is not None:
         model_inputs["input_ids"] = input_ids
@@ -197,27 +208,34 @@ def forward(
     if _takes(found.base, "use_cache"):
         model_inputs.setdefault("use_cache", False)
     stance = torch.compiler.set_stance("force_eager") if found.compiled(embeddings) else contextlib.nullcontext()
-    with _stubbed(embeddings) as stub, stance:
+    with stance:
+        probed = probe(found.base, embeddings, lambda: model(**model_inputs))
+    # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
+    weight, bias = _operands(linear_of(embeddings))
+    hidden = probed.hidden
+    if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
+        hidden = hidden[:, -input_ids.shape[1] :]
+    head = LMHead(weight, bias, probed.logit_scale, probed.softcap)
+    return HeadInputs(hidden, head, probed.aux_loss, probed.autocast_dtype)
+
+
+def probe(base: nn.Module, embeddings: nn.Module, call: Callable[[], Any]) -> Probed:
+    """Run `call()`, a forward of the transformers model `base`, up to its output embeddings.
+
+    Raises:
+        ValueError: the logits are made in a way that `Probed` cannot say; the message tells why.
+    """
+    with _stubbed(embeddings) as stub:
         try:
-            result = model(**model_inputs)
+            result = call()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if stub.calls == 0:
                 raise
-            raise ValueError(
-                f"unsupported head: {_name(found.base)} fails on the probe of its logits: {error}"
-            ) from error
-
-    logit_scale, softcap = _fit(_logits(result, found.base, stub), stub)
-    # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
-    weight, bias = _operands(_linear(embeddings))
-    hidden = stub.hidden
-    if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
-        hidden = hidden[:, -input_ids.shape[1] :]
-    return HeadInputs(
-        hidden, LMHead(weight, bias, logit_scale, softcap), getattr(result, "aux_loss", None), stub.autocast_dtype
-    )
+            raise ValueError(f"unsupported head: {_name(base)} fails on the probe of its logits: {error}") from error
+    logit_scale, softcap = _fit(_logits(result, base, stub), stub)
+    return Probed(stub.hidden, logit_scale, softcap, getattr(result, "aux_loss", None), stub.autocast_dtype)
 
 
 @dataclass
@@ -351,7 +369,7 @@ def _misfit(x: Tensor, z: Tensor, where: Tensor) -> str:
     )
 
 
-def _linear(embeddings: nn.Module) -> nn.Linear:
+def linear_of(embeddings: nn.Module) -> nn.Linear:
     """The nn.Linear that does the head's work; refuses what multiplies in any other way."""
     module: Any = embeddings
     peft = sys.modules.get("peft")  # whoever has wrapped a head with it has imported it

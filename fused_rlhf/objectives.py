@@ -733,8 +733,20 @@ def clip_ratios(
 ) -> dict[str, Tensor]:
     delta = bound.options.get("delta")
     ratio = ratio if delta is None else ratio.clamp(max=delta)
-    low = ((ratio < 1 - bound.options["epsilon_low"]) & (bound.advantages < 0)).to(ratio.dtype)
-    high = ((ratio > 1 + bound.options["epsilon_high"]) & (bound.advantages > 0)).to(ratio.dtype)
+    return _clipped(bound, ratio < 1 - bound.options["epsilon_low"], ratio > 1 + bound.options["epsilon_high"], reduce)
+
+
+@metrics_of("gmpo")
+def log_clip_ratios(
+    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
+) -> dict[str, Tensor]:
+    log_ratio = logprobs - old
+    return _clipped(bound, log_ratio < -bound.options["epsilon_low"], log_ratio > bound.options["epsilon_high"], reduce)
+
+
+def _clipped(bound: BoundPolicyLoss, below: Tensor, above: Tensor, reduce: Reduce) -> dict[str, Tensor]:
+    low = (below & (bound.advantages < 0)).to(bound.advantages.dtype)
+    high = (above & (bound.advantages > 0)).to(bound.advantages.dtype)
     return {
         "clip_ratio/low_mean": reduce.mean(low),
         "clip_ratio/low_min": reduce.min(low),

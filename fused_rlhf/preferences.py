@@ -79,17 +79,20 @@ class Loss:
     function: Callable[..., Tensor]
     reference: bool  # whether it compares with a reference
     paired: bool
+    averaged: bool = False  # whether a completion's reward is of its mean log-prob, not of the sum
 
 
 PREFERENCES: dict[str, Loss] = {}
 PRESETS: dict[str, Callable[..., PreferenceLoss]] = {}
 
 
-def preference(reference: bool = True) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def preference(
+    reference: bool = True, averaged: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Registers `f(pairs, *, options...) -> (P,)`; its keywords become options."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        PREFERENCES[function.__name__] = Loss(function, reference, paired=True)
+        PREFERENCES[function.__name__] = Loss(function, reference, paired=True, averaged=averaged)
         return function
 
     return register
@@ -223,14 +226,14 @@ def _alpha_reward(logprob: Tensor, alpha: float) -> Tensor:
     return logprob if alpha == 0 else -torch.expm1(-alpha * logprob) / alpha
 
 
-@preference(reference=False)
+@preference(reference=False, averaged=True)
 def simpo(pairs: Pairs, *, gamma: float = 0.5, alpha: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """sigmoid of beta (r_c - r_r) - gamma, r the mean log-prob, or AlphaPO's reward of it   (SimPO, arXiv:2405.14734)"""
     c, r = (_alpha_reward(side.mean_logprob, alpha) for side in (pairs.chosen, pairs.rejected))
     return _smoothed(pairs.beta * (c - r) - gamma, label_smoothing)
 
 
-@preference(reference=False)
+@preference(reference=False, averaged=True)
 def orpo(pairs: Pairs) -> Tensor:
     """-beta log sigmoid(log odds_c - log odds_r), odds = p / (1 - p), log p the mean log-prob   (ORPO, arXiv:2403.07691)
 
@@ -435,7 +438,7 @@ class BoundPreferenceLoss(BoundPreference):
             known: Any = Examples(self.sequences.sum(logprobs) - self.ref_sums, self.labels, self.beta, kl)
         else:
             chosen, rejected = self.sides(logprobs)
-            known = Pairs(chosen, rejected, self.beta, -chosen.plain * (self.num_pairs / self.num_tokens))
+            known = Pairs(chosen, rejected, self.beta, -chosen.plain * self.num_pairs / self.num_tokens)
         total = logprobs.new_zeros(())
         for name, weight in zip(self.losses, self.weights):
             function = PREFERENCES[name].function
@@ -516,13 +519,17 @@ def preference_metrics(
     """Means over pairs and active tokens, 0-d, no host sync; zero when there are none.
 
     rewards/{chosen, rejected}: beta times the log-ratio (beta times the log-prob without a reference), unweighted;
-    rewards/{margins, accuracies} of pairs; logps/{chosen, rejected}; nll: over the chosen tokens. Where the statistics
+    rewards/{margins, accuracies} of pairs; logps/{chosen, rejected}: both of mean log-probs where the (first) loss is,
+    as simpo and orpo, and the rewards under alpha AlphaPO's; nll: over the chosen tokens. Where the statistics
     are given: entropy over all tokens, logits/{chosen, rejected} (mean logit), mean_token_accuracy of chosen tokens.
     """
     sequences, paired = bound.sequences, bound.objective.paired
     weighted = logprobs if bound.token_weights is None else logprobs * bound.token_weights
     total = sequences.sum(weighted)
-    reward = bound.beta * (total if bound.ref_sums is None else total - bound.ref_sums)
+    if PREFERENCES[bound.losses[0]].averaged:
+        total = total / sequences.lengths.clamp(min=1)
+    against = total if bound.ref_sums is None else total - bound.ref_sums
+    reward = bound.beta * _alpha_reward(against, bound.options.get("alpha") or 0.0)
     if bound.labels is None:
         half = sequences.count // 2
         chosen = torch.arange(sequences.count, device=total.device) < half

@@ -4,6 +4,7 @@ import torch
 import fused_rlhf as fr
 from fused_rlhf import chunked
 from fused_rlhf.kernels.interface import Head, Needs, TokenGrads
+from fused_rlhf.segments import Sequences
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, relative, worst
 from tests.memory import peak_tensor_bytes
 
@@ -160,7 +161,7 @@ def test_one_pass_sees_the_bits_of_the_forward():
     _, metrics = fr.linear_policy_loss(
         hidden, data["weight"], data["targets"], advantages=torch.ones(700), old_logprobs=old, objective=fr.GRPO()
     )
-    assert metrics["ratio"] == 1.0
+    assert metrics["ratio_mean"] == 1.0
 
 
 @pytest.mark.parametrize("function", ["forward", "backward", "one_pass"])
@@ -173,8 +174,7 @@ def test_scratch_does_not_grow_with_tokens(function):
         ones, needs = torch.ones(n), Needs(True, True, False)
         bound = fr.GRPO().bind(
             advantages=ones,
-            lengths=ones,
-            offsets=torch.tensor([0, n]),
+            sequences=Sequences.of(torch.zeros(n, dtype=torch.int64), 1),
             old_logprobs=None,
             ref_logprobs=None,
             num_sequences=1,
