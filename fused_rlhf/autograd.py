@@ -38,6 +38,7 @@ def linear_logprobs(
         hidden,
         head.weight,
         head.bias,
+        head.lora_b,
         targets,
         temperature,
         ignore_index,
@@ -94,6 +95,7 @@ def _logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     temperature: Tensor,
     ignore_index: int,
@@ -112,7 +114,7 @@ def _logprobs(
     if y.numel() == 0:
         return empty  # type: ignore[return-value]
     _check_temperature(t)
-    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
+    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter, lora_b)
     names = tuple(outputs.split(",")) if outputs else ()
     with _no_autocast(hidden):
         stats = backends.resolve(backend, hidden).forward(x, head, y, t, names)
@@ -135,30 +137,31 @@ def _empty(
 
 
 @_logprobs.register_fake
-def _(hidden, weight, bias, targets, temperature, ignore_index, *options):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, lora_b, targets, temperature, ignore_index, *options):  # type: ignore[no-untyped-def]
     *_, grad_filter, outputs, backend = options
     return _empty(hidden, weight, targets, temperature, outputs, grad_filter, backend)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, targets, temperature, ignore_index, *options = inputs
+    hidden, weight, bias, lora_b, targets, temperature, ignore_index, *options = inputs
     logprobs, lse, entropy, sum_sq, mean_logit, is_top1, mass = output
-    ctx.save_for_backward(hidden, weight, bias, targets, temperature, logprobs, lse, entropy, mass)
+    ctx.save_for_backward(hidden, weight, bias, lora_b, targets, temperature, logprobs, lse, entropy, mass)
     ctx.mark_non_differentiable(sum_sq, mean_logit, is_top1, mass)
     ctx.set_materialize_grads(False)
     ctx.ignore_index, ctx.options = ignore_index, options
 
 
 def _backward(ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple:
-    hidden, weight, bias, targets, temperature, logprobs, lse, entropy, mass = ctx.saved_tensors
+    hidden, weight, bias, lora_b, targets, temperature, logprobs, lse, entropy, mass = ctx.saved_tensors
     logit_scale, softcap, compute_dtype, round_logits, grad_filter, _outputs, backend = ctx.options
-    d_hidden, d_weight, d_bias = torch.ops.fused_rlhf.logprobs_backward(
+    grads = torch.ops.fused_rlhf.logprobs_backward(
         d_logprobs,
         d_lse,
         d_entropy if entropy.numel() else None,
         hidden,
         weight,
         bias,
+        lora_b,
         targets,
         temperature,
         logprobs,
@@ -172,9 +175,9 @@ def _backward(ctx: Any, d_logprobs: Tensor | None, d_lse: Tensor | None, d_entro
         round_logits,
         grad_filter,
         backend,
-        *(bool(need) for need in ctx.needs_input_grad[:3]),
+        *(bool(need) for need in ctx.needs_input_grad[:4]),
     )
-    kept = [g if need else None for g, need in zip((d_hidden, d_weight, d_bias), ctx.needs_input_grad)]
+    kept = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
     return (*kept, *[None] * (2 + 1 + len(ctx.options)))
 
 
@@ -189,6 +192,7 @@ def _logprobs_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_b: Tensor | None,
     targets: Tensor,
     temperature: Tensor,
     logprobs: Tensor,
@@ -205,19 +209,21 @@ def _logprobs_backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_lora: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     live = torch.zeros_like(targets, dtype=torch.bool)
     for g in (d_logprobs, d_lse, d_entropy):
         if g is not None:
             live |= g != 0  # a NaN is not zero: it stays, and is seen
     live &= targets != ignore_index
     rows = live.nonzero().squeeze(-1)
-    needs = Needs(need_hidden, need_weight, need_bias)
+    needs = Needs(need_hidden, need_weight, need_bias, need_lora)
+    tensors = (hidden, weight, bias, lora_b)
     count = rows.numel()
     if count == 0:
-        return _materialise(Grads(None, None, None), hidden, weight, bias, needs)
+        return _materialise(Grads(None, None, None), tensors, needs)
     some = None if count == targets.numel() else rows
-    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter)
+    head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter, lora_b)
     stats = Stats(
         select(logprobs, some),
         select(lse, some),
@@ -229,23 +235,64 @@ def _logprobs_backward(
         grads = backends.resolve(backend, hidden).backward(
             select(hidden, some), head, select(targets, some), select(temperature, some), stats, token_grads, needs
         )
-    grads = Grads(scatter(grads.hidden, some, targets.numel()), grads.weight, grads.bias)
-    return _materialise(grads, hidden, weight, bias, needs)
+    grads = grads._replace(hidden=scatter(grads.hidden, some, targets.numel()))
+    return _materialise(grads, tensors, needs)
 
 
 def _materialise(
-    grads: Grads, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor]:
+    grads: Grads, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None], needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Custom ops return tensors: zeros where a needed gradient was not computed, no elements where it is not needed."""
+    none = tensors[0].new_empty(0)
     return tuple(  # type: ignore[return-value]
-        grad if grad is not None else (like.new_zeros(like.shape) if need and like is not None else hidden.new_empty(0))
-        for grad, like, need in zip(grads, (hidden, weight, bias), needs)
+        grad if grad is not None else (like.new_zeros(like.shape) if need and like is not None else none.clone())
+        for grad, like, need in zip(grads, tensors, needs)
     )
 
 
 @_logprobs_backward.register_fake
-def _(d_logprobs, d_lse, d_entropy, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    return _materialise(Grads(None, None, None), hidden, weight, bias, Needs(*rest[-3:]))
+def _(d_logprobs, d_lse, d_entropy, hidden, weight, bias, lora_b, *rest):  # type: ignore[no-untyped-def]
+    return _materialise(Grads(None, None, None), (hidden, weight, bias, lora_b), Needs(*rest[-4:]))
+
+
+class _LowRank(torch.autograd.Function):
+    """(N, H) -> (N, H + copies r): the hidden states and scale (h A^T), in parts that half precision can hold."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, a: Tensor, scale: float, head: Head) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(head.compute_dtype, torch.float32)
+        factor = a.to(head.compute_dtype).to(wide).T
+        parts = []
+        for some in hidden.split(_LOW_RANK_ROWS):
+            t = scale * (some.to(head.compute_dtype).to(wide) @ factor)
+            high = t.to(head.compute_dtype)
+            parts.append(torch.cat([high, *[t - high] * (head.copies - 1)], 1))
+        x = torch.promote_types(hidden.dtype, head.compute_dtype)
+        ctx.save_for_backward(hidden, a)
+        ctx.scale, ctx.wide = scale, wide
+        return torch.cat([hidden.to(x), torch.cat(parts).to(x)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+        hidden, a = ctx.saved_tensors
+        H, r = hidden.shape[1], len(a)
+        d_a = torch.zeros_like(a, dtype=ctx.wide)
+        d_hidden = torch.empty_like(hidden)
+        for some, at, out in zip(*(x.split(_LOW_RANK_ROWS) for x in (hidden, upstream, d_hidden))):
+            # One part stands for their sum: each has the gradient of the sum.
+            d_t = ctx.scale * at[:, H : H + r].to(ctx.wide)
+            d_a += d_t.T @ some.to(ctx.wide)
+            out.copy_(at[:, :H] + d_t @ a.to(ctx.wide))
+        return d_hidden, d_a.to(a.dtype), None, None
+
+
+_LOW_RANK_ROWS = 8192
+
+
+def with_adapter(hidden: Tensor, a: Tensor, scale: float, head: Head) -> Tensor:
+    """(N, H) hidden states as a head with `lora_b` takes them; a (r, H)."""
+    with _no_autocast(hidden):
+        return _LowRank.apply(hidden, a, scale, head)
 
 
 class _Loss(torch.autograd.Function):
@@ -279,6 +326,7 @@ class _OnePassLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        lora_b: Tensor | None,
         head: Head,
         targets: Tensor,
         temperature: Tensor,
@@ -286,7 +334,7 @@ class _OnePassLoss(torch.autograd.Function):
         objective: BoundObjective,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        needs = Needs(*ctx.needs_input_grad[:3])
+        needs = Needs(*ctx.needs_input_grad[:4])
         with _no_autocast(hidden):
             stats, loss, grads = backends.resolve(backend, hidden).one_pass(
                 hidden, head, targets, temperature, outputs, objective, needs
@@ -303,7 +351,7 @@ class _OnePassLoss(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("one-pass gradients were already handed out; call backward with retain_graph=True first")
         if upstream is None:
-            return (None, None, None, *nothing)
+            return (None, None, None, None, *nothing)
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return (*(None if g is None else g * upstream for g in grads), *nothing)
         # The last use: the buffers themselves become the gradients, so that no second dW ever exists.
@@ -323,7 +371,7 @@ def one_pass_loss(
     """Sum of the objective over (N, H) real rows, and their statistics (not differentiable, (N,) each)."""
     _check_temperature(temperature)
     total, *values = _OnePassLoss.apply(
-        hidden, head.weight, head.bias, head, targets, temperature, outputs, objective, backend
+        hidden, head.weight, head.bias, head.lora_b, head, targets, temperature, outputs, objective, backend
     )
     # lse is always returned; the other statistics only when asked for.
     names = [name for name in Stats._fields if name in ("logprobs", "lse") or name in outputs]

@@ -71,7 +71,7 @@ class _Operands:
 
     def w(self, columns: slice) -> Tensor:
         """(v, H) rows of the head, as the products want them."""
-        return self.head.weight[columns].to(self.compute).to(self.narrow)
+        return self.head.rows(columns).to(self.narrow)
 
     def logits(self, x: Tensor, w: Tensor, scale: Tensor, temperature: Tensor, columns: slice, out: Tensor) -> Tensor:
         """(n, v) logits into `out`; x (n, H), scale and temperature (n,) are of the same rows."""
@@ -174,7 +174,7 @@ class _BackwardBlock:
     slope: Tensor | None
     keep: Tensor | None  # (n, tiles) bool: the tiles that a filter leaves to a row
     d_x: Tensor | None  # (n, H)
-    softcap: float | None
+    head: Head
 
     @staticmethod
     def of(
@@ -205,7 +205,7 @@ class _BackwardBlock:
             slope=None if grads.entropy is None else h,
             keep=keep,
             d_x=torch.zeros_like(x) if needs.hidden else None,
-            softcap=op.head.softcap,
+            head=op.head,
         )
 
     def pick(self, index: Tensor) -> _BackwardBlock:
@@ -224,10 +224,11 @@ class _BackwardBlock:
         columns: slice,
         d_weight: Tensor | None,
         d_bias: Tensor | None,
+        d_lora: Tensor | None,
         first: bool,
         reference: Tensor | None = None,
     ) -> None:
-        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias (V,) the whole.
+        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias and d_lora are whole.
 
         reference: (n,), where z holds exp(logit - reference) already.
         """
@@ -241,8 +242,12 @@ class _BackwardBlock:
         dz = dz.to(self.narrow_x.dtype)
         if self.d_x is not None:
             _add_product_(self.d_x, dz, w, first=False)
+        x, parts = self.head.split(self.narrow_x)
         if d_weight is not None:
-            _add_product_(d_weight, dz.T, self.narrow_x, first)
+            _add_product_(d_weight, dz.T, x, first)
+        if d_lora is not None:
+            for part in parts:
+                _add_product_(d_lora[columns], dz.T, part, first=False)
 
     def d_hidden(self) -> Tensor:
         """(n, H), complete once every tile was added."""
@@ -251,8 +256,8 @@ class _BackwardBlock:
 
     def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
         keep = None
-        if self.softcap is not None:  # du/dz of the cap is 1 - tanh^2
-            keep = 1 - (z * (self.temperature / self.softcap)[:, None]).square_()
+        if self.head.softcap is not None:  # du/dz of the cap is 1 - tanh^2
+            keep = 1 - (z * (self.temperature / self.head.softcap)[:, None]).square_()
         log_p = z.sub_(self.lse[:, None])
         if self.slope is None:
             dz = log_p.exp_().mul_(self.constant[:, None])
@@ -293,6 +298,10 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.add_(a @ b)
 
 
+def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if gradient is None or like is None else gradient.to(like.dtype)
+
+
 def _pick(tensors: Stats | TokenGrads, rows: slice | Tensor) -> list[Tensor | None]:
     return [None if t is None else t[rows] for t in tensors]
 
@@ -309,6 +318,7 @@ def backward(
     weight, bias = head.weight, head.bias
     d_weight = torch.empty_like(weight) if needs.weight else None
     d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
+    d_lora = torch.zeros_like(head.lora_b, dtype=op.wide) if needs.lora and head.lora_b is not None else None
     tile = op.new(min(op.rows, targets.numel()) * TILE)
     blocks = []
     for rows in _slices(targets.numel(), op.rows):
@@ -318,7 +328,7 @@ def backward(
         w = op.w(columns)
         d_tile = None
         if d_weight is not None:
-            d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(*w.shape)
+            d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(len(w), weight.shape[1])
         first = True
         for _, whole in blocks:
             block, index = whole, None
@@ -329,7 +339,7 @@ def backward(
                 block = whole.pick(index)
             out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
             z = op.logits(block.x, w, block.scale, block.temperature, columns, out)
-            block.add(z, w, columns, d_tile, d_bias, first)
+            block.add(z, w, columns, d_tile, d_bias, d_lora, first)
             if index is not None and whole.d_x is not None and block.d_x is not None:
                 whole.d_x.index_add_(0, index, block.d_x)
             first = False
@@ -343,7 +353,7 @@ def backward(
         d_hidden = torch.empty_like(hidden)
         for rows, block in blocks:
             d_hidden[rows] = block.d_hidden()
-    return Grads(d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
+    return Grads(d_hidden, d_weight, _as(d_bias, bias), _as(d_lora, head.lora_b))
 
 
 def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
@@ -369,6 +379,7 @@ def one_pass(
     d_hidden = torch.zeros_like(hidden) if needs.hidden else None
     d_weight = torch.empty_like(weight, dtype=op.wide) if needs.weight else None
     d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
+    d_lora = torch.zeros_like(head.lora_b, dtype=op.wide) if needs.lora and head.lora_b is not None else None
     running = _Running(op, targets, outputs)
     losses = torch.zeros_like(temperature)
     kept = op.new(min(op.rows, count), weight.shape[0])
@@ -398,11 +409,10 @@ def one_pass(
             z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
             d_tile = None if d_weight is None else d_weight[columns]
             of_exps = reference[index] if exponentials else None
-            block.add(z, op.w(columns), columns, d_tile, d_bias, first, of_exps)
+            block.add(z, op.w(columns), columns, d_tile, d_bias, d_lora, first, of_exps)
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(hidden.dtype)
         first = False
     if d_weight is not None:
         d_weight = torch.zeros_like(weight) if first else d_weight.to(weight.dtype)
-    d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-    return running.stats(), losses, Grads(d_hidden, d_weight, d_bias)
+    return running.stats(), losses, Grads(d_hidden, d_weight, _as(d_bias, bias), _as(d_lora, head.lora_b))

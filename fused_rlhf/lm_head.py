@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf.functional import DTYPES, LogProbs, linear_logprobs
+from fused_rlhf.arguments import DTYPES, LoRA
+from fused_rlhf.functional import LogProbs, linear_logprobs
 
 # 2^-30 ... 2^30 in steps of sqrt 2, both signs, and 0: slope and saturation of any sane head lie inside.
 _MAGNITUDES = 2.0 ** torch.arange(-30, 30.25, 0.5, dtype=torch.float64)
@@ -38,10 +39,12 @@ class LMHead:
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    lora: LoRA | None = None  # an adapter on the head itself, with the model's own parameters
 
     def kwargs(self) -> dict[str, Any]:
         """For `linear_logprobs(hidden, head.weight, targets, **head.kwargs())`."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        transform = {"logit_scale": self.logit_scale, "softcap": self.softcap}
+        return {"bias": self.bias, "lora": self.lora, **transform}
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +170,7 @@ def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
     weight, bias = _operands(linear_of(base.get_output_embeddings()))  # a parametrised weight wants its graph
-    return LMHead(weight, bias, head.logit_scale, head.softcap)
+    return LMHead(weight, bias, head.logit_scale, head.softcap, head.lora)
 
 
 def forward(
@@ -215,7 +218,7 @@ def forward(
     hidden = probed.hidden
     if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
         hidden = hidden[:, -input_ids.shape[1] :]
-    head = LMHead(weight, bias, probed.logit_scale, probed.softcap)
+    head = LMHead(weight, bias, probed.logit_scale, probed.softcap, adapter_of(embeddings))
     return HeadInputs(hidden, head, probed.aux_loss, probed.autocast_dtype)
 
 
@@ -369,6 +372,37 @@ def _misfit(x: Tensor, z: Tensor, where: Tensor) -> str:
     )
 
 
+def adapter_of(embeddings: nn.Module) -> LoRA | None:
+    """The active low-rank adapter of a head that PEFT has wrapped; None where there is none, or it is off or merged.
+
+    Raises:
+        ValueError: an adapter that is no plain LoRA: several at once, DoRA, a bias, another method, dropout at work.
+    """
+    peft = sys.modules.get("peft")
+    module: Any = embeddings
+    if peft is None or not isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        return None
+    if module.disable_adapters or module.merged:
+        return None
+    plain = type(module) is peft.tuners.lora.Linear
+    active = [name for name in module.active_adapters if plain and name in module.lora_A]
+    if plain and not active:
+        return None
+    name = active[0] if len(active) == 1 else None
+    if name is None or name in module.lora_variant or module.lora_bias[name] or module.fan_in_fan_out:
+        raise ValueError(
+            f"unsupported head: of adapters on the head itself, one plain LoRA can be computed, got {_name(module)} with "
+            f"{list(module.active_adapters)} active (DoRA, a bias or another method?); merge the adapter, or list the "
+            "head in modules_to_save"
+        )
+    dropout = module.lora_dropout[name]
+    if dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0:
+        raise ValueError(
+            f"unsupported head: lora_dropout must be 0 for an adapter on the head in training mode, got {dropout.p}"
+        )
+    return LoRA(module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
+
+
 def linear_of(embeddings: nn.Module) -> nn.Linear:
     """The nn.Linear that does the head's work; refuses what multiplies in any other way."""
     module: Any = embeddings
@@ -379,11 +413,7 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
             on = active and not module.disable_adapters
             module = module.modules_to_save[active[0]] if on else module.original_module
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            if not (module.disable_adapters or getattr(module, "merged", False)):
-                raise ValueError(
-                    f"unsupported head: an adapter on the head itself ({_name(module)}) is row OP14, not implemented "
-                    "yet; leave the head out of target_modules, merge the adapter, or list the head in modules_to_save"
-                )
+            adapter_of(module)  # refuses what is no plain LoRA
             module = module.get_base_layer()
     # accelerate's device hooks replace the instance's forward and call the class's.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")

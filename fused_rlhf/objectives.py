@@ -696,8 +696,11 @@ class Reduce:
         at = self.sequences.offsets[:-1].clamp(max=values.numel() - 1)
         return values[at].masked_fill(self.sequences.lengths == 0, empty)
 
+    def over_sequences(self, values: Tensor, empty: float = 0.0) -> Tensor:
+        return self.first(values, empty).sum() / max(self.sequences.count, 1)
+
     def mean(self, values: Tensor) -> Tensor:
-        return self.first(values).mean() if self.per_sequence else self.tokens(values)
+        return self.over_sequences(values) if self.per_sequence else self.tokens(values)
 
     def min(self, values: Tensor) -> Tensor:
         """The least of the sequences' means; 0 where there are no tokens."""
@@ -707,10 +710,9 @@ class Reduce:
         return self._extreme(values, -math.inf).max()
 
     def _extreme(self, values: Tensor, empty: float) -> Tensor:
-        if self.per_sequence:
-            return self.first(values)
-        means = self.sequences.mean(values).masked_fill(self.sequences.lengths == 0, empty)
-        none = (self.sequences.lengths == 0).all()
+        without = self.sequences.lengths == 0
+        means = self.first(values) if self.per_sequence else self.sequences.mean(values).masked_fill(without, empty)
+        none = without.all()
         return torch.cat([means, means.new_full((1,), empty)]).masked_fill(none, 0.0)
 
 
@@ -767,7 +769,7 @@ def cispo_clip_ratio(
 @metrics_of("vespo")
 def phi_mean(bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce) -> dict[str, Tensor]:
     phi = vespo_phi(logprobs, old, bound.advantages, bound.batch, **bound.options)  # type: ignore[arg-type]
-    return {"phi_mean": reduce.first(phi, empty=1.0).mean() if bound.advantages_per_sequence else reduce.tokens(phi)}
+    return {"phi_mean": reduce.over_sequences(phi, empty=1.0) if bound.advantages_per_sequence else reduce.tokens(phi)}
 
 
 @torch.no_grad()

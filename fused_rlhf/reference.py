@@ -12,11 +12,11 @@ from torch import Tensor
 from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, temperature: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Head, temperature: Tensor) -> Tensor:
     wide = torch.promote_types(head.compute_dtype, torch.float32)
-    u = hidden.to(head.compute_dtype).to(wide) @ weight.to(head.compute_dtype).to(wide).T
-    if bias is not None:
-        u = u + bias.to(wide)
+    u = hidden.to(head.compute_dtype).to(wide) @ head.rows(slice(None)).to(wide).T
+    if head.bias is not None:
+        u = u + head.bias.to(wide)
     u = u * head.logit_scale
     if head.softcap is not None:
         u = head.softcap * torch.tanh(u / head.softcap)
@@ -44,13 +44,13 @@ def mass_blocks(vocabulary: int, device: torch.device) -> int:
 
 
 def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    return _stats(_logits(hidden, head.weight, head.bias, head, temperature), targets, outputs)
+    return _stats(_logits(hidden, head, temperature), targets, outputs)
 
 
 def backward(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
 ) -> Grads:
-    z = _logits(hidden, head.weight, head.bias, head, temperature)
+    z = _logits(hidden, head, temperature)
     log_p = z - stats.lse[:, None]
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
@@ -64,11 +64,12 @@ def backward(
     if head.softcap is not None:
         du = du * (1 - (z * temperature.to(z.dtype)[:, None] / head.softcap).square())
     du = du * head.logit_scale
-    x, w = (t.to(head.compute_dtype).to(z.dtype) for t in (hidden, head.weight))
+    x, parts = head.split(hidden.to(head.compute_dtype).to(z.dtype))
     return Grads(
-        (du @ w).to(hidden.dtype) if needs.hidden else None,
+        (du @ head.rows(slice(None)).to(z.dtype)).to(hidden.dtype) if needs.hidden else None,
         (du.T @ x).to(head.weight.dtype) if needs.weight else None,
         du.sum(0).to(head.bias.dtype) if needs.bias and head.bias is not None else None,
+        (du.T @ sum(parts)).to(head.lora_b.dtype) if needs.lora and head.lora_b is not None else None,
     )
 
 

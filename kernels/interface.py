@@ -14,6 +14,8 @@ N tokens, H hidden, V vocabulary. With u = logit_scale (h W^T + b), the logits a
     z = u / temperature                                  without softcap
     z = softcap tanh(u / softcap) / temperature          with it
 
+Under a low-rank adapter h W^T is h W^T + scale (h A^T) B^T: hidden carries scale (h A^T), the head B.
+
 This file needs torch alone, so that a machine without triton can import it.
 """
 
@@ -42,6 +44,26 @@ class Head:
     round_logits: bool = False
     # Share of probability mass per token that the backward may leave out, block by block; 0 is exact.
     grad_filter: float = 0.0
+    # (V, r): a low-rank adapter's second factor. The rows of hidden then end in `copies` parts of (h A^T) scale, whose
+    # sum is that, each exact in compute_dtype.
+    lora_b: Tensor | None = None
+
+    @property
+    def copies(self) -> int:
+        """Parts in which an adapter's activations come: two where one would round them to half precision."""
+        return 0 if self.lora_b is None else 2 if self.compute_dtype.itemsize < 4 else 1
+
+    def rows(self, columns: slice) -> Tensor:
+        """(v, H + copies r) rows of [weight, lora_b, ...] in compute_dtype."""
+        w = self.weight[columns].to(self.compute_dtype)
+        if self.lora_b is None:
+            return w
+        return torch.cat([w, *[self.lora_b[columns].to(self.compute_dtype)] * self.copies], 1)
+
+    def split(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(n, H + copies r) -> the hidden states (n, H), and the parts of the adapter's activations (n, r)."""
+        H = self.weight.shape[1]
+        return x[:, :H], x[:, H:].chunk(self.copies, 1) if self.copies else ()
 
 
 class Stats(NamedTuple):
@@ -82,14 +104,16 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    lora: bool = False
 
 
 class Grads(NamedTuple):
     """Gradients in the dtypes of the tensors they belong to; None where not needed."""
 
-    hidden: Tensor | None  # (N, H)
+    hidden: Tensor | None  # (N, H), or (N, H + copies r) with an adapter
     weight: Tensor | None  # (V, H)
     bias: Tensor | None  # (V,)
+    lora: Tensor | None = None  # (V, r), of lora_b
 
 
 def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, exact: Tensor | None) -> Tensor:

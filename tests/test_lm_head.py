@@ -430,20 +430,39 @@ def test_modules_to_save_uses_the_active_head(family: str) -> None:
     assert original.grad is None
 
 
-def test_lora_on_the_head() -> None:
-    model, input_ids = lora(build(), target_modules=["q_proj", "lm_head"]).eval(), batch()
-    with pytest.raises(ValueError, match="OP14"):
-        lm_head.logprobs(model, input_ids)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_on_the_head(rslora: bool) -> None:
+    """Values and gradients of the adapter's factors are PEFT's own; the head's weight gets none."""
+    options = {"target_modules": ["q_proj", "lm_head"], "use_rslora": rslora}
+    model, input_ids = lora(build(), **options).eval(), batch()
+    ours = lm_head.logprobs(model, input_ids).logprobs
     with torch.no_grad():
+        torch.testing.assert_close(ours, dense_logprobs(model, input_ids), rtol=1e-5, atol=1e-5)
         with model.disable_adapter():  # the reference policy needs no adapter
             off = lm_head.logprobs(model, input_ids).logprobs
             torch.testing.assert_close(off, dense_logprobs(model, input_ids), rtol=1e-5, atol=1e-5)
+    assert (ours - off).abs().max() > 0.1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(ours.sum(), trained)
+    truth = torch.autograd.grad(dense_logprobs(model, input_ids).sum(), trained)
+    assert any("lm_head.lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
+    for a, b in zip(found, truth):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
         model.merge_adapter()
         merged = lm_head.logprobs(model, input_ids).logprobs
         torch.testing.assert_close(merged, dense_logprobs(model, input_ids), rtol=1e-5, atol=1e-5)
-        assert (merged - off).abs().max() > 0.1
         with model.disable_adapter():  # takes the merged update out again, during the forward
             torch.testing.assert_close(lm_head.logprobs(model, input_ids).logprobs, off, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"use_dora": True}, "one plain LoRA"), ({"lora_dropout": 0.1}, "lora_dropout must be 0")]
+)
+def test_other_adapters_on_the_head_are_refused(options: dict[str, object], message: str) -> None:
+    model = lora(build(), target_modules=["lm_head"], **options).train()
+    with pytest.raises(ValueError, match=message):
+        lm_head.logprobs(model, batch())
 
 
 def test_prompt_tuning_leaves_the_virtual_tokens_out() -> None:
