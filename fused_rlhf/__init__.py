@@ -10,6 +10,7 @@ if not (_here / "kernels").is_dir():
 from fused_rlhf import lm_head, objectives, preferences  # noqa: E402
 from fused_rlhf.functional import (  # noqa: E402
     LogProbs,
+    linear_kl,
     linear_logprobs,
     linear_policy_loss,
     linear_preference_loss,
@@ -96,6 +97,7 @@ __all__ = [
     "PreferenceLoss",
     "ReinforcePP",
     "SimPO",
+    "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_preference_loss",

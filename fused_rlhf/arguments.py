@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_rlhf import autograd, backends
 from fused_rlhf.autograd import Maybe
+from fused_rlhf.divergence import KINDS, Comparison, Kind
 from fused_rlhf.kernels.interface import OUTPUTS, Head, Stats
 from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.segments import Sequences
@@ -111,7 +112,8 @@ def reference_head(
         raise ValueError(f"ref_weight must be (V, H) with V={len(weight)} as weight has, got {shape(ref_weight)}")
     if ref_bias is not None and ref_bias.shape != (len(weight),):
         raise ValueError(f"ref_bias must be (V,) = ({len(weight)},), got {shape(ref_bias)}")
-    return replace(head, weight=ref_weight, bias=ref_bias, lora_b=None)
+    ref_bias = None if ref_bias is None else ref_bias.contiguous()
+    return replace(head, weight=ref_weight.contiguous(), bias=ref_bias, lora_b=None)
 
 
 def check_preference(
@@ -267,7 +269,8 @@ def check_head(
         _check_number("temperature", temperature, positive=True)
         flat = torch.full((targets.numel(),), float(temperature), dtype=wide, device=hidden.device)
     cap = None if softcap is None else float(softcap)
-    lora_b = None if lora is None else lora[1]
+    lora_b = None if lora is None else lora[1].contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return Head(weight, bias, float(logit_scale), cap, compute_dtype, round_logits, float(grad_filter), lora_b), flat
 
 
@@ -287,3 +290,54 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tens
             f"{shape(b)}"
         )
     _check_number("lora scale", scale, positive=False)
+
+
+def check_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    kind: Kind,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    ref_logit_scale: float,
+    ref_softcap: float | None,
+    beta: float,
+    backend: str,
+) -> tuple[Comparison, Tensor]:
+    """As `check_head`, for two heads; -> what to compare and (N,) temperatures."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {list(KINDS)}, got {kind!r}")
+    _check_number("beta", beta, positive=False)
+    if kind == "jsd" and not 0 < beta < 1:
+        raise ValueError(f"beta must lie in (0, 1), got {beta}; its ends are kind='forward' and kind='reverse'")
+    if kind != "jsd" and beta != 0.5:
+        raise ValueError(f"beta must be left at 0.5 for kind={kind!r}, which has none; got {beta}")
+    for name, value in (("hidden", hidden), ("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name, of_rows in (("mask", mask), ("temperature", temperature)):
+        if isinstance(of_rows, Tensor) and of_rows.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name} must have the shape of the rows {shape(hidden)[:-1]}, got {shape(of_rows)}")
+    anything = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    head, flat = check_head(
+        hidden, weight, anything, bias, temperature, logit_scale, softcap, -100, backend, round_logits=False
+    )
+    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if value is not None and value.dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {value.dtype}")
+        if value is not None and value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    reference_head(hidden, weight, bias, head, None, ref_hidden, ref_weight, ref_bias)
+    ref, _ = check_head(ref_hidden, ref_weight, anything, ref_bias, 1.0, 1.0, None, -100, backend, round_logits=False)
+    _check_number("ref_logit_scale", ref_logit_scale, positive=False)
+    if ref_softcap is not None:
+        _check_number("ref_softcap", ref_softcap, positive=True)
+    ref = replace(ref, logit_scale=float(ref_logit_scale), softcap=None if ref_softcap is None else float(ref_softcap))
+    if torch.float64 in (head.compute_dtype, ref.compute_dtype):
+        head, ref = (replace(h, compute_dtype=torch.float64) for h in (head, ref))
+    return Comparison(head, ref, kind, float(beta)), flat.to(torch.promote_types(head.compute_dtype, torch.float32))

@@ -69,7 +69,10 @@ def live_rows(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | N
 
 
 def select(tensor: Maybe, rows: Tensor | None) -> Maybe:
-    return tensor if tensor is None or rows is None else cast(Maybe, tensor.index_select(0, rows))
+    """These rows, or with None all of them, contiguous as the backends need them."""
+    if tensor is None:
+        return tensor
+    return cast(Maybe, tensor.contiguous() if rows is None else tensor.index_select(0, rows))
 
 
 def scatter(values: Maybe, rows: Tensor | None, count: int) -> Maybe:

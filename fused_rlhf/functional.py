@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_rlhf import autograd
+from fused_rlhf import autograd, divergence
 from fused_rlhf.arguments import (
     LoRA,
     Mode,
     Rows,
+    check_divergence,
     check_head,
     check_mode,
     check_outputs,
@@ -21,7 +22,9 @@ from fused_rlhf.arguments import (
     reference_head,
     shape,
 )
-from fused_rlhf.objectives import Count, PolicyLoss, policy_metrics
+from fused_rlhf.divergence import Kind
+from fused_rlhf.objectives import Count, PolicyLoss
+from fused_rlhf.policy_metrics import policy_metrics
 from fused_rlhf.preferences import PreferenceLoss, preference_metrics
 
 
@@ -175,7 +178,7 @@ def linear_policy_loss(
             backward; "auto" takes one_pass where gradients are wanted and it applies.
 
     Returns:
-        loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `objectives.policy_metrics`).
+        loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `policy_metrics.policy_metrics`).
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
@@ -305,7 +308,7 @@ def linear_preference_loss(
     bound = objective.bind(
         sequences=rows.sequences,
         ref_logprobs=per_token,
-        ref_sums=None if sums is None else sums.detach().to(wide),
+        ref_sums=None if sums is None else sums.detach().to(wide).contiguous(),
         labels=None if labels is None else labels.bool(),
         kl=None if kl is None else kl.detach().to(wide),
         num_pairs=(max(count // 2, 1) if objective.paired else max(count, 1)) if num_pairs is None else num_pairs,
@@ -319,3 +322,71 @@ def linear_preference_loss(
     loss = autograd.loss_of(stats.logprobs, None, bound, backend)
     metrics = preference_metrics(bound, stats.logprobs.detach(), stats.entropy, stats.mean_logit, stats.is_top1)
     return loss, metrics
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    kind: Kind = "forward",
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ref_logit_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    beta: float = 0.5,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of a policy from a reference over the whole vocabulary, token by token, without the logits of either.
+
+    With p the policy's probabilities and q the reference's: "forward" is KL(q || p), "reverse" KL(p || q), "jsd"
+    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p, in nats. Liger and TRL write forward as beta 0
+    and reverse as beta 1 of the same family; those are conventions, the limits of "jsd" there are 0. Where 0 log 0
+    occurs, as in the columns of a vocabulary padded by a bias of -inf, it is 0. Equal distributions give exactly 0 where
+    the inputs are equal.   (generalised JSD: arXiv:2306.13649)
+
+    Args:
+        hidden: (N, H) or (B, T, H); bf16, fp16, fp32 or fp64. weight: (V, H). The policy's.
+        ref_hidden: (N, H') or (B, T, H'), of the same rows. ref_weight: (V, H'). They take no gradient, whatever they are.
+        mask: bool or 0 / 1, (N,) or (B, T): rows outside it cost nothing, whatever they hold, and give 0.
+        bias, ref_bias: (V,) or None.
+        temperature: of both, one positive number or one per row. Not differentiable.
+        logit_scale, softcap; ref_logit_scale, ref_softcap: as in `linear_logprobs`, of each head its own.
+        beta: in (0, 1), weight of the reference in "jsd"; for no other kind.
+        backend: "auto" and "chunked" stream over tiles on any device; "reference" is dense.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Rows whose
+        upstream gradient is exactly zero are skipped in the backward.
+
+    Raises:
+        ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.
+        NotImplementedError: backend "triton".
+    """
+    backend = divergence.backend_of(backend, hidden)
+    of, flat_temperature = check_divergence(
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        kind,
+        mask,
+        bias,
+        ref_bias,
+        temperature,
+        logit_scale,
+        softcap,
+        ref_logit_scale,
+        ref_softcap,
+        beta,
+        backend,
+    )
+    rows = None if mask is None else mask.reshape(-1).bool().nonzero().squeeze(1)
+    x, y = (autograd.select(h.reshape(-1, h.shape[-1]), rows) for h in (hidden, ref_hidden))
+    values = divergence.divergence(x, y, of, autograd.select(flat_temperature, rows), backend)
+    return autograd.scatter(values, rows, flat_temperature.numel()).view(hidden.shape[:-1])

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import BoundPolicy, TokenGrads
+from fused_rlhf.registry import check_number, differentiated, keywords, options_of, registered, snake_case
 from fused_rlhf.segments import Sequences
 
 LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
@@ -297,29 +298,6 @@ def fixed_length(
 # --------------------------------------------------------------------------------------------------------- the whole
 
 
-def keywords(function: Callable[..., Any]) -> set[str]:
-    """The options of a registered function."""
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-
-def options_of(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a registered function: given, or its own defaults."""
-    parameters = inspect.signature(function).parameters
-    return {name: given.get(name, parameters[name].default) for name in keywords(function)}
-
-
-def registered(argument: str, name: str, table: dict[str, Any]) -> None:
-    if name not in table:
-        raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}")
-
-
-def check_number(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
-    """Raises ValueError unless `value` is finite, > above and >= at_least."""
-    if not (math.isfinite(value) and value > above and value >= at_least):
-        bound = f" and > {above:g}" if above > -math.inf else f" and >= {at_least:g}" if at_least > -math.inf else ""
-        raise ValueError(f"{name} must be finite{bound}, got {value}")
-
-
 def _looks_beyond(surrogate: str) -> bool:
     return "batch" in inspect.signature(SURROGATES[surrogate]).parameters
 
@@ -576,19 +554,6 @@ class BoundPolicyLoss(BoundPolicy):
         return differentiated(partial(self.per_token, rows), logprobs, entropy, self.objective.entropy_coef != 0)
 
 
-def differentiated(
-    function: Callable[[Tensor, Tensor | None], Tensor], logprobs: Tensor, entropy: Tensor | None, by_entropy: bool
-) -> tuple[Tensor, TokenGrads]:
-    """What `function(logprobs, entropy)` gives and the derivatives of its sum, by autograd on the (n,) vectors."""
-    with torch.enable_grad():
-        lp = logprobs.detach().requires_grad_()
-        h = None if entropy is None else entropy.detach().requires_grad_(by_entropy)
-        loss = function(lp, h)
-        found = torch.autograd.grad(loss.sum(), [lp, h] if by_entropy else [lp], allow_unused=True)
-    by_logprob = torch.zeros_like(logprobs) if found[0] is None else found[0]
-    return loss.detach(), TokenGrads(by_logprob, found[1] if by_entropy else None)
-
-
 @torch.no_grad()
 def high_entropy(entropy: Tensor, share: float) -> Tensor:
     """(N,) bool: the tokens whose entropy reaches the (1 - share) quantile over the tokens of all ranks."""
@@ -632,15 +597,6 @@ def preset(
     return construct
 
 
-def snake_case(name: str) -> str:
-    """DrGRPO -> dr_grpo, GSPOToken -> gspo_token, ReinforcePP -> reinforce_pp"""
-    out = name[0]
-    for before, letter, after in zip(name, name[1:], name[2:] + " "):
-        starts = letter.isupper() and (before.islower() or after.islower())
-        out += f"_{letter}" if starts else letter
-    return out.lower()
-
-
 GRPO = preset("GRPO", "ppo_clip", "sequence_mean", source="arXiv:2402.03300")
 BNPO = preset("BNPO", "ppo_clip", "token_mean", source="token mean over the call's own tokens")
 DrGRPO = preset("DrGRPO", "ppo_clip", "fixed_length", source="arXiv:2503.20783")
@@ -674,197 +630,3 @@ ReinforcePP = preset("ReinforcePP", "ppo_clip", "token_mean", source="REINFORCE+
 RLOO = preset("RLOO", "ppo_clip", "sequence_mean", level="sequence_sum", source="arXiv:2402.14740")
 ClipCov = preset("ClipCov", "clip_cov", "token_mean", source="arXiv:2505.22617")
 KLCov = preset("KLCov", "kl_cov", "token_mean", source="arXiv:2505.22617")
-
-
-# ------------------------------------------------------------------------------------------------------------ metrics
-
-
-@dataclass(frozen=True)
-class Reduce:
-    """Masked means over N tokens, or over S sequences where a sequence has one value. 0-d, no host sync."""
-
-    sequences: Sequences
-    per_sequence: bool
-
-    def tokens(self, values: Tensor) -> Tensor:
-        return values.sum() / max(values.numel(), 1)
-
-    def first(self, values: Tensor, empty: float = 0.0) -> Tensor:
-        """(S,) the value at each sequence's first token."""
-        if values.numel() == 0:
-            return values.new_full((self.sequences.count,), empty)
-        at = self.sequences.offsets[:-1].clamp(max=values.numel() - 1)
-        return values[at].masked_fill(self.sequences.lengths == 0, empty)
-
-    def over_sequences(self, values: Tensor, empty: float = 0.0) -> Tensor:
-        return self.first(values, empty).sum() / max(self.sequences.count, 1)
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self.over_sequences(values) if self.per_sequence else self.tokens(values)
-
-    def min(self, values: Tensor) -> Tensor:
-        """The least of the sequences' means; 0 where there are no tokens."""
-        return self._extreme(values, math.inf).min()
-
-    def max(self, values: Tensor) -> Tensor:
-        return self._extreme(values, -math.inf).max()
-
-    def _extreme(self, values: Tensor, empty: float) -> Tensor:
-        without = self.sequences.lengths == 0
-        means = self.first(values) if self.per_sequence else self.sequences.mean(values).masked_fill(without, empty)
-        none = without.all()
-        return torch.cat([means, means.new_full((1,), empty)]).masked_fill(none, 0.0)
-
-
-METRICS: dict[str, Callable[[BoundPolicyLoss, Tensor, Tensor, Tensor, Reduce], dict[str, Tensor]]] = {}
-
-
-def metrics_of(*surrogates: str) -> Callable[[Any], Any]:
-    """Registers `f(bound, logprobs, old, ratio, reduce) -> metrics` for these surrogates."""
-
-    def register(function: Any) -> Any:
-        METRICS.update(dict.fromkeys(surrogates, function))
-        return function
-
-    return register
-
-
-@metrics_of("ppo_clip", "clip_cov")
-def clip_ratios(
-    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
-) -> dict[str, Tensor]:
-    delta = bound.options.get("delta")
-    ratio = ratio if delta is None else ratio.clamp(max=delta)
-    return _clipped(bound, ratio < 1 - bound.options["epsilon_low"], ratio > 1 + bound.options["epsilon_high"], reduce)
-
-
-@metrics_of("gmpo")
-def log_clip_ratios(
-    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
-) -> dict[str, Tensor]:
-    log_ratio = logprobs - old
-    return _clipped(bound, log_ratio < -bound.options["epsilon_low"], log_ratio > bound.options["epsilon_high"], reduce)
-
-
-def _clipped(bound: BoundPolicyLoss, below: Tensor, above: Tensor, reduce: Reduce) -> dict[str, Tensor]:
-    low = (below & (bound.advantages < 0)).to(bound.advantages.dtype)
-    high = (above & (bound.advantages > 0)).to(bound.advantages.dtype)
-    return {
-        "clip_ratio/low_mean": reduce.mean(low),
-        "clip_ratio/low_min": reduce.min(low),
-        "clip_ratio/high_mean": reduce.mean(high),
-        "clip_ratio/high_max": reduce.max(high),
-        "clip_ratio/region_mean": reduce.mean(low + high),
-    }
-
-
-@metrics_of("cispo")
-def cispo_clip_ratio(
-    bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce
-) -> dict[str, Tensor]:
-    clipped = (ratio > bound.options["ratio_max"]) & (bound.advantages > 0)
-    return {"cispo_clip_ratio": reduce.mean(clipped.to(ratio.dtype))}
-
-
-@metrics_of("vespo")
-def phi_mean(bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tensor, reduce: Reduce) -> dict[str, Tensor]:
-    phi = vespo_phi(logprobs, old, bound.advantages, bound.batch, **bound.options)  # type: ignore[arg-type]
-    return {"phi_mean": reduce.over_sequences(phi, empty=1.0) if bound.advantages_per_sequence else reduce.tokens(phi)}
-
-
-@torch.no_grad()
-def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | None) -> dict[str, Tensor]:
-    """Means over the N active tokens, as 0-d tensors (no host sync); zero when there are none.
-
-    ratio_mean, ratio_var: of the objective's ratio. approx_kl: (logprob - old)^2 / 2. clip_ratio/low_mean: share with
-    A < 0 below 1 - epsilon_low; high_mean: with A > 0 above 1 + epsilon_high; region_mean: either; low_min, high_max:
-    the extremes of the sequences' means. At sequence level, with one advantage a sequence, these are means over all
-    sequences. kl: of the objective's estimator. entropy: when it was computed.
-    """
-    rows = slice(0, logprobs.numel())
-    old = bound.compared(rows, logprobs)
-    ratio = (logprobs - old).exp()
-    reduce = Reduce(bound.batch.sequences, bound.per_sequence)
-    mean = reduce.tokens(ratio)
-    before = logprobs if bound.old_logprobs is None else bound.old_logprobs
-    metrics = {
-        "ratio_mean": mean,
-        "ratio_var": reduce.tokens((ratio - mean).square()),
-        "approx_kl": reduce.tokens(k2(logprobs, before)),
-    }
-    if bound.surrogate in METRICS:
-        metrics |= METRICS[bound.surrogate](bound, logprobs, old, ratio, reduce)
-    if bound.ref_logprobs is not None:
-        metrics["kl"] = reduce.tokens(bound.kl_term(rows, logprobs, old))
-    if entropy is not None:
-        metrics["entropy"] = reduce.tokens(entropy)
-    return metrics
-
-
-# -------------------------------------------------------------------------------------------------------------- value
-
-
-def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else torch.where(mask.bool(), values, torch.zeros_like(values))
-
-
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    old_values: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    cliprange_value: float | None = 0.2,
-    num_tokens: Count | None = None,
-) -> Tensor:
-    """1/2 mean of max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) over the active tokens   (arXiv:1707.06347)
-
-    Args:
-        values: any shape, differentiable; what the mask leaves out never matters.
-        returns, old_values: the same shape, no gradient. old_values may be None when cliprange_value is.
-        mask: the same shape, bool or 0 / 1; None: all tokens are active.
-        cliprange_value: c, positive; None does not clip.
-        num_tokens: the global count that normalises; default: this call's active tokens.
-
-    Raises:
-        ValueError: shapes differ, cliprange_value is not positive, or it is given without old_values.
-    """
-    for name, other in (("returns", returns), ("old_values", old_values), ("mask", mask)):
-        if other is not None and other.shape != values.shape:
-            raise ValueError(f"{name} must have the shape of values {tuple(values.shape)}, got {tuple(other.shape)}")
-    loss = (_masked(values, mask) - _masked(returns, mask)).square()
-    if cliprange_value is not None:
-        check_number("cliprange_value", cliprange_value, above=0)
-        if old_values is None:
-            raise ValueError(f"old_values must be given with cliprange_value={cliprange_value}, got None")
-        clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-        loss = torch.maximum(loss, (_masked(clipped, mask) - _masked(returns, mask)).square())
-    count = num_tokens if num_tokens is not None else (values.numel() if mask is None else mask.sum())
-    return 0.5 * loss.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
-
-@torch.no_grad()
-def value_metrics(
-    values: Tensor,
-    returns: Tensor,
-    old_values: Tensor,
-    mask: Tensor | None = None,
-    *,
-    cliprange_value: float | None = 0.2,
-) -> dict[str, Tensor]:
-    """Over the active tokens, 0-d: value_clip_fraction, where clipping raised the loss; explained_variance of returns."""
-    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
-    count = mask.sum().clamp(min=1)
-
-    def mean(x: Tensor) -> Tensor:
-        return _masked(x, mask).sum() / count
-
-    def variance(x: Tensor) -> Tensor:
-        return mean((x - mean(x)).square())
-
-    metrics = {"explained_variance": 1 - variance(returns - values) / variance(returns).clamp(min=1e-12)}
-    if cliprange_value is not None:
-        clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
-        raised = (clipped - returns).square() > (values - returns).square()
-        metrics["value_clip_fraction"] = mean(raised.to(values.dtype))
-    return metrics

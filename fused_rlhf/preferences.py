@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_rlhf.kernels.interface import BoundPreference, TokenGrads
-from fused_rlhf.objectives import Count, check_number, differentiated, keywords, options_of, registered, snake_case
+from fused_rlhf.objectives import Count
+from fused_rlhf.registry import check_number, differentiated, keywords, options_of, registered, snake_case
 from fused_rlhf.segments import Sequences
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -168,7 +169,7 @@ def sppo_hard(pairs: Pairs) -> Tensor:
 
 @preference()
 def aot(pairs: Pairs, *, label_smoothing: float = 0.0) -> Tensor:
-    """sigmoid of x = sort(lp_c - lp_r) - sort(ref_c - ref_r), over the call's pairs   (AOT, arXiv:2406.05882)"""
+    """-log sigmoid(beta (sort(lp_c - lp_r) - sort(ref_c - ref_r))), sorted over the call's pairs   (AOT, arXiv:2406.05882)"""
     policy = (pairs.chosen.logprob - pairs.rejected.logprob).sort().values
     ref = (pairs.chosen.ref - pairs.rejected.ref).sort().values
     return _smoothed(pairs.beta * (policy - ref), label_smoothing)
@@ -176,7 +177,7 @@ def aot(pairs: Pairs, *, label_smoothing: float = 0.0) -> Tensor:
 
 @preference()
 def aot_unpaired(pairs: Pairs, *, label_smoothing: float = 0.0) -> Tensor:
-    """sigmoid of x = sort(lr_c) - sort(lr_r), over the call's pairs   (AOT, arXiv:2406.05882)"""
+    """-log sigmoid(beta (sort(lr_c) - sort(lr_r))), sorted over the call's pairs   (AOT, arXiv:2406.05882)"""
     x = pairs.chosen.log_ratio.sort().values - pairs.rejected.log_ratio.sort().values
     return _smoothed(pairs.beta * x, label_smoothing)
 
@@ -217,7 +218,7 @@ def sigmoid_norm(pairs: Pairs) -> Tensor:
 
 @preference(reference=False)
 def cpo(pairs: Pairs, *, label_smoothing: float = 0.0) -> Tensor:
-    """sigmoid of beta (lp_c - lp_r)   (CPO, arXiv:2401.08417)"""
+    """-log sigmoid(beta (lp_c - lp_r))   (CPO, arXiv:2401.08417)"""
     return _smoothed(pairs.beta * (pairs.chosen.logprob - pairs.rejected.logprob), label_smoothing)
 
 
@@ -228,7 +229,7 @@ def _alpha_reward(logprob: Tensor, alpha: float) -> Tensor:
 
 @preference(reference=False, averaged=True)
 def simpo(pairs: Pairs, *, gamma: float = 0.5, alpha: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
-    """sigmoid of beta (r_c - r_r) - gamma, r the mean log-prob, or AlphaPO's reward of it   (SimPO, arXiv:2405.14734)"""
+    """-log sigmoid(beta (r_c - r_r) - gamma), r the mean log-prob or AlphaPO's reward of it   (SimPO, arXiv:2405.14734)"""
     c, r = (_alpha_reward(side.mean_logprob, alpha) for side in (pairs.chosen, pairs.rejected))
     return _smoothed(pairs.beta * (c - r) - gamma, label_smoothing)
 
