@@ -45,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_rlhf.kernels.interface import BoundObjective, Head, Stats
+from fused_rlhf.kernels.interface import BoundPolicy, Head, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LOG2E,
@@ -53,7 +53,8 @@ from fused_rlhf.kernels.primitives import (
     expm1,
     load_w,
     load_x,
-    logit_transform,
+    logits_of,
+    open_tile,
     softcap_slope,
     tile_origin,
 )
@@ -61,15 +62,6 @@ from fused_rlhf.kernels.tiles import Tile, multiprocessors
 
 # exp(60) times a vocabulary of 2^26 is below the largest bf16 and fp32.
 MAX_ABOVE_REFERENCE = tl.constexpr(60.0)
-
-
-@triton.jit
-def load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile of products that cuBLAS left in (N, V) fp32."""
-    offs_n = n_start + tl.arange(0, BLOCK_N)
-    offs_v = v_start + tl.arange(0, BLOCK_V)
-    ptrs = raw_ptr + offs_n[:, None].to(tl.int64) * stride_raw + offs_v[None, :]
-    return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_v < V)[None, :], other=0.0)
 
 
 @triton.jit
@@ -158,16 +150,11 @@ def stats_kernel(
                 product = total
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             if complete:
-                if raw_ptr is not None:
-                    product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
-                offs_n = n_start + tl.arange(0, BLOCK_N)
+                product, offs_n, mask_n, inv_temperature = open_tile(
+                    product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
+                )
                 offs_v = v_start + tl.arange(0, BLOCK_V)
-                mask_n = offs_n < N
-                inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
-                bias = None
-                if bias_ptr is not None:
-                    bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-                z = logit_transform(product, bias, inv_temperature, logit_scale, softcap)
+                z = logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, softcap)
                 if v_start + BLOCK_V > V:
                     z = tl.where((offs_v < V)[None, :], z, float("-inf"))
 
@@ -251,6 +238,7 @@ def finish_kernel(
     option_a,
     option_b,
     option_c,
+    option_d,
     SURROGATE: tl.constexpr,  # a function of kernels/objectives.py, or None
     KL: tl.constexpr,  # likewise
     BLOCK_T: tl.constexpr,
@@ -314,11 +302,13 @@ def finish_kernel(
         old = logprob
         if old_ptr is not None:
             old = tl.load(old_ptr + n)
-        loss, slope = SURROGATE(logprob, old, tl.load(advantages_ptr + n), option_a, option_b, option_c)
+        advantage = tl.load(advantages_ptr + n)
+        loss, slope, by_ratio = SURROGATE(logprob, logprob - old, advantage, option_a, option_b, option_c, option_d)
+        slope += by_ratio
         if KL is not None:
-            kl, kl_slope = KL(logprob, tl.load(ref_ptr + n))
+            kl, by_kl = KL(logprob, tl.load(ref_ptr + n))
             loss += beta * kl
-            slope += beta * kl_slope
+            slope += beta * by_kl
         weight = tl.load(token_weights_ptr + n)
         tl.store(loss_ptr + n, weight * loss)
         tl.store(slope_ptr + n, weight * slope)
@@ -338,11 +328,9 @@ def reference_kernel(
         x = tl.load(x_ptr + n.to(tl.int64) * stride_xn + offs, mask=offs < H, other=0.0)
         w = tl.load(w_ptr + y * stride_wv + offs, mask=offs < H, other=0.0).to(COMPUTE)
         acc += x.to(tl.float32) * w.to(tl.float32)
-    bias = None
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + y + tl.arange(0, 1)).to(tl.float32)
     inv_temperature = tl.load(inv_temperature_ptr + n + tl.arange(0, 1))
-    z = logit_transform(tl.sum(acc, 1, keep_dims=True), bias, inv_temperature, logit_scale, softcap)
+    product = tl.sum(acc, 1, keep_dims=True)
+    z = logits_of(product, bias_ptr, y + tl.arange(0, 1), y + 1, inv_temperature, logit_scale, softcap)
     tl.store(reference_ptr + n + tl.zeros_like(z).to(tl.int32), tl.maximum(z, -1e30))
 
 
@@ -465,11 +453,9 @@ def dlogits_kernel(
                 product = total
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             if complete:
-                if raw_ptr is not None:
-                    product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
-                offs_n = n_start + tl.arange(0, BLOCK_N)
-                mask_n = offs_n < N
-                inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+                product, offs_n, mask_n, inv_temperature = open_tile(
+                    product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
+                )
                 target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
                 lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
                 logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
@@ -490,10 +476,7 @@ def dlogits_kernel(
                 for i in tl.static_range(SLICES):
                     slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
                     mask_v = slice_v < V
-                    bias = None
-                    if bias_ptr is not None:
-                        bias = tl.load(bias_ptr + slice_v, mask=mask_v, other=0.0).to(tl.float32)
-                    z = logit_transform(parts[i], bias, inv_temperature, logit_scale, softcap)
+                    z = logits_of(parts[i], bias_ptr, slice_v, V, inv_temperature, logit_scale, softcap)
                     depth = z - lse[:, None]
                     p = tl.exp2(depth * LOG2E)
                     if h_ptr is not None:
@@ -646,7 +629,7 @@ def launch_stats(
 
 
 def launch_finish(
-    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundObjective | None = None,
+    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundPolicy | None = None,
     at: slice = slice(None),
 ) -> tuple[Stats, Tensor | None, Tensor | None]:  # fmt: skip
     """Merges `partials` -> (Stats, loss, dloss / dlogprob), (n,) each; the last two with an objective that has a twin.
@@ -663,10 +646,11 @@ def launch_finish(
     }
     loss = slope = surrogate = kl = None
     vectors: list[Tensor | None] = [None] * 4
-    options = (0.0, 0.0, 0.0)
+    options = [0.0] * 4
     if objective is not None:
         loss, slope = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
-        surrogate, options = SURROGATES[objective.surrogate].function, options_of(objective)
+        twin = SURROGATES[objective.surrogate]
+        surrogate, options = twin.function, options_of(twin, objective.options)
         kl = KL_ESTIMATORS[objective.kl] if objective.kl else None
         whole = (
             objective.old_logprobs,

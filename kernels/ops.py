@@ -16,7 +16,17 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads, kept_blocks
+from fused_rlhf.kernels.interface import (
+    BoundObjective,
+    BoundPolicy,
+    BoundPreference,
+    Grads,
+    Head,
+    Needs,
+    Stats,
+    TokenGrads,
+    kept_blocks,
+)
 from fused_rlhf.kernels.linear_logprobs import (
     Block,
     Partials,
@@ -31,7 +41,7 @@ from fused_rlhf.kernels.linear_logprobs import (
     launch_stats,
     matmul,
 )
-from fused_rlhf.kernels.objectives import has_entropy_term, has_twin, launch_sequences
+from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
 from fused_rlhf.kernels.tiles import Tile, arch, multiprocessors, precision, tune
 
 __all__ = ["backward", "evaluate", "forward", "mass_blocks", "one_pass", "one_pass_rows"]
@@ -128,10 +138,11 @@ def backward(
 
 def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     """See `interface.py`. Repeatable to the bit: a sequence is summed in a fixed order."""
-    if objective.offsets is not None and has_twin(objective):
-        loss, slope = launch_sequences(objective, logprobs)
-        return loss, TokenGrads(slope)
-    return objective(slice(0, len(logprobs)), logprobs, entropy)
+    if not has_twin(objective):
+        return objective(slice(0, len(logprobs)), logprobs, entropy)
+    launch = launch_pairs if isinstance(objective, BoundPreference) else launch_policy
+    loss, slope = launch(objective, logprobs)
+    return loss, TokenGrads(slope)
 
 
 def one_pass(
@@ -146,14 +157,13 @@ def one_pass(
     """See `interface.py`. 6NVH; rows at which the objective is flat leave before dX and dW.
 
     Statistics have the bits of `forward`. What E cannot serve goes through `forward` and `backward` (8NVH): fp16
-    operands, a bias whose gradient is needed, an entropy term, and an objective at sequence level.
+    operands, a bias whose gradient is needed, an objective that needs the entropy or is not `tokenwise`.
     """
-    entropy_term = has_entropy_term(objective)
     bias_gradient = needs.bias and head.bias is not None
-    tokenwise = objective.offsets is None and not entropy_term
+    tokenwise = objective.tokenwise and not objective.needs_entropy
     if any(needs) and head.compute_dtype != torch.float16 and tokenwise and not bias_gradient:
         return _one_pass(hidden, head, targets, temperature, outputs, objective, needs)
-    computed = (*outputs, "entropy") if entropy_term and "entropy" not in outputs else outputs
+    computed = (*outputs, "entropy") if objective.needs_entropy and "entropy" not in outputs else outputs
     stats = forward(hidden, head, targets, temperature, computed)
     loss, upstream = evaluate(objective, stats.logprobs, stats.entropy)
     grads = _backward_of_live_rows(hidden, head, targets, temperature, stats, upstream, needs)
@@ -187,6 +197,7 @@ def _one_pass(
     scratch = _scratch(capacity, V, head.compute_dtype, hidden.device)
     dx = torch.zeros_like(hidden) if needs.hidden else None
     dw = _WeightGrad(head.weight, several=capacity < N, compute_dtype=head.compute_dtype) if needs.weight else None
+    twin = objective if isinstance(objective, BoundPolicy) and has_twin(objective) else None
     found, losses = [], []
     for at in _ranges(N, capacity):
         rows = _slice(tokens, at)
@@ -195,7 +206,7 @@ def _one_pass(
         row_max = torch.empty_like(reference)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, rows, block, head, partials, exps[:, block.columns], reference)
-        stats, loss, slope = launch_finish(rows, V, partials, row_max, objective if has_twin(objective) else None, at)
+        stats, loss, slope = launch_finish(rows, V, partials, row_max, twin, at)
         if loss is None or slope is None:
             loss, upstream = objective(at, stats.logprobs, stats.entropy)
             slope = torch.zeros_like(loss) if upstream.logprobs is None else upstream.logprobs
@@ -277,11 +288,7 @@ def _backward_of_live_rows(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, upstream: TokenGrads, needs: Needs
 ) -> Grads:
     """`backward` without the rows whose upstream is zero."""
-    live = torch.zeros_like(targets, dtype=torch.bool)
-    for vector in upstream:
-        if vector is not None:
-            live |= vector != 0
-    rows = live.nonzero().squeeze(-1)
+    rows = upstream.live(targets).nonzero().squeeze(-1)
     if not any(needs) or not len(rows):
         like = (hidden, head.weight, head.bias)
         return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))

@@ -67,10 +67,40 @@ def expm1(x):
 
 
 @triton.jit
-def logit_transform(product, bias, inv_temperature, logit_scale, softcap):
-    """Products h W^T [BLOCK_N, BLOCK] -> logits z; bias [BLOCK] or None, inv_temperature [BLOCK_N], softcap or None."""
-    if bias is not None:
-        product += bias[None, :]
+def log_sigmoid(x):
+    # log(1 + t) = t log(u) / (u - 1) with u the rounded 1 + t: the two roundings cancel (Goldberg, 1991).
+    t = tl.exp2(-tl.abs(x) * LOG2E)
+    u = 1 + t
+    return tl.minimum(x, 0.0) - tl.where(u == 1, t, t * tl.log(u) / (u - 1))
+
+
+@triton.jit
+def load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile of products that cuBLAS left in (N, V) fp32."""
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    offs_v = v_start + tl.arange(0, BLOCK_V)
+    ptrs = raw_ptr + offs_n[:, None].to(tl.int64) * stride_raw + offs_v[None, :]
+    return tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def open_tile(
+    product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A finished tile: its products, from cuBLAS with raw_ptr; its rows, whether each is one, and 1 / temperature."""
+    if raw_ptr is not None:
+        product = load_raw(raw_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V)
+    offs_n = n_start + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    return product, offs_n, mask_n, tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+
+
+@triton.jit
+def logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, softcap):
+    """Products h W^T [BLOCK_N, BLOCK] of the columns offs_v [BLOCK] -> logits z; bias_ptr and softcap may be None."""
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
         return softcap * tanh(product * (logit_scale / softcap)) * inv_temperature[:, None]
     else:

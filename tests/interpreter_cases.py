@@ -7,8 +7,9 @@ products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,11 +18,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import fused_rlhf as fr
 from fused_rlhf import reference
 from fused_rlhf.kernels import objectives as twins
 from fused_rlhf.kernels import ops, tiles
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads
-from fused_rlhf.objectives import DAPO, GSPO, KL_ESTIMATORS, SURROGATES, BoundPolicyLoss
+from fused_rlhf.objectives import (
+    CISPO,
+    DAPO,
+    GSPO,
+    KL_ESTIMATORS,
+    LEVELS,
+    PPO,
+    REINFORCE,
+    SAPO,
+    SURROGATES,
+    BoundPolicyLoss,
+    PolicyLoss,
+    keywords,
+)
+from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
+from fused_rlhf.segments import Sequences
 
 ALL = Needs(True, True, True)
 NO_BIAS = Needs(True, True, False)
@@ -240,19 +257,30 @@ def test_statistics_have_the_same_bits_in_any_company() -> None:
 
 
 def objective(
-    N: int, logprobs: Tensor, beta: float = 0.0, entropy_coef: float = 0.0, kl: str = "k3"
+    N: int,
+    logprobs: Tensor,
+    beta: float = 0.0,
+    entropy_coef: float = 0.0,
+    kl: str = "k3",
+    preset: Callable[..., PolicyLoss] = DAPO,
 ) -> BoundPolicyLoss:
     g = torch.Generator().manual_seed(2)
     advantages = torch.randn(N, generator=g)
     advantages[1::3] = 0.0
-    return DAPO(beta=beta, entropy_coef=entropy_coef, kl=kl).bind(
+    return preset(beta=beta, entropy_coef=entropy_coef, kl=kl).bind(
         advantages=advantages,
-        lengths=torch.full((N,), 4.0),
+        sequences=Sequences.of(torch.arange(N) // 4, -(-N // 4)),
         old_logprobs=logprobs.float() + 0.3 * torch.randn(N, generator=g),
         ref_logprobs=logprobs.float() + 0.5 * torch.randn(N, generator=g),
-        num_sequences=3,
+        num_sequences=-(-N // 4),
         num_tokens=N,
     )
+
+
+def widened(bound: Any) -> Any:
+    """The same objective in fp64."""
+    vectors = {f.name: v for f in fields(bound) if isinstance(v := getattr(bound, f.name), Tensor)}
+    return replace(bound, **{name: v.double() for name, v in vectors.items() if v.dtype == torch.float32})
 
 
 def check_one_pass(
@@ -263,11 +291,9 @@ def check_one_pass(
 ) -> tuple[Stats, Tensor, Grads]:
     logprobs = reference.forward(*arguments, ()).logprobs
     bound = objective(len(arguments[2]), logprobs, **options)
-    names = ("old_logprobs", "ref_logprobs", "advantages", "token_weights")
-    wide = replace(bound, **{name: getattr(bound, name).double() for name in names})
     found = ops.one_pass(*arguments, ("entropy",), bound, needs)
     own = reference.one_pass(*arguments, ("entropy",), bound, needs)
-    true = reference.one_pass(*truth(*arguments), ("entropy",), wide, needs)
+    true = reference.one_pass(*truth(*arguments), ("entropy",), widened(bound), needs)
     for triple in zip((*found[0], found[1], *found[2]), (*own[0], own[1], *own[2]), (*true[0], true[1], *true[2])):
         assert_close(*triple, slack_of(arguments[1]) + slack)
     return found
@@ -309,7 +335,7 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
 def test_one_pass_where_the_target_lies_far_below(size: float) -> None:
     """Logits hundreds above the target's: E then has several references in a row, which are made one."""
     arguments = inputs(23, 24, 103, size=size)
-    largest = reference._logits(arguments[0], arguments[1].weight, None, *arguments[1::2]).abs().max()
+    largest = reference._logits(arguments[0], *arguments[1::2]).abs().max()
     # A logit's own rounding moves p by eps |z|, relative.
     check_one_pass(arguments, slack=4 * torch.finfo(torch.float32).eps * float(largest))
 
@@ -362,14 +388,16 @@ def test_an_objective_without_a_twin_is_called(monkeypatch: pytest.MonkeyPatch) 
 
 
 @triton.jit
-def surrogate_kernel(logprob_ptr, old_ptr, advantage_ptr, out_ptr, a, b, c, N, TWIN: tl.constexpr, BLOCK: tl.constexpr):
+def surrogate_kernel(
+    logprob_ptr, log_ratio_ptr, advantage_ptr, out_ptr, a, b, c, d, N, TWIN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     offs = tl.arange(0, BLOCK)
     mask = offs < N
     logprob = tl.load(logprob_ptr + offs, mask=mask, other=0.0)
-    old = tl.load(old_ptr + offs, mask=mask, other=0.0)
-    loss, slope = TWIN(logprob, old, tl.load(advantage_ptr + offs, mask=mask, other=0.0), a, b, c)
-    tl.store(out_ptr + offs, loss, mask=mask)
-    tl.store(out_ptr + N + offs, slope, mask=mask)
+    log_ratio = tl.load(log_ratio_ptr + offs, mask=mask, other=0.0)
+    found = TWIN(logprob, log_ratio, tl.load(advantage_ptr + offs, mask=mask, other=0.0), a, b, c, d)
+    for i in tl.static_range(3):
+        tl.store(out_ptr + i * N + offs, found[i] + tl.zeros_like(logprob), mask=mask)
 
 
 @triton.jit
@@ -381,41 +409,108 @@ def kl_kernel(logprob_ptr, ref_ptr, out_ptr, N, TWIN: tl.constexpr, BLOCK: tl.co
     tl.store(out_ptr + N + offs, slope + tl.zeros_like(kl), mask=mask)
 
 
-def points() -> Iterator[Tensor]:
-    """Log-ratios on both sides of every bound, far out and exactly zero; advantages of both signs and zero."""
-    logprob = torch.linspace(-6, 0, 61)
-    ratio = torch.cat((torch.linspace(-2.5, 2.5, 40), torch.linspace(-1e-4, 1e-4, 20), torch.zeros(1)))
-    yield from (logprob, logprob - ratio, torch.linspace(-1, 1, 61).roll(7))
-
-
-@pytest.mark.parametrize("name", list(twins.SURROGATES))
-@pytest.mark.parametrize("delta", [None, 2.0])
-def test_surrogate_twins(name: str, delta: float | None) -> None:
-    logprob, old, advantage = points()
-    bound = replace(
-        objective(61, old), surrogate=name, options={"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": delta}
-    )
-    out = torch.empty(2, 61)
+def surrogate_twin(
+    name: str, options: dict[str, Any], logprob: Tensor, log_ratio: Tensor, advantage: Tensor
+) -> tuple[Tensor, ...]:
+    """The twin's loss and its derivatives by the log-prob and by the log-ratio."""
+    twin, N = twins.SURROGATES[name], len(logprob)
+    out = torch.empty(3, N)
     surrogate_kernel[(1,)](
-        logprob, old, advantage, out, *twins.options_of(bound), 61, TWIN=twins.SURROGATES[name].function, BLOCK=64
-    )
-    leaf = logprob.double().requires_grad_()
-    loss = SURROGATES[name](leaf, old.double(), advantage.double(), **bound.options)
-    loss.sum().backward()
-    torch.testing.assert_close(out[0].double(), loss.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out[1].double(), leaf.grad, rtol=1e-5, atol=1e-6)
+        logprob, log_ratio, advantage, out, *twins.options_of(twin, options), N, TWIN=twin.function,
+        BLOCK=triton.next_power_of_2(N),
+    )  # fmt: skip
+    return out.unbind()
+
+
+def surrogate_torch(
+    name: str, options: dict[str, Any], logprob: Tensor, log_ratio: Tensor, advantage: Tensor
+) -> tuple[Tensor, ...]:
+    lp, lr = logprob.clone().requires_grad_(), log_ratio.clone().requires_grad_()
+    # At a fixed lp the first term is a constant; at a fixed lr the last one is.
+    loss = SURROGATES[name](lp, lp - lr, advantage, **options)
+    slopes = torch.autograd.grad(loss.sum(), (lp, lr), allow_unused=True)
+    return loss.detach(), *(torch.zeros_like(logprob) if s is None else s for s in slopes)
+
+
+SURROGATE_CASES: list[tuple[str, dict[str, Any]]] = [
+    ("ppo_clip", {"epsilon_low": 0.2, "epsilon_high": 0.28}),
+    ("ppo_clip", {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 2.0}),
+    ("ppo_clip", {"epsilon_low": 0.2, "epsilon_high": 0.28, "dual_clip": 3.0}),
+    ("ppo_clip", {"epsilon_low": 0.2, "epsilon_high": 0.28, "dual_clip": 3.0, "delta": 4.0}),
+    ("cispo", {"ratio_max": 5.0}),
+    ("cispo", {"ratio_max": 1.3, "ratio_min": 0.7}),
+    ("sapo", {"tau_pos": 1.0, "tau_neg": 1.05}),
+    ("sapo", {"tau_pos": 3.0, "tau_neg": 0.5}),
+    ("reinforce", {}),
+]
+
+
+def points() -> tuple[Tensor, Tensor, Tensor]:
+    """Log-ratios on both sides of every bound, far out and exactly zero; advantages of both signs and zero."""
+    ratio = torch.cat((torch.linspace(-2.5, 2.5, 40), torch.linspace(-1e-4, 1e-4, 20), torch.zeros(1)))
+    advantage = torch.cat((torch.linspace(-1, 1, 61).roll(7), torch.linspace(1, -1, 61), torch.zeros(61)))
+    return torch.linspace(-6, 0, 183), ratio.repeat(3), advantage
+
+
+def test_every_twin_is_a_case() -> None:
+    assert {name for name, _ in SURROGATE_CASES} == set(twins.SURROGATES) <= set(SURROGATES)
+    for name, twin in twins.SURROGATES.items():
+        assert set(twin.options) == keywords(SURROGATES[name])
+    for name, twin in twins.PREFERENCES.items():
+        assert set(twin.options) == keywords(PREFERENCES[name].function)
+
+
+@pytest.mark.parametrize(("name", "options"), SURROGATE_CASES)
+def test_surrogate_twins(name: str, options: dict[str, Any]) -> None:
+    arguments = points()
+    found, own = surrogate_twin(name, options, *arguments), surrogate_torch(name, options, *arguments)
+    for triple in zip(found, own, surrogate_torch(name, options, *(t.double() for t in arguments))):
+        assert_close(*triple, 1e-6)
+
+
+@pytest.mark.parametrize("delta", [None, 1.0, 1.5])
+@pytest.mark.parametrize("dual_clip", [None, 1.0, 1.5])
+@pytest.mark.parametrize(("epsilon_low", "epsilon_high"), [(0.2, 0.2), (0.0, 0.2), (0.2, 0.0), (0.0, 0.0)])
+def test_gradients_at_ties(
+    delta: float | None, dual_clip: float | None, epsilon_low: float, epsilon_high: float
+) -> None:
+    """At a ratio of exactly 1 and on a bound, or on several, the gradient is the one autograd takes."""
+    options = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, "dual_clip": dual_clip}
+    arguments = (torch.full((3,), -1.0), torch.zeros(3), torch.tensor([-1.0, 0.0, 1.0]))
+    for found, own in zip(
+        surrogate_twin("ppo_clip", options, *arguments), surrogate_torch("ppo_clip", options, *arguments)
+    ):
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize(("name", "options"), SURROGATE_CASES)
+def test_surrogate_twins_of_nan_and_infinite_ratios(name: str, options: dict[str, Any]) -> None:
+    nan, inf = float("nan"), float("inf")
+    logprob, old, advantage = torch.cartesian_prod(
+        torch.tensor([-1.0, -inf, nan]), torch.tensor([-1.1, 199.0, -201.0, nan]), torch.tensor([-1.0, 0.0, 1.0, nan])
+    ).T.contiguous()
+    loss, *slopes = surrogate_twin(name, options, logprob, logprob - old, advantage)
+    leaf = logprob.clone().requires_grad_()
+    true = SURROGATES[name](leaf, old, advantage, **options)
+    torch.testing.assert_close(loss, true.detach(), equal_nan=True)
+    torch.testing.assert_close(sum(slopes), torch.autograd.grad(true.sum(), leaf)[0], equal_nan=True)
 
 
 @pytest.mark.parametrize("name", list(twins.KL_ESTIMATORS))
 def test_kl_twins(name: str) -> None:
-    logprob, ref, _ = points()
-    out = torch.empty(2, 61)
-    kl_kernel[(1,)](logprob, ref, out, 61, TWIN=twins.KL_ESTIMATORS[name], BLOCK=64)
-    leaf = logprob.double().requires_grad_()
-    kl = KL_ESTIMATORS[name](leaf, ref.double())
-    kl.sum().backward()
-    torch.testing.assert_close(out[0].double(), kl.detach(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(out[1].double(), leaf.grad, rtol=1e-5, atol=1e-7)
+    logprob, log_ratio, _ = points()
+    N = len(logprob)
+
+    def by_torch(lp: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = lp.clone().requires_grad_()
+        kl = KL_ESTIMATORS[name](leaf, ref)
+        return kl.detach(), torch.autograd.grad(kl.sum(), leaf)[0]
+
+    ref = logprob - log_ratio
+    out = torch.empty(2, N)
+    kl_kernel[(1,)](logprob, ref, out, N, TWIN=twins.KL_ESTIMATORS[name], BLOCK=triton.next_power_of_2(N))
+    for triple in zip(out, by_torch(logprob, ref), by_torch(logprob.double(), ref.double())):
+        assert_close(*triple, 1e-6)
 
 
 def test_fp64_is_refused_with_a_way_out() -> None:
@@ -424,31 +519,303 @@ def test_fp64_is_refused_with_a_way_out() -> None:
         ops.forward(hidden.double(), replace(head, compute_dtype=torch.float64), targets, temperature, ())
 
 
-@pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize(("kl", "beta"), [("k1", 0.1), ("k2", 0.1), ("k3", 0.1), ("k3", 0.0)])
-@pytest.mark.parametrize("delta", [None, 1.0005])
-def test_sequence_level_twin(kl: str, beta: float, old: bool, delta: float | None) -> None:
-    """Sequences of many blocks, of one token and of none, against the torch objective in fp64."""
+def sequences_of(lengths: list[int]) -> Sequences:
+    return Sequences.of(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths))
+
+
+def policy_of(objective: PolicyLoss, old: bool = True) -> tuple[BoundPolicyLoss, Tensor]:
+    """Over sequences of many blocks, of one token and of none; and the log-probs."""
     g = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 0, 2500, 1, 1024, 40])
-    N = int(lengths.sum())
+    sequences = sequences_of([3, 0, 2500, 1, 1024, 40, 0])
+    N = len(sequences.index)
     logprobs = -3 * torch.rand(N, generator=g)
-    bound = GSPO(beta=beta, kl=kl, epsilon_low=0.001, epsilon_high=0.002, delta=delta).bind(
+    bound = objective.bind(
         advantages=torch.randn(N, generator=g),
-        lengths=lengths.repeat_interleave(lengths).float(),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        sequences=sequences,
         old_logprobs=logprobs + 0.05 * torch.randn(N, generator=g) if old else None,
         ref_logprobs=logprobs + 0.3 * torch.randn(N, generator=g),
-        num_sequences=6,
+        num_sequences=sequences.count,
         num_tokens=N,
     )
-    names = ("old_logprobs", "ref_logprobs", "advantages", "token_weights")
-    wide = replace(bound, **{n: v.double() for n in names if (v := getattr(bound, n)) is not None})
+    return bound, logprobs
+
+
+def check_evaluation(bound: BoundPolicyLoss | BoundPreferenceLoss, logprobs: Tensor) -> None:
+    rows = slice(0, len(logprobs))
+    assert twins.has_twin(bound)
     loss, grads = ops.evaluate(bound, logprobs, None)
-    own_loss, own_grads = bound(slice(0, N), logprobs, None)
-    true_loss, true_grads = wide(slice(0, N), logprobs.double(), None)
-    assert_close(loss, own_loss, true_loss, 1e-8)
-    assert_close(grads.logprobs, own_grads.logprobs, true_grads.logprobs, 1e-8)
+    own_loss, own_grads = bound(rows, logprobs, None)
+    true_loss, true_grads = widened(bound)(rows, logprobs.double(), None)
+    assert_close(loss, own_loss, true_loss, 1e-6)
+    assert_close(grads.logprobs, own_grads.logprobs, true_grads.logprobs, 1e-6)
+    again, grads_again = ops.evaluate(bound, logprobs, None)
+    assert torch.equal(loss, again)
+    assert torch.equal(grads.logprobs, grads_again.logprobs)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("name", "options"), SURROGATE_CASES)
+def test_policy_twins_at_every_level(name: str, options: dict[str, Any], level: str) -> None:
+    check_evaluation(*policy_of(PolicyLoss(name, kl="k3", beta=0.1, level=level, options=options)))
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(("kl", "beta"), [("k1", 0.1), ("k2", 0.1), ("k3", 0.1), ("k3+", 0.1), ("k3", 0.0)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("delta", [None, 1.0005])
+def test_policy_twins_with_every_kl(kl: str, beta: float, level: str, old: bool, delta: float | None) -> None:
+    objective = GSPO(beta=beta, kl=kl, level=level, epsilon_low=0.001, epsilon_high=0.002, delta=delta)
+    check_evaluation(*policy_of(objective, old))
+
+
+def test_a_nan_stays_in_its_sequence() -> None:
+    bound, logprobs = policy_of(GSPO())
+    logprobs[2] = float("nan")
+    loss, grads = ops.evaluate(bound, logprobs, None)
+    assert loss[:3].isnan().all()
+    assert loss[3:].isfinite().all()
+    assert grads.logprobs[:3].isnan().all()
+    assert grads.logprobs[3:].isfinite().all()
+
+
+def preference_of(
+    objective: PreferenceLoss, lengths: list[int], ref: bool = True, num_pairs: int | Tensor = 7
+) -> tuple[BoundPreferenceLoss, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    sequences = sequences_of(lengths)
+    N = len(sequences.index)
+    logprobs = -2 * torch.rand(N, generator=g)
+    bound = objective.bind(
+        sequences=sequences,
+        ref_logprobs=logprobs + 0.2 * torch.randn(N, generator=g) if ref else None,
+        ref_sums=None,
+        labels=None,
+        kl=None,
+        num_pairs=num_pairs,
+        num_tokens=N,
+        dtype=torch.float32,
+    )
+    return bound, logprobs
+
+
+# Pairs of many blocks; of one token; one side, the other side, and both without a token.
+COMPLETIONS = [2100, 5, 1, 0, 40, 0, 70, 1500, 1, 3, 0, 0]
+PREFERENCE_CASES: list[dict[str, Any]] = [
+    {"losses": ("sigmoid",)},
+    {"losses": ("sigmoid",), "options": {"label_smoothing": 0.1}},
+    {"losses": ("hinge",)},
+    {"losses": ("ipo",)},
+    {"losses": ("sigmoid", "ipo", "hinge"), "weights": (0.8, -0.2, 1.5), "options": {"label_smoothing": 0.3}},
+]
+
+
+@pytest.mark.parametrize("ref", [True, False])
+@pytest.mark.parametrize("ld_alpha", [None, 0.25])
+@pytest.mark.parametrize("case", PREFERENCE_CASES)
+def test_preference_twins(case: dict[str, Any], ld_alpha: float | None, ref: bool) -> None:
+    check_evaluation(*preference_of(PreferenceLoss(beta=0.3, ld_alpha=ld_alpha, **case), COMPLETIONS, ref))
+
+
+def test_preference_twins_take_a_count_on_the_device() -> None:
+    objective = PreferenceLoss()
+    by_tensor, logprobs = preference_of(objective, COMPLETIONS, num_pairs=torch.tensor(7.0))
+    check_evaluation(by_tensor, logprobs)
+    by_number, _ = preference_of(objective, COMPLETIONS)
+    assert torch.equal(ops.evaluate(by_tensor, logprobs, None)[0], ops.evaluate(by_number, logprobs, None)[0])
+
+
+@pytest.mark.parametrize("name", list(twins.PREFERENCES))
+def test_preference_twins_at_extreme_margins(name: str) -> None:
+    """Margins from -4000 to 4000; and at beta d = 1 exactly, where the hinge bends."""
+    bound, _ = preference_of(PreferenceLoss((name,), beta=0.5), [1] * 22)
+    margins = torch.tensor([-4000.0, -200.0, -30.0, -9.0, -1e-3, 0.0, 2.0, 9.0, 30.0, 200.0, 4000.0])
+    bound = replace(bound, ref_sums=torch.cat([-margins, torch.zeros(11)]))
+    check_evaluation(bound, torch.zeros(22))
+    loss, grads = ops.evaluate(bound, torch.zeros(22), None)
+    true_loss, true_grads = widened(bound)(slice(0, 22), torch.zeros(22).double(), None)
+    # Every one to its own size, so that a small loss keeps its digits; fp32 ends at 1e-38.
+    torch.testing.assert_close(loss.double(), true_loss, rtol=2e-6, atol=1e-37)
+    torch.testing.assert_close(grads.logprobs.double(), true_grads.logprobs, rtol=2e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("name", list(twins.PREFERENCES))
+def test_a_nan_stays_in_its_pair(name: str) -> None:
+    bound, logprobs = preference_of(PreferenceLoss((name,)), [3, 2, 4, 1])
+    logprobs[6] = float("nan")
+    loss, grads = ops.evaluate(bound, logprobs, None)
+    assert loss.isnan().tolist() == [True, False]
+    others = torch.tensor([False] * 3 + [True] * 2 + [False] * 4 + [True])
+    assert grads.logprobs[others].isfinite().all()
+    own, true = bound(slice(0, 10), logprobs, None)[1], widened(bound)(slice(0, 10), logprobs.double(), None)[1]
+    assert_close(grads.logprobs, own.logprobs, true.logprobs)
+
+
+def test_what_has_a_twin() -> None:
+    def policy(surrogate: str = "ppo_clip", **options: Any) -> bool:
+        return twins.has_twin(policy_of(PolicyLoss(surrogate, **options))[0])
+
+    def pairs(*losses: str, **options: Any) -> bool:
+        weights = (1.0,) * len(losses)
+        return twins.has_twin(preference_of(PreferenceLoss(losses, weights, **options), [3, 2])[0])
+
+    assert policy()
+    assert policy(off_policy_mask_threshold=0.5) is False
+    assert policy(top_entropy_quantile=0.5) is False
+    assert policy(entropy_coef=0.1) is False
+    assert policy(beta=0.1)
+    assert policy(beta=0.1, use_bias_correction_kl=True) is False
+    assert not any(policy(name) for name in SURROGATES if name not in twins.SURROGATES)
+    assert pairs("sigmoid", "hinge")
+    assert pairs("sigmoid", "sft") is False
+    assert pairs("sigmoid", f_divergence="forward_kl") is False
+    assert pairs("sigmoid", use_weighting=True) is False
+
+
+TOKENWISE: list[tuple[Callable[..., PolicyLoss], dict[str, Any]]] = [
+    (PPO, {"dual_clip": 1.2}),
+    (CISPO, {}),
+    (SAPO, {"beta": 0.1}),
+    (REINFORCE, {"beta": 0.1, "kl": "k3+"}),
+]
+
+
+@pytest.mark.parametrize(("preset", "options"), TOKENWISE)
+def test_one_pass_of_every_twin(preset: Callable[..., PolicyLoss], options: dict[str, Any]) -> None:
+    arguments = inputs(23, 24, 103)
+    fields_of = {key: options[key] for key in ("beta", "kl") if key in options}
+    own = {key: value for key, value in options.items() if key not in fields_of}
+    stats, loss, _ = check_one_pass(arguments, preset=partial(preset, **own), **fields_of)
+    bound = objective(23, reference.forward(*arguments, ()).logprobs, preset=partial(preset, **own), **fields_of)
+    assert torch.equal(loss, ops.evaluate(bound, stats.logprobs, None)[0])
+
+
+def test_one_pass_of_a_tokenwise_objective_without_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
+    check_one_pass(inputs(23, 24, 103), preset=partial(DAPO, use_bias_correction_kl=True), beta=0.1)
+
+
+def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs all rows at once is never cut into blocks of rows."""
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
+    check_one_pass(inputs(23, 24, 103), preset=GSPO, beta=0.1)
+    arguments = inputs(23, 24, 103)
+    bound, _ = preference_of(PreferenceLoss(), [8, 3, 7, 5])
+    _, loss, grads = ops.one_pass(*arguments, (), bound, NO_BIAS)
+    _, own_loss, own = reference.one_pass(*arguments, (), bound, NO_BIAS)
+    _, true_loss, true = reference.one_pass(*truth(*arguments), (), widened(bound), NO_BIAS)
+    for triple in zip((loss.sum(), *grads), (own_loss.sum(), *own), (true_loss.sum(), *true)):
+        assert_close(*triple)
+
+
+@pytest.mark.parametrize("block", [8, 64])
+def test_unit_gradients_under_a_frozen_head(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """reinforce with an advantage of -1: the loss is the sum of the log-probs, dX that of each of them; no dW is made."""
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: block)
+    monkeypatch.delattr(ops, "_WeightGrad")
+    arguments = inputs(23, 24, 103, softcap=3.0)
+    bound = REINFORCE().bind(
+        advantages=torch.full((23,), -1.0),
+        sequences=sequences_of([23]),
+        old_logprobs=None,
+        ref_logprobs=None,
+        num_sequences=1,
+        num_tokens=1,
+    )
+    only_hidden = Needs(True, False, False)
+    stats, loss, grads = ops.one_pass(*arguments, (), bound, only_hidden)
+    assert grads.weight is None
+    assert torch.equal(loss, stats.logprobs)
+    one = TokenGrads(torch.ones(23))
+    own, true = reference.forward(*arguments, ()), reference.forward(*truth(*arguments), ())
+    assert_close(
+        grads.hidden,
+        reference.backward(*arguments, own, one, only_hidden).hidden,
+        reference.backward(*truth(*arguments), true, doubled(one), only_hidden).hidden,
+    )
+
+
+def test_operands_with_strides_of_their_own() -> None:
+    """Transposed, every second, one for all: the public function hands the kernels what they can address."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(24, 10, generator=g).T,
+        torch.randn(24, 70, generator=g).T,
+        torch.randn(140, generator=g)[::2],
+    )
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaves = [torch.empty_strided(t.shape, t.stride(), dtype=dtype).copy_(t) for t in (hidden, weight, bias)]
+        x, w, b = (t.requires_grad_() for t in leaves)
+        out = fr.linear_logprobs(
+            x,
+            w,
+            torch.tensor([3]).expand(10),
+            bias=b,
+            temperature=torch.tensor([0.7]).expand(10),
+            outputs=("entropy",),
+            backend=backend,
+        )
+        upstream = (torch.ones(1, dtype=dtype).expand(10), torch.arange(20.0)[::2].to(dtype))
+        results.append(
+            (out.logprobs, out.entropy, *torch.autograd.grad((out.logprobs, out.entropy), (x, w, b), upstream))
+        )
+    for triple in zip(*results):
+        assert_close(*(t.detach() for t in triple))
+
+
+PUBLIC = [
+    fr.GRPO(beta=0.1),
+    fr.PPO(dual_clip=1.5),
+    fr.CISPO(),
+    fr.GSPO(),
+    fr.RLOO(),
+    fr.VESPO(),
+    fr.DPO(ld_alpha=0.5),
+    fr.DPO(("sigmoid", "sft")),
+    fr.IPO(),
+    fr.SimPO(),
+]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("objective", PUBLIC, ids=[f"{i}" for i in range(len(PUBLIC))])
+def test_public_functions(objective: PolicyLoss | PreferenceLoss, frozen: bool) -> None:
+    """With and without a twin: the loss, every metric and the gradients are those of the reference backend, also where
+    what is known beforehand is a view with strides of its own."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 24, generator=g), 0.6 * torch.randn(75, 24, generator=g)
+    targets = torch.randint(0, 75, (4, 6), generator=g)
+    mask = torch.rand(4, 6, generator=g) < 0.7
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        x, w = (t.to(dtype, copy=True) for t in (hidden, weight))
+        x.requires_grad_(), w.requires_grad_(not frozen)
+        if isinstance(objective, PolicyLoss):
+            loss, metrics = fr.linear_policy_loss(
+                x.flatten(0, 1),
+                w,
+                targets.flatten(),
+                cu_seqlens=torch.tensor([0, 6, 9, 18, 24]),
+                advantages=torch.tensor([1.0, -1.0, 0.5, 0.0]),
+                old_logprobs=torch.tensor([-5.0]).expand(24),
+                ref_logprobs=torch.tensor([-4.5]).expand(24) if objective.beta else None,
+                objective=objective,
+                backend=backend,
+            )
+        else:
+            loss, metrics = fr.linear_preference_loss(
+                x,
+                w,
+                targets,
+                completion_mask=mask,
+                ref_logprobs=torch.tensor([-20.0]).expand(4) if objective.needs_reference else None,
+                objective=objective,
+                backend=backend,
+            )
+        (2.5 * loss).backward()
+        results.append((loss.detach(), *metrics.values(), x.grad, w.grad))
+    for triple in zip(*results):
+        assert_close(*triple)
 
 
 @pytest.mark.parametrize(("grad_filter", "entropy"), [(1e-2, False), (0.5, False), (0.5, True)])

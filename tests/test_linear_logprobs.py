@@ -19,6 +19,7 @@ from fused_rlhf import reference
 from fused_rlhf.kernels import linear_logprobs, ops, tiles
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads
 from fused_rlhf.objectives import DAPO, BoundPolicyLoss
+from fused_rlhf.segments import Sequences
 
 
 @pytest.mark.slow
@@ -100,8 +101,8 @@ def objective(N: int, logprobs: Tensor, zero_share: float = 0.3) -> BoundPolicyL
     advantages[1:][torch.rand(N - 1, generator=g, device="cuda") < zero_share] = 0.0
     old = logprobs + 0.05 * torch.randn(N, generator=g, device="cuda")
     return DAPO().bind(
-        advantages=advantages, lengths=torch.full((N,), 16.0, device="cuda"), old_logprobs=old, ref_logprobs=None,
-        num_sequences=max(N // 16, 1), num_tokens=N,
+        advantages=advantages, sequences=Sequences.of(torch.arange(N, device="cuda") // 16, -(-N // 16)),
+        old_logprobs=old, ref_logprobs=None, num_sequences=-(-N // 16), num_tokens=N,
     )  # fmt: skip
 
 

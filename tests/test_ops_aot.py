@@ -28,7 +28,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from fused_rlhf.kernels import linear_logprobs, objectives, ops, tiles  # noqa: E402
 from fused_rlhf.kernels.interface import OUTPUTS, Head, Needs, TokenGrads  # noqa: E402
-from fused_rlhf.objectives import DAPO  # noqa: E402
+from fused_rlhf.objectives import BoundPolicyLoss, PolicyLoss  # noqa: E402
+from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss  # noqa: E402
+from fused_rlhf.segments import Sequences  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,12 +63,13 @@ class Launch:
 
     @property
     def name(self) -> str:
-        flags = {k: v for k, v in self.constants if k in ("ENTROPY", "SURROGATE", "KL") and v}
+        twins = [str(v) for k, v in self.constants if k in ("SURROGATE", "KL", "LEVEL", "PREFERENCE") and v]
+        entropy = ["ENTROPY"] if dict(self.constants).get("ENTROPY") else []
         present = [
             k for k in ("bias_ptr", "softcap", "exps", "h_ptr", "raw_ptr") if (k, "constexpr") not in self.signature
         ]
         types = dict(self.signature)
-        return "-".join([self.kernel, self.arch, self.how, *map(str, flags), *(k for k in present if k in types)])
+        return "-".join([self.kernel, self.arch, self.how, *twins, *entropy, *(k for k in present if k in types)])
 
 
 class Recorder:
@@ -124,9 +127,7 @@ def record(arch: str, how: str) -> list[Launch]:
         targets, ones = torch.zeros(N, dtype=torch.int64), torch.ones(N)
         plain = Head(weight, compute_dtype=dtype)
         full = Head(weight, bias, logit_scale=0.5, softcap=30.0, compute_dtype=dtype)
-        vectors = {"advantages": ones, "lengths": ones, "old_logprobs": ones, "ref_logprobs": ones}
-        objective = DAPO(beta=0.1).bind(**vectors, num_sequences=1, num_tokens=N)
-        ops.evaluate(replace(objective, offsets=torch.tensor([0, 40, N])), ones, None)
+        objective = policy_of("ppo_clip", N)
         for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
             stats = ops.forward(hidden, head, targets, ones, outputs)
         for head, grads in (
@@ -144,7 +145,39 @@ def record(arch: str, how: str) -> list[Launch]:
             patch.setattr(ops, "one_pass_rows", lambda *args: 64)
             ops.one_pass(hidden, plain, targets, ones, ("entropy",), objective, Needs(True, True, False))
             ops.backward(hidden, plain, targets, ones, stats, TokenGrads(ones), Needs(True, True, False))
+            # Every twin, in one pass and on its own; all of them are fp32 whatever the operands are.
+            for name in objectives.SURROGATES:
+                for level in ("token", "sequence"):
+                    ops.evaluate(policy_of(name, N, level=level), ones, None)
+                some = replace(policy_of(name, N), kl="", old_logprobs=None)
+                ops.one_pass(hidden, plain, targets, ones, (), some, Needs(True, False, False))
+            for level in ("sequence_sum", "sequence_token"):
+                ops.evaluate(policy_of("ppo_clip", N, level=level), ones, None)
+            for kl in objectives.KL_ESTIMATORS:
+                ops.one_pass(
+                    hidden, plain, targets, ones, (), policy_of("ppo_clip", N, kl=kl), Needs(True, True, False)
+                )
+                ops.evaluate(policy_of("ppo_clip", N, level="sequence", kl=kl), ones, None)
+            for name in objectives.PREFERENCES:
+                for ld_alpha, ref in ((None, ones), (0.5, None)):
+                    ops.evaluate(pairs_of(name, ld_alpha, ref, N), ones, None)
     return list(launches)
+
+
+def policy_of(surrogate: str, N: int, **options: Any) -> BoundPolicyLoss:
+    ones = torch.ones(N)
+    sequences = Sequences.of((torch.arange(N) >= 40).long(), 2)
+    return PolicyLoss(surrogate, beta=0.1, **options).bind(
+        advantages=ones, sequences=sequences, old_logprobs=ones, ref_logprobs=ones, num_sequences=2, num_tokens=N
+    )
+
+
+def pairs_of(name: str, ld_alpha: float | None, ref: torch.Tensor | None, N: int) -> BoundPreferenceLoss:
+    sequences = Sequences.of((torch.arange(N) >= 40).long(), 2)
+    return PreferenceLoss((name,), ld_alpha=ld_alpha).bind(
+        sequences=sequences, ref_logprobs=ref, ref_sums=None, labels=None, kl=None, num_pairs=1, num_tokens=N,
+        dtype=torch.float32,
+    )  # fmt: skip
 
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
