@@ -214,12 +214,8 @@ def _logprobs_backward(
     need_bias: bool,
     need_lora: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    live = torch.zeros_like(targets, dtype=torch.bool)
-    for g in (d_logprobs, d_lse, d_entropy):
-        if g is not None:
-            live |= g != 0  # a NaN is not zero: it stays, and is seen
-    live &= targets != ignore_index
-    rows = live.nonzero().squeeze(-1)
+    upstream = TokenGrads(d_logprobs, d_entropy, d_lse)
+    rows = (upstream.live(targets) & (targets != ignore_index)).nonzero().squeeze(-1)
     needs = Needs(need_hidden, need_weight, need_bias, need_lora)
     tensors = (hidden, weight, bias, lora_b)
     count = rows.numel()
@@ -233,7 +229,7 @@ def _logprobs_backward(
         select(entropy, some) if entropy.numel() else None,
         mass=select(mass, some) if mass.numel() else None,
     )
-    token_grads = TokenGrads(*(select(g, some) for g in (d_logprobs, d_entropy, d_lse)))
+    token_grads = TokenGrads(*(select(g, some) for g in upstream))
     with _no_autocast(hidden):
         grads = backends.resolve(backend, hidden).backward(
             select(hidden, some), head, select(targets, some), select(temperature, some), stats, token_grads, needs

@@ -394,10 +394,7 @@ def one_pass(
             references.append(running.update(z, rows, columns, in_place=exponentials))
         stats = running.stats(rows)
         losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
-        live = torch.zeros_like(targets[rows], dtype=torch.bool)
-        for g in upstream:
-            if g is not None:
-                live |= g != 0
+        live = upstream.live(targets[rows])
         if not live.any():
             continue
         index = live.nonzero().squeeze(1)

@@ -88,16 +88,17 @@ def backward(
     """
     tokens = _rows(hidden, head, targets, temperature)
     tile = _tile("dlogits", tokens, head, entropy=grads.entropy is not None)
-    (N, H), V = hidden.shape, head.weight.shape[0]
+    N, (V, H) = len(targets), head.weight.shape
     columns = _columns(hidden.device)
     upstream, unscale = _row_grads(stats, grads, tokens, head)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
     filtered = _filtered(stats, grads, targets, head.grad_filter, columns)
 
     scratch = _scratch(min(N, ROWS), min(V, columns), tokens.x.dtype, hidden.device)
-    dx = torch.zeros((N, H), dtype=torch.float32, device=hidden.device) if needs.hidden else None
+    dx = torch.zeros_like(hidden, dtype=torch.float32) if needs.hidden else None
     dw = torch.empty_like(head.weight) if needs.weight else None
     db = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    d_lora = torch.zeros_like(head.lora_b, dtype=torch.float32) if needs.lora and head.lora_b is not None else None
     # With a single block of rows cuBLAS writes dW itself; it sums in fp32 registers either way.
     direct = len(ranges) == 1 and unscale is None and _fills_the_device(head.weight, min(V, columns))
     dw_block = None
@@ -120,8 +121,12 @@ def backward(
                 some = dx.index_select(0, at)
                 matmul(dz, block.w, some, accumulate=True)
                 dx.index_copy_(0, at, some)
+            x, parts = head.split(rows.x)
             if dw is not None:
-                matmul(dz.T, rows.x, dw[block.columns] if dw_block is None else dw_block[:width], accumulate=i > 0)
+                matmul(dz.T, x, dw[block.columns] if dw_block is None else dw_block[:width], accumulate=i > 0)
+            if d_lora is not None:
+                for part in parts:
+                    matmul(dz.T, part, d_lora[block.columns], accumulate=True)
         if not wanted:
             for gradient in (dw, db):
                 if gradient is not None:
@@ -133,7 +138,9 @@ def backward(
             db[block.columns] = sums if unscale is None else sums * unscale
     if dx is not None:
         dx = (dx if unscale is None else dx.mul_(unscale)).to(hidden.dtype)
-    return Grads(dx, dw, db)
+    if d_lora is not None and head.lora_b is not None:
+        d_lora = (d_lora if unscale is None else d_lora.mul_(unscale)).to(head.lora_b.dtype)
+    return Grads(dx, dw, db, d_lora)
 
 
 def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
@@ -157,11 +164,13 @@ def one_pass(
     """See `interface.py`. 6NVH; rows at which the objective is flat leave before dX and dW.
 
     Statistics have the bits of `forward`. What E cannot serve goes through `forward` and `backward` (8NVH): fp16
-    operands, a bias whose gradient is needed, an objective that needs the entropy or is not `tokenwise`.
+    operands, an adapter on the head, a bias whose gradient is needed, an objective that needs the entropy or is not
+    `tokenwise`.
     """
     bias_gradient = needs.bias and head.bias is not None
     tokenwise = objective.tokenwise and not objective.needs_entropy
-    if any(needs) and head.compute_dtype != torch.float16 and tokenwise and not bias_gradient:
+    plain_head = head.lora_b is None and head.compute_dtype != torch.float16
+    if any(needs) and plain_head and tokenwise and not bias_gradient:
         return _one_pass(hidden, head, targets, temperature, outputs, objective, needs)
     computed = (*outputs, "entropy") if objective.needs_entropy and "entropy" not in outputs else outputs
     stats = forward(hidden, head, targets, temperature, computed)
@@ -290,7 +299,7 @@ def _backward_of_live_rows(
     """`backward` without the rows whose upstream is zero."""
     rows = upstream.live(targets).nonzero().squeeze(-1)
     if not any(needs) or not len(rows):
-        like = (hidden, head.weight, head.bias)
+        like = (hidden, head.weight, head.bias, head.lora_b)
         return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
     if len(rows) == len(targets):
         return backward(hidden, head, targets, temperature, stats, upstream, needs)
@@ -311,7 +320,7 @@ def _rows(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> R
 
 
 def _tile(kernel: str, rows: Rows, head: Head, entropy: bool = False) -> Tile:
-    w = head.weight if head.weight.dtype == head.compute_dtype else rows.x  # a cast block is as aligned as x
+    w = head.weight if _whole(head) else rows.x  # a block made on the way is as aligned as x
     H = rows.x.shape[1]
 
     def run(tile: Tile) -> None:
@@ -335,13 +344,18 @@ def _tile(kernel: str, rows: Rows, head: Head, entropy: bool = False) -> Tile:
 def _blocks(head: Head, columns: int) -> Iterator[Block]:
     """The vocabulary, `columns` at a time, in the compute dtype."""
     for at in _ranges(head.weight.shape[0], columns):
-        w = head.weight[at].to(head.compute_dtype)
+        w = head.rows(at)
         yield Block(at.start, w, None if head.bias is None else head.bias[at])
 
 
 def _uncut(head: Head) -> int:
-    """Columns of a block where only a cast asks for blocks."""
-    return head.weight.shape[0] if head.weight.dtype == head.compute_dtype else _columns(head.weight.device)
+    """Columns of a block where only a cast or an adapter asks for blocks."""
+    return head.weight.shape[0] if _whole(head) else _columns(head.weight.device)
+
+
+def _whole(head: Head) -> bool:
+    """Whether the kernels can read the weight where it lies."""
+    return head.weight.dtype == head.compute_dtype and head.lora_b is None
 
 
 def _columns(device: torch.device) -> int:

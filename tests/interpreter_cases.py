@@ -35,9 +35,9 @@ from fused_rlhf.objectives import (
     SURROGATES,
     BoundPolicyLoss,
     PolicyLoss,
-    keywords,
 )
 from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
+from fused_rlhf.registry import keywords
 from fused_rlhf.segments import Sequences
 
 ALL = Needs(True, True, True)
@@ -857,3 +857,38 @@ def test_filtered_gradients_stay_within_the_bound(
     assert ((found.hidden - exact.hidden).norm(dim=1) <= allowed * weight.norm(dim=1).max() + 1e-5).all()
     assert (found.weight - exact.weight).norm() <= (allowed * hidden.norm(dim=1)).sum() + 1e-4
     assert (found.bias - exact.bias).abs().sum() <= allowed.sum() + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("train_weight", [False, True])
+@pytest.mark.parametrize("mode", ["logprobs", "one_pass"])
+def test_a_low_rank_head(dtype: torch.dtype, train_weight: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of W + s B A, in several blocks of rows, against fp64 on the same operands."""
+    monkeypatch.setattr(ops, "ROWS", 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    hidden, weight, a, b = randn(37, 40), randn(103, 40) / 6, randn(4, 40) / 6, randn(103, 4)
+    targets = torch.randint(103, (37,), generator=generator)
+    upstream = torch.randn(37, generator=generator)
+    leaves = [t.requires_grad_() for t in (hidden, a, b)] + ([weight.requires_grad_()] if train_weight else [])
+
+    def gradients(backend: str, wide: torch.dtype) -> list[Tensor]:
+        x, w, first, second = (t.to(wide) for t in (hidden, weight, a, b))
+        head = {"lora": (first, second, 0.7), "softcap": 5.0, "backend": backend}
+        if mode == "one_pass" and dtype == torch.float32:
+            batch = {"advantages": upstream.to(wide), "objective": REINFORCE(), "mode": "one_pass"}
+            loss = fr.linear_policy_loss(x, w, targets, **batch, **head)[0]
+        else:
+            found = fr.linear_logprobs(x, w, targets, **head).logprobs
+            loss = (found * upstream).sum()
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    truth = gradients("reference", torch.float64)
+    for found, exact, torchs in zip(gradients("triton", dtype), truth, gradients("reference", dtype)):
+        error = (found.double() - exact.double()).norm()
+        step = torch.finfo(dtype).eps if dtype == torch.float16 else 1e-6  # dlogits are rounded to the operands' dtype
+        allowed = 2 * (torchs.double() - exact.double()).norm() + step * exact.double().norm()
+        assert error <= allowed, (error, allowed)
