@@ -327,11 +327,11 @@ def check_divergence(
     head, flat = check_head(
         hidden, weight, anything, bias, temperature, logit_scale, softcap, -100, backend, round_logits=False
     )
-    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        if value is not None and value.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {value.dtype}")
-        if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    for name, given in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if given is not None and given.dtype not in DTYPES:
+            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {given.dtype}")
+        if given is not None and given.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {given.device}")
     reference_head(hidden, weight, bias, head, None, ref_hidden, ref_weight, ref_bias)
     ref, _ = check_head(ref_hidden, ref_weight, anything, ref_bias, 1.0, 1.0, None, -100, backend, round_logits=False)
     _check_number("ref_logit_scale", ref_logit_scale, positive=False)

@@ -66,11 +66,10 @@ def backend_of(name: str, hidden: Tensor) -> str:
         ValueError: an unknown name.
         NotImplementedError: triton, by name or by the variable.
     """
-    if name == "auto":
-        name = os.environ.get("FUSED_RLHF_BACKEND", "auto")
-    if name == "triton":
+    meant = os.environ.get(backends._VARIABLE, "auto") if name == "auto" else name
+    if meant == "triton":
         raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
-    return "chunked" if name == "auto" else backends.choose(name, hidden)
+    return "chunked" if meant == "auto" else backends.choose(name, hidden)
 
 
 def divergence(hidden: Tensor, ref_hidden: Tensor, of: Comparison, temperature: Tensor, backend: str) -> Tensor:

@@ -345,10 +345,10 @@ def linear_kl(
     """Divergence of a policy from a reference over the whole vocabulary, token by token, without the logits of either.
 
     With p the policy's probabilities and q the reference's: "forward" is KL(q || p), "reverse" KL(p || q), "jsd"
-    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p, in nats. Liger and TRL write forward as beta 0
-    and reverse as beta 1 of the same family; those are conventions, the limits of "jsd" there are 0. Where 0 log 0
-    occurs, as in the columns of a vocabulary padded by a bias of -inf, it is 0. Equal distributions give exactly 0 where
-    the inputs are equal.   (generalised JSD: arXiv:2306.13649)
+    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p, in nats (arXiv:2306.13649). Liger and TRL call
+    forward beta = 0 and reverse beta = 1 of that family, a convention: "jsd" itself tends to 0 at both ends. 0 log 0 is 0,
+    as in the columns of a vocabulary padded by a bias of -inf. Values are accurate where p is close to q, never negative
+    beyond rounding, and exactly 0 where both heads get the same input.
 
     Args:
         hidden: (N, H) or (B, T, H); bf16, fp16, fp32 or fp64. weight: (V, H). The policy's.
@@ -361,8 +361,8 @@ def linear_kl(
         backend: "auto" and "chunked" stream over tiles on any device; "reference" is dense.
 
     Returns:
-        fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Rows whose
-        upstream gradient is exactly zero are skipped in the backward.
+        fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Repeatable to the
+        bit. Rows whose upstream gradient is exactly zero are skipped in the backward. torch.compile breaks its graph here.
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.

@@ -241,10 +241,10 @@ def orpo(pairs: Pairs) -> Tensor:
     Its NLL term is `sft`.
     """
     c, r = pairs.chosen.mean_logprob, pairs.rejected.mean_logprob
-    return -pairs.beta * logsigmoid((c - r) - (_log1mexp(c) - _log1mexp(r)))
+    return -pairs.beta * logsigmoid((c - r) - (log1mexp(c) - log1mexp(r)))
 
 
-def _log1mexp(x: Tensor) -> Tensor:
+def log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x), x < 0, without cancellation on either side of -log 2."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
