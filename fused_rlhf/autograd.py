@@ -87,7 +87,7 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _check_temperature(temperature: Tensor) -> None:
+def check_temperature(temperature: Tensor) -> None:
     if not bool((temperature > 0).all() & temperature.isfinite().all()):
         wrong = temperature[~((temperature > 0) & temperature.isfinite())]
         raise ValueError(f"temperature must be positive and finite for every scored token, got {wrong[0]:g}")
@@ -116,7 +116,7 @@ def _logprobs(
     empty = _empty(hidden, weight, targets, temperature, outputs, grad_filter, backend)
     if y.numel() == 0:
         return empty  # type: ignore[return-value]
-    _check_temperature(t)
+    check_temperature(t)
     head = Head(weight, bias, logit_scale, softcap, compute_dtype, round_logits, grad_filter, lora_b)
     names = tuple(outputs.split(",")) if outputs else ()
     with _no_autocast(hidden):
@@ -368,7 +368,7 @@ def one_pass_loss(
     backend: str,
 ) -> tuple[Tensor, Stats]:
     """Sum of the objective over (N, H) real rows, and their statistics (not differentiable, (N,) each)."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     total, *values = _OnePassLoss.apply(
         hidden, head.weight, head.bias, head.lora_b, head, targets, temperature, outputs, objective, backend
     )
@@ -440,7 +440,7 @@ def frozen_logprobs(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...], backend: str
 ) -> Stats:
     """Statistics of (N, H) real rows; only the log-probs are differentiable, and only in hidden."""
-    _check_temperature(temperature)
+    check_temperature(temperature)
     values = _FrozenLogprobs.apply(hidden, head, targets, temperature, outputs, backend)
     names = [name for name in Stats._fields if name in ("logprobs", "lse") or name in outputs]
     return Stats(**dict(zip(names, values)))

@@ -14,7 +14,7 @@ BACKENDS = {
     "chunked": "fused_rlhf.chunked",
     "reference": "fused_rlhf.reference",
 }
-_VARIABLE = "FUSED_RLHF_BACKEND"
+VARIABLE = "FUSED_RLHF_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -28,8 +28,8 @@ def choose(name: str, tensor: Tensor) -> str:
         RuntimeError: triton was asked for by name and is not installed, or the tensor is not on a GPU.
     """
     source = "backend"
-    if name == "auto" and os.environ.get(_VARIABLE, "auto") != "auto":
-        name, source = os.environ[_VARIABLE], _VARIABLE
+    if name == "auto" and os.environ.get(VARIABLE, "auto") != "auto":
+        name, source = os.environ[VARIABLE], VARIABLE
     if name == "auto":
         return "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
     if name not in BACKENDS:

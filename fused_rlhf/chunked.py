@@ -41,11 +41,11 @@ def native_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
+def slices(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-class _Operands:
+class Operands:
     """One call's inputs in the dtype of the arithmetic, block by block."""
 
     def __init__(self, hidden: Tensor, head: Head, temperature: Tensor) -> None:
@@ -90,7 +90,7 @@ class _Operands:
 class _Running:
     """Statistics of one call's rows, merged tile by tile in the order of the vocabulary."""
 
-    def __init__(self, op: _Operands, targets: Tensor, outputs: tuple[str, ...]) -> None:
+    def __init__(self, op: Operands, targets: Tensor, outputs: tuple[str, ...]) -> None:
         count, like = targets.numel(), op.temperature
         self.targets, self.outputs, self.vocabulary = targets, outputs, op.head.weight.shape[0]
         self.maximum = torch.full_like(like, -torch.inf)
@@ -178,7 +178,7 @@ class _BackwardBlock:
 
     @staticmethod
     def of(
-        op: _Operands, x: Tensor, index: slice | Tensor, targets: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+        op: Operands, x: Tensor, index: slice | Tensor, targets: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
     ) -> _BackwardBlock:
         """`index`: the rows of the call; x, targets, stats and grads are theirs already."""
         temperature = op.temperature[index]
@@ -241,13 +241,13 @@ class _BackwardBlock:
             d_bias[columns].addmv_(dz.T, self.scale)
         dz = dz.to(self.narrow_x.dtype)
         if self.d_x is not None:
-            _add_product_(self.d_x, dz, w, first=False)
+            add_product_(self.d_x, dz, w, first=False)
         x, parts = self.head.split(self.narrow_x)
         if d_weight is not None:
-            _add_product_(d_weight, dz.T, x, first)
+            add_product_(d_weight, dz.T, x, first)
         if d_lora is not None:
             for part in parts:
-                _add_product_(d_lora[columns], dz.T, part, first=False)
+                add_product_(d_lora[columns], dz.T, part, first=False)
 
     def d_hidden(self) -> Tensor:
         """(n, H), complete once every tile was added."""
@@ -276,11 +276,11 @@ class _BackwardBlock:
 
 
 def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    op = _Operands(hidden, head, temperature)
+    op = Operands(hidden, head, temperature)
     running = _Running(op, targets, outputs)
     tile = op.new(min(op.rows, targets.numel()) * TILE)
-    xs = [(rows, op.x(rows)) for rows in _slices(targets.numel(), op.rows)]
-    for columns in _slices(head.weight.shape[0], TILE):
+    xs = [(rows, op.x(rows)) for rows in slices(targets.numel(), op.rows)]
+    for columns in slices(head.weight.shape[0], TILE):
         w = op.w(columns)
         for rows, x in xs:
             out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
@@ -288,7 +288,7 @@ def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, ou
     return running.stats()
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, in total's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
@@ -314,17 +314,17 @@ def backward(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
 ) -> Grads:
     """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
-    op = _Operands(hidden, head, temperature)
+    op = Operands(hidden, head, temperature)
     weight, bias = head.weight, head.bias
     d_weight = torch.empty_like(weight) if needs.weight else None
     d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
     d_lora = torch.zeros_like(head.lora_b, dtype=op.wide) if needs.lora and head.lora_b is not None else None
     tile = op.new(min(op.rows, targets.numel()) * TILE)
     blocks = []
-    for rows in _slices(targets.numel(), op.rows):
+    for rows in slices(targets.numel(), op.rows):
         upstream, known = TokenGrads(*_pick(grads, rows)), Stats(*_pick(stats, rows))  # type: ignore[arg-type]
         blocks.append((rows, _BackwardBlock.of(op, op.x(rows), rows, targets[rows], known, upstream, needs)))
-    for number, columns in enumerate(_slices(weight.shape[0], TILE)):
+    for number, columns in enumerate(slices(weight.shape[0], TILE)):
         w = op.w(columns)
         d_tile = None
         if d_weight is not None:
@@ -374,7 +374,7 @@ def one_pass(
     What is kept is exp(z - running maximum), which saves the exponential of the way back, unless that needs z itself.
     Holds one fp32 (V, H) accumulator when the weight is narrower than that.
     """
-    op = _Operands(hidden, head, temperature)
+    op = Operands(hidden, head, temperature)
     weight, bias, count = head.weight, head.bias, targets.numel()
     d_hidden = torch.zeros_like(hidden) if needs.hidden else None
     d_weight = torch.empty_like(weight, dtype=op.wide) if needs.weight else None
@@ -385,11 +385,11 @@ def one_pass(
     kept = op.new(min(op.rows, count), weight.shape[0])
     exponentials = head.softcap is None and not objective.needs_entropy
     first = True
-    for rows in _slices(count, op.rows):
+    for rows in slices(count, op.rows):
         x = op.x(rows)
         logits = kept[: x.shape[0]]
         references = []
-        for columns in _slices(weight.shape[0], TILE):
+        for columns in slices(weight.shape[0], TILE):
             z = op.logits(x, op.w(columns), op.row_scale[rows], temperature[rows], columns, logits[:, columns])
             references.append(running.update(z, rows, columns, in_place=exponentials))
         stats = running.stats(rows)
@@ -402,7 +402,7 @@ def one_pass(
         here = index + rows.start
         known, gradient = Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index))  # type: ignore[arg-type]
         block = _BackwardBlock.of(op, x if every else x[index], here, targets[here], known, gradient, needs)
-        for columns, reference in zip(_slices(weight.shape[0], TILE), references):
+        for columns, reference in zip(slices(weight.shape[0], TILE), references):
             z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
             d_tile = None if d_weight is None else d_weight[columns]
             of_exps = reference[index] if exponentials else None

@@ -66,7 +66,7 @@ def backend_of(name: str, hidden: Tensor) -> str:
         ValueError: an unknown name.
         NotImplementedError: triton, by name or by the variable.
     """
-    meant = os.environ.get(backends._VARIABLE, "auto") if name == "auto" else name
+    meant = os.environ.get(backends.VARIABLE, "auto") if name == "auto" else name
     if meant == "triton":
         raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
     return "chunked" if meant == "auto" else backends.choose(name, hidden)
@@ -74,7 +74,7 @@ def backend_of(name: str, hidden: Tensor) -> str:
 
 def divergence(hidden: Tensor, ref_hidden: Tensor, of: Comparison, temperature: Tensor, backend: str) -> Tensor:
     """(N,) of (N, H) and (N, H') rows, differentiable in hidden, of.policy.weight and of.policy.bias."""
-    autograd._check_temperature(temperature)
+    autograd.check_temperature(temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the compute dtypes were read from it already
         if backend == "reference":
             return dense(hidden, ref_hidden, of, temperature)
@@ -91,9 +91,9 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def dense(hidden: Tensor, ref_hidden: Tensor, of: Comparison, temperature: Tensor) -> Tensor:
     """The definition, on both heads' whole logits; gradients are autograd's."""
-    log_p = torch.log_softmax(reference._logits(hidden, of.policy, temperature), -1)
+    log_p = torch.log_softmax(reference.logits(hidden, of.policy, temperature), -1)
     with torch.no_grad():
-        log_q = torch.log_softmax(reference._logits(ref_hidden, of.ref, temperature), -1)
+        log_q = torch.log_softmax(reference.logits(ref_hidden, of.ref, temperature), -1)
     if of.kind == "forward":
         return _kl(log_q, log_p)
     if of.kind == "reverse":
@@ -147,24 +147,24 @@ class _Pair:
     """One call's inputs: two heads, row block by row block and tile by tile."""
 
     def __init__(self, hidden: Tensor, ref_hidden: Tensor, of: Comparison, temperature: Tensor) -> None:
-        self.policy = chunked._Operands(hidden, of.policy, temperature)
-        self.ref = chunked._Operands(ref_hidden, of.ref, temperature)
+        self.policy = chunked.Operands(hidden, of.policy, temperature)
+        self.ref = chunked.Operands(ref_hidden, of.ref, temperature)
         self.count, self.vocabulary = len(hidden), len(of.policy.weight)
         # Forward and backward take the same blocks, so that they see the same bits.
         self.block = chunked.row_block(2 * self.vocabulary, self.policy.wide.itemsize)
 
     def row_blocks(self) -> Iterator[slice]:
-        return chunked._slices(self.count, self.block)
+        return chunked.slices(self.count, self.block)
 
     def tiles(self) -> Iterator[slice]:
-        return chunked._slices(self.vocabulary, chunked.TILE)
+        return chunked.slices(self.vocabulary, chunked.TILE)
 
 
-def _logits(op: chunked._Operands, x: Tensor, w: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
+def _logits(op: chunked.Operands, x: Tensor, w: Tensor, rows: slice, columns: slice, out: Tensor) -> Tensor:
     return op.logits(x, w, op.row_scale[rows], op.temperature[rows], columns, out)
 
 
-def _whole_rows(pair: _Pair, op: chunked._Operands, rows: slice, out: Tensor) -> tuple[Tensor, Tensor]:
+def _whole_rows(pair: _Pair, op: chunked.Operands, rows: slice, out: Tensor) -> tuple[Tensor, Tensor]:
     """Leaves the (n, V) logits of these rows in `out`; -> their maximum and sum exp(z - maximum), (n,)."""
     x = op.x(rows)
     maximum = torch.full_like(op.temperature[rows], -torch.inf)
@@ -237,9 +237,9 @@ def backward(
                 d_bias[columns].addmv_(dz.T, op.row_scale[rows])
             dz = dz.to(op.narrow)
             if d_x is not None:
-                chunked._add_product_(d_x[rows], dz, w, first=False)
+                chunked.add_product_(d_x[rows], dz, w, first=False)
             if d_tile is not None:
-                chunked._add_product_(d_tile, dz.T, x.to(op.narrow), first=False)
+                chunked.add_product_(d_tile, dz.T, x.to(op.narrow), first=False)
         if d_weight is not None and d_tile is not None:
             d_weight[columns] = d_tile
     if d_x is not None:

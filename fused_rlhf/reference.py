@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
 
 
-def _logits(hidden: Tensor, head: Head, temperature: Tensor) -> Tensor:
+def logits(hidden: Tensor, head: Head, temperature: Tensor) -> Tensor:
     wide = torch.promote_types(head.compute_dtype, torch.float32)
     u = hidden.to(head.compute_dtype).to(wide) @ head.rows(slice(None)).to(wide).T
     if head.bias is not None:
@@ -44,13 +44,13 @@ def mass_blocks(vocabulary: int, device: torch.device) -> int:
 
 
 def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    return _stats(_logits(hidden, head, temperature), targets, outputs)
+    return _stats(logits(hidden, head, temperature), targets, outputs)
 
 
 def backward(
     hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
 ) -> Grads:
-    z = _logits(hidden, head, temperature)
+    z = logits(hidden, head, temperature)
     log_p = z - stats.lse[:, None]
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
