@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 import threading
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf import lm_head
+from fused_rlhf.arguments import LoRA
 from fused_rlhf.functional import LogProbs, linear_logprobs
 
 try:
@@ -59,10 +62,11 @@ def _check_version(version: str) -> None:
 _check_version(trl.__version__)
 
 from torch.distributed.tensor import DTensor  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer  # noqa: E402
-from trl.trainer import utils as trl_utils  # noqa: E402
+
+trl_utils: Any = importlib.import_module("trl.trainer.utils")
 
 # TRL's names of the outputs, in the order its kernel returns them, and ours.
 _OUTPUTS = {
@@ -96,12 +100,17 @@ def _our_outputs(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in names)
 
 
-def _statistics(out: LogProbs, scored: Tensor | None = None) -> tuple[Tensor, ...]:
+def _statistics(out: LogProbs, scored: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """The op's results as TRL's kernel returns them; `scored` marks the rows that hold any."""
     sum_sq = out.sum_sq
     if sum_sq is not None:
         sum_sq = (sum_sq if scored is None else sum_sq.masked_fill(~scored, 1.0)).log()
-    return out.logprobs, out.entropy, sum_sq, out.mean_logit, out.is_top1  # type: ignore[return-value]
+    return out.logprobs, out.entropy, sum_sq, out.mean_logit, out.is_top1
+
+
+def _whole(parameter: Any) -> Any:
+    """What FSDP2 has sharded is gathered, and its gradient is scattered again."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @contextlib.contextmanager
@@ -144,7 +153,7 @@ class FusedLogProbs:
         outputs: Sequence[str] = tuple(_OUTPUTS),
         *,
         backend: str = "auto",
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         with _gathered(weight, bias):
             out = linear_logprobs(
                 hidden,
@@ -179,29 +188,28 @@ def add_fused_lm_head(
         backend: as in `linear_logprobs`.
 
     Raises:
-        ValueError: an adapter on the head other than plain LoRA without dropout. In the calls: what `lm_head.probe` and
-            `linear_logprobs` refuse.
+        ValueError: an adapter on the head other than one plain LoRA without dropout. In the calls: what `lm_head.probe`
+            and `linear_logprobs` refuse.
     """
     wanted = _our_outputs(outputs)
     forward = model.forward
-    if _lora(model.get_output_embeddings()) is not None and cast_lm_head_to_fp32:
+    if lm_head.adapter_of(model.get_output_embeddings()) is not None and cast_lm_head_to_fp32:
         raise ValueError("cast_lm_head_to_fp32 must be False with an adapter on the LM head, got True")
 
     @torch.compiler.disable  # hooks come and go on the head during the call
-    def score(self: PreTrainedModel, labels: Tensor, shifted: bool, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+    def score(self: PreTrainedModel, labels: Tensor, shifted: bool, args: tuple, kwargs: dict) -> tuple[Any, ...]:
         embeddings = self.get_output_embeddings()
         probed = lm_head.probe(self, embeddings, lambda: forward(*args, **{**kwargs, "use_cache": False}))
         # With the cast, TRL has replaced the head's own forward, by the same product in fp32.
-        linear: Any = embeddings if cast_lm_head_to_fp32 else lm_head.linear_of(_base_layer(embeddings))
-        weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (linear.weight, linear.bias))
-        lora = _lora(embeddings)
+        linear: Any = embeddings if cast_lm_head_to_fp32 else lm_head.linear_of(embeddings)
+        weight, bias, lora = _whole(linear.weight), _whole(linear.bias), lm_head.adapter_of(embeddings)
+        if lora is not None:
+            lora = LoRA(_whole(lora.a), _whole(lora.b), lora.scale)
         hidden, targets = (probed.hidden, labels) if shifted else (probed.hidden[:, :-1], labels[:, 1:])
-        targets = targets.to(weight.device)
-        hidden = hidden.to(weight.device, torch.float32 if cast_lm_head_to_fp32 else hidden.dtype)
-        precision = (
-            torch.autocast(hidden.device.type, enabled=False) if cast_lm_head_to_fp32 else contextlib.nullcontext()
-        )
-        low_rank: dict[str, Any] = {} if lora is None else {"lora": lora}
+        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
+        precision: AbstractContextManager[Any] = contextlib.nullcontext()
+        if cast_lm_head_to_fp32:
+            hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with precision, _gathered(weight, bias, *(lora or ())[:2]):
             out = linear_logprobs(
                 hidden,
@@ -213,10 +221,10 @@ def add_fused_lm_head(
                 softcap=probed.softcap,
                 outputs=wanted,
                 backend=backend,
-                **low_rank,
+                lora=lora,
             )
         scored = targets != -100
-        return (*_statistics(out, scored), scored, probed.aux_loss)  # type: ignore[return-value]
+        return (*_statistics(out, scored), scored, probed.aux_loss)
 
     @functools.wraps(type(model).forward)  # `generate` and Trainer read the signature
     def fused_forward(
@@ -243,46 +251,6 @@ def add_fused_lm_head(
     model.forward = types.MethodType(fused_forward, model)
 
 
-def _tuner_layer() -> Any:
-    """PEFT's base of all adapters, or None: whoever has put one on a head has imported PEFT."""
-    peft = sys.modules.get("peft")
-    return None if peft is None else peft.tuners.tuners_utils.BaseTunerLayer
-
-
-def _base_layer(embeddings: nn.Module) -> nn.Module:
-    layer = _tuner_layer()
-    return embeddings.get_base_layer() if layer is not None and isinstance(embeddings, layer) else embeddings
-
-
-def _lora(embeddings: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """(A (r, H), B (V, r), scaling) of the adapters that a head's product goes through now; None without any."""
-    layer: Any = embeddings
-    tuner_layer = _tuner_layer()
-    if tuner_layer is None or not isinstance(layer, tuner_layer) or layer.disable_adapters or layer.merged:
-        return None
-    if type(layer) is not sys.modules["peft"].tuners.lora.Linear:
-        raise ValueError(f"an adapter on the LM head must be plain LoRA on an nn.Linear, got {type(layer).__name__}")
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    for name in names:
-        if name in layer.lora_variant or layer.lora_bias[name] or layer.fan_in_fan_out:
-            raise ValueError(
-                f"an adapter on the LM head must be plain LoRA: {name!r} is a variant of it (DoRA and the like), has a "
-                "bias or a transposed weight"
-            )
-        dropout = layer.lora_dropout[name]
-        if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
-            raise ValueError(
-                f"lora_dropout must be 0 for an adapter on the LM head, got {dropout} for {name!r}; set it in the "
-                "LoraConfig, or disable_dropout=True in the trainer's arguments"
-            )
-    if not names:
-        return None
-    a, b = [layer.lora_A[name].weight for name in names], [layer.lora_B[name].weight for name in names]
-    if len(names) == 1:
-        return a[0], b[0], float(layer.scaling[names[0]])
-    return torch.cat(a), torch.cat([w * layer.scaling[name] for w, name in zip(b, names)], dim=1), 1.0
-
-
 # ----------------------------------------------------------------------------------------------------------- the checks
 
 
@@ -304,9 +272,15 @@ def _check_numbers(name: str, theirs: Sequence[Any], ours: Sequence[Any], result
 
 @contextlib.contextmanager
 def _self_test() -> Iterator[None]:
-    """Plain CPU arithmetic whatever the caller has set, and its random numbers left alone."""
-    with torch.random.fork_rng([]), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-        torch.manual_seed(0)
+    """TRL's own kernel, and plain CPU arithmetic, whatever the caller has set; its random numbers are left alone."""
+    with (
+        _unpatched(),
+        torch.random.fork_rng([]),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        torch.default_generator.manual_seed(0)
         yield
 
 
@@ -336,17 +310,20 @@ def _check_head(stock: Any, output_type: Any) -> None:
     if is_deepspeed_zero3_enabled():
         return  # TRL's head then takes parameters of DeepSpeed's alone
     with _self_test():
-        sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        sizes: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
         config = LlamaConfig(**sizes, num_attention_heads=1, initializer_range=0.5, max_position_embeddings=8)
         input_ids = torch.tensor([[1, 4, 2, 9, 0, 6]])
         labels = input_ids.masked_fill(torch.tensor([[True, False, False, True, False, False]]), -100)
-        results = []
-        for add, options in ((stock, {}), (add_fused_lm_head, {"backend": "reference"})):
-            torch.manual_seed(0)
-            model = LlamaForCausalLM(config).float()
-            add(model, temperature=0.7, outputs=("log_probs", *_OUTPUTS), **options)
-            results.append(model(input_ids=input_ids, labels=labels, fused_lm_head=True))
-        _check_numbers(name, *([getattr(result, field) for field in fields] for result in results), fields)
+
+        def results(add: Any) -> list[Any]:
+            torch.default_generator.manual_seed(0)
+            model: Any = LlamaForCausalLM(config).float()
+            add(model, temperature=0.7, outputs=("log_probs", *_OUTPUTS))
+            result = model(input_ids=input_ids, labels=labels, fused_lm_head=True)
+            return [getattr(result, field) for field in fields]
+
+        own = functools.partial(add_fused_lm_head, backend="reference")
+        _check_numbers(name, results(stock), results(own), fields)
 
 
 # -------------------------------------------------------------------------------------------------------- the kernel seam
@@ -395,9 +372,20 @@ def patched_trl() -> Iterator[None]:
             unpatch_trl()
 
 
+@contextlib.contextmanager
+def _unpatched() -> Iterator[None]:
+    patched = bool(_stock_kernel)
+    unpatch_trl()
+    try:
+        yield
+    finally:
+        if patched:
+            patch_trl()
+
+
 # ---------------------------------------------------------------------------------------------------------- the head seam
 
-_one_at_a_time = threading.RLock()
+_one_at_a_time = threading.RLock()  # so that no construction takes another's head for the stock one, and puts it back
 
 
 @contextlib.contextmanager
@@ -414,30 +402,29 @@ def _our_head(modules: Sequence[ModuleType]) -> Iterator[list[Any]]:
         add_fused_lm_head(model, *args, **kwargs)
         models.append(model)
 
-    class TunerLayers(type):
-        # The constructors ask whether the head is a tuner layer, to refuse it, and nothing else.
+    class NotTheHead(type):
+        # The constructors ask whether the head is such a layer, to refuse it, and nothing else.
         def __instancecheck__(cls, instance: object) -> bool:
-            return threading.get_ident() != thread and isinstance(instance, _tuner_layer())
+            from peft.tuners.tuners_utils import BaseTunerLayer
 
-    ours = {"add_fused_lm_head": add, "BaseTunerLayer": TunerLayers("BaseTunerLayer", (), {})}
-    with _one_at_a_time:
-        saved = [
-            (vars(module), name, vars(module)[name]) for module in modules for name in ours if name in vars(module)
-        ]
-        for namespace, name, _ in saved:
-            namespace[name] = ours[name]
-        try:
-            yield models
-        finally:
-            for namespace, name, original in saved:
-                namespace[name] = original
+            return threading.get_ident() != thread and isinstance(instance, BaseTunerLayer)
+
+    ours = {"add_fused_lm_head": add, "BaseTunerLayer": NotTheHead("BaseTunerLayer", (), {})}
+    saved = [(vars(module), name, vars(module)[name]) for module in modules for name in ours if name in vars(module)]
+    for namespace, name, _ in saved:
+        namespace[name] = ours[name]
+    try:
+        yield models
+    finally:
+        for namespace, name, original in saved:
+            namespace[name] = original
 
 
 class FusedHeadMixin:
     """Before a TRL trainer among the bases: its log-probs come from our op. The arguments are the trainer's own.
 
-    Works with every trainer that gives its model TRL's fused LM head: DPO, GRPO, RLOO, KTO, SFT, asynchronous GRPO and
-    their subclasses. LoRA on the LM head, which TRL refuses, is trained.
+    Works with every trainer whose module gives the model TRL's fused LM head: DPO, GRPO, RLOO, KTO, SFT and their
+    subclasses. LoRA on the LM head, which TRL refuses, is trained.
 
     Raises:
         TypeError: no trainer among the bases has a fused LM head, or the mixin comes after it.
@@ -448,20 +435,20 @@ class FusedHeadMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(FusedHeadMixin)]
-        theirs = [base.__name__ for base in before if not issubclass(base, FusedHeadMixin)]
+        theirs = [b.__name__ for b in before if issubclass(b, Trainer) and not issubclass(b, FusedHeadMixin)]
         if theirs:
             raise TypeError(f"FusedHeadMixin must come before {theirs} in the bases of {cls.__name__}")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        stock = vars(trl_utils).get("add_fused_lm_head")
-        _check_head(stock, vars(trl_utils).get("FusedCausalLMOutput"))
         name = type(self).__name__
-        modules = {base.__module__: sys.modules[base.__module__] for base in type(self).__mro__}
-        fused = [module for module in modules.values() if vars(module).get("add_fused_lm_head") is stock]
-        if not fused:
-            raise TypeError(f"no base of {name} is a TRL trainer with a fused LM head (DPO, GRPO, RLOO, KTO, SFT ...)")
-        with _our_head(fused) as models:
-            super().__init__(*args, **kwargs)
+        with _one_at_a_time:
+            _check_head(*(vars(trl_utils).get(it) for it in ("add_fused_lm_head", "FusedCausalLMOutput")))
+            modules = {base.__module__: sys.modules[base.__module__] for base in type(self).__mro__}
+            fused = [m for m in modules.values() if m.__name__ != __name__ and "add_fused_lm_head" in vars(m)]
+            if not fused:
+                raise TypeError(f"no base of {name} is a TRL trainer with a fused LM head (DPO, GRPO, RLOO, KTO, SFT)")
+            with _our_head(fused) as models:
+                super().__init__(*args, **kwargs)
         if not models:
             raise UnsupportedTRLError(f"the constructor of {name} did not call add_fused_lm_head")
 

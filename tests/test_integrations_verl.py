@@ -1,0 +1,129 @@
+"""verl's function by its signature, against dense torch in fp64."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_rlhf.integrations.verl import linear_cross_entropy
+from tests.helpers import dense, inputs, relative, worst
+
+N, H, V = 37, 24, 1003
+
+
+def test_signature() -> None:
+    parameters = inspect.signature(linear_cross_entropy).parameters
+    assert list(parameters) == ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
+    assert [p.default for p in parameters.values()][3:] == [1.0, "none", None]
+
+
+def reduced(logprobs: Tensor, reduction: str | None) -> Tensor:
+    return {"sum": logprobs.sum(), "mean": logprobs.mean()}.get(str(reduction).lower(), logprobs)
+
+
+@pytest.mark.parametrize("reduction", ["none", None, "sum", "mean", "SUM"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, None])
+def test_values_and_gradients(reduction: str | None, temperature: float | None) -> None:
+    data = inputs(N, H, V)
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+
+    def gradients(logprobs: Tensor, entropy: Tensor) -> list[Tensor]:
+        weights = torch.linspace(-1, 2, N, dtype=torch.float64)
+        loss = (weights[: logprobs.numel()] * logprobs).sum() + (weights.square() * entropy).sum()
+        (3.7 * loss).backward(retain_graph=True)
+        loss.backward()
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found  # type: ignore[return-value]
+
+    logprobs, entropy = linear_cross_entropy(leaves[0], leaves[1], data["targets"], temperature, reduction)
+    truth = dense(leaves[0], leaves[1], data["targets"], temperature=temperature or 1.0)
+    expected = reduced(truth["logprobs"], reduction)
+    assert logprobs.shape == expected.shape
+    assert entropy.shape == (N,)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entropy, truth["entropy"], rtol=1e-10, atol=1e-10)
+    for found, true in zip(gradients(logprobs, entropy), gradients(expected, truth["entropy"])):
+        assert relative(found, true) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_results_are_fp32_of_unrounded_logits(dtype: torch.dtype) -> None:
+    data = inputs(N, H, V, dtype)
+    logprobs, entropy = linear_cross_entropy(data["hidden"], data["weight"], data["targets"], 0.7)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    truth = dense(data["hidden"].double(), data["weight"].double(), data["targets"], temperature=0.7)
+    assert worst(logprobs, truth["logprobs"]) <= 2e-5
+    assert worst(entropy, truth["entropy"]) <= 2e-5
+    assert (logprobs <= 0).all()
+
+
+def test_batched_input_gives_flat_results() -> None:
+    data = inputs(12, H, V, torch.float32)
+    hidden, labels = data["hidden"].view(3, 4, H), data["targets"].view(3, 4)
+    logprobs, entropy = linear_cross_entropy(hidden.requires_grad_(), data["weight"], labels)
+    flat = linear_cross_entropy(data["hidden"], data["weight"], data["targets"])
+    assert torch.equal(logprobs, flat[0])
+    assert torch.equal(entropy, flat[1])
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (3, 4, H)
+    # The strides of a transposed input, as of (T, B) labels, are no matter.
+    turned, _ = linear_cross_entropy(hidden.transpose(0, 1), data["weight"], labels.transpose(0, 1))
+    torch.testing.assert_close(turned.view(4, 3).T.reshape(-1), logprobs)
+
+
+def test_left_out_tokens_and_frozen_head() -> None:
+    data = inputs(N, H, V)
+    hidden, labels = data["hidden"].requires_grad_(), data["targets"].clone()
+    labels[::3] = -100
+    logprobs, entropy = linear_cross_entropy(hidden, data["weight"], labels, reduction="mean")
+    kept = labels != -100
+    truth = dense(hidden[kept], data["weight"], labels[kept])
+    torch.testing.assert_close(logprobs, truth["logprobs"].mean())
+    torch.testing.assert_close(entropy[kept], truth["entropy"])
+    assert not entropy[~kept].any()
+    logprobs.backward()
+    assert data["weight"].grad is None
+    assert hidden.grad is not None
+    assert not hidden.grad[~kept].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"reduction": "batchmean"},
+            ValueError,
+            r"reduction must be one of \['none', 'sum', 'mean'\], got 'batchmean'",
+        ),
+        ({"temperature": 0.0}, ValueError, "temperature must be finite and positive, got 0.0"),
+        ({"labels": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, r"labels must have shape \(37,\)"),
+        ({"labels": torch.full((N,), V)}, ValueError, r"targets must lie in \[0, 1003\)"),
+        ({"weight": torch.zeros(V, H + 1)}, ValueError, "weight must be"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    data = inputs(N, H, V, torch.float32)
+    arguments = {"hidden": data["hidden"], "weight": data["weight"], "labels": data["targets"], **changes}
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**arguments)
+
+
+def test_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = inputs(N, H, V, torch.float32)
+    arguments = (data["hidden"], data["weight"], data["targets"], 1.0, "none")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD
+        assert torch.equal(linear_cross_entropy(*arguments, group)[0], linear_cross_entropy(*arguments)[0])
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+        with pytest.raises(NotImplementedError, match=r"several ranks.*row OP12"):
+            linear_cross_entropy(*arguments, group)
+    finally:
+        torch.distributed.destroy_process_group()
