@@ -153,9 +153,9 @@ def gae(
     """
     _same_shape("values", values, "rewards", rewards)
     _same_shape("mask", mask, "rewards", rewards)
-    for name, value in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    for name, decay in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {decay}")
     mask, rewards, values = mask.bool(), _inside(rewards, mask), _inside(values, mask)
     advantage, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     columns = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,19 +67,29 @@ class Rows:
         return x if lora is None else autograd.with_adapter(x, lora[0], lora[2], head)
 
     def vector(self, values: Maybe) -> Maybe:
-        """(N,) of a tensor in the shape of the targets, without its graph."""
+        """(N,) of a tensor in the shape of the targets, without its graph; None of None."""
         if values is None:
             return values
-        return autograd.select(values.detach().reshape(-1).to(self.temperature.dtype), self.rows)
+        flat = values.detach().reshape(-1).to(self.temperature.dtype)
+        return cast(Maybe, autograd.select(flat, self.rows))
 
     def statistics(self, x: Tensor, head: Head, names: tuple[str, ...], backend: str, mode: Mode) -> Stats:
         if mode == "one_pass" and self.count > 0:
             return autograd.frozen_logprobs(x, head, self.targets, self.temperature, names, backend)
         return autograd.linear_logprobs(x, head, self.targets, self.temperature, self.ignore_index, names, backend)
 
-    def reference(self, head: Head, hidden: Tensor, backend: str) -> Tensor:
+    def reference(self, reference: Reference, backend: str) -> Tensor:
+        """(N,) the reference's log-probs, computed here."""
         with torch.no_grad():
-            return self.statistics(self.hidden(hidden, head, None), head, (), backend, "two_phase").logprobs
+            x = self.hidden(reference.hidden, reference.head, None)
+            return self.statistics(x, reference.head, (), backend, "two_phase").logprobs
+
+
+class Reference(NamedTuple):
+    """A reference that is to be computed in the same call."""
+
+    hidden: Tensor
+    head: Head
 
 
 def reference_head(
@@ -91,8 +101,8 @@ def reference_head(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
-) -> Head | None:
-    """The head of a reference that is to be computed in the same call; None where it is not."""
+) -> Reference | None:
+    """The reference that is to be computed in the same call; None where there is none."""
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
@@ -113,7 +123,7 @@ def reference_head(
     if ref_bias is not None and ref_bias.shape != (len(weight),):
         raise ValueError(f"ref_bias must be (V,) = ({len(weight)},), got {shape(ref_bias)}")
     ref_bias = None if ref_bias is None else ref_bias.contiguous()
-    return replace(head, weight=ref_weight.contiguous(), bias=ref_bias, lora_b=None)
+    return Reference(ref_hidden, replace(head, weight=ref_weight.contiguous(), bias=ref_bias, lora_b=None))
 
 
 def check_preference(

@@ -210,7 +210,7 @@ def linear_policy_loss(
         advantages=rows.vector(advantages[index] if per_sequence else advantages),
         sequences=rows.sequences,
         old_logprobs=rows.vector(old_logprobs),
-        ref_logprobs=rows.reference(reference, ref_hidden, backend) if reference else rows.vector(ref_logprobs),
+        ref_logprobs=rows.reference(reference, backend) if reference else rows.vector(ref_logprobs),
         sampling_logprobs=rows.vector(sampling_logprobs),
         num_sequences=count if num_sequences is None else num_sequences,
         num_tokens=max(rows.count, 1) if num_tokens is None else num_tokens,
@@ -301,7 +301,7 @@ def linear_preference_loss(
     wide = flat_temperature.dtype
     per_token = None
     if reference is not None:
-        per_token = rows.reference(reference, ref_hidden, backend)
+        per_token = rows.reference(reference, backend)
     elif sums is None:
         per_token = rows.vector(ref_logprobs)
     lengths = rows.sequences.lengths

@@ -545,9 +545,11 @@ class BoundPolicyLoss(BoundPolicy):
     @torch.no_grad()
     def _on_policy(self, logprobs: Tensor) -> Tensor:
         """(N,) 1 for the tokens that the off-policy mask keeps."""
+        threshold = self.objective.off_policy_mask_threshold
+        assert threshold is not None
         sampler = self.sampling_logprobs if self.sampling_logprobs is not None else self.old_logprobs
         drift = torch.zeros_like(logprobs) if sampler is None else (sampler - logprobs).nan_to_num(nan=0.0)
-        near = self.batch.sequences.mean(drift) <= self.objective.off_policy_mask_threshold
+        near = self.batch.sequences.mean(drift) <= threshold
         return ((self.advantages >= 0) | self.batch.sequences.spread(near)).to(logprobs.dtype)
 
     def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:

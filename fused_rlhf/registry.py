@@ -53,6 +53,7 @@ def differentiated(
         lp = logprobs.detach().requires_grad_()
         h = None if entropy is None else entropy.detach().requires_grad_(by_entropy)
         loss = function(lp, h)
-        found = torch.autograd.grad(loss.sum(), [lp, h] if by_entropy else [lp], allow_unused=True)
+        wanted = [lp] if h is None or not by_entropy else [lp, h]
+        found = torch.autograd.grad(loss.sum(), wanted, allow_unused=True)
     by_logprob = torch.zeros_like(logprobs) if found[0] is None else found[0]
-    return loss.detach(), TokenGrads(by_logprob, found[1] if by_entropy else None)
+    return loss.detach(), TokenGrads(by_logprob, found[1] if len(wanted) == 2 else None)

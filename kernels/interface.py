@@ -22,7 +22,7 @@ This file needs torch alone, so that a machine without triton can import it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -136,8 +136,13 @@ class BoundObjective(Protocol):
     derivatives of it. Where it is `tokenwise` the contributions are the rows' own; otherwise the rows must be all.
     """
 
-    tokenwise: bool  # a token's loss and gradient depend on that token's statistics alone
-    needs_entropy: bool
+    @property
+    def tokenwise(self) -> bool:
+        """Whether a token's loss and gradient depend on that token's statistics alone."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool: ...
 
     def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
         """-> contributions to the loss, and its derivatives by the (n,) log-probs and entropies."""
@@ -159,7 +164,7 @@ class BoundPolicy:
     token_weights: Tensor  # (N,) fp32
     entropy_weight: Tensor | float  # 0.0: no entropy bonus
     beta: float
-    options: dict[str, float | None]  # the surrogate's own: epsilon_low, epsilon_high, delta ...
+    options: dict[str, Any]  # the surrogate's own: epsilon_low, epsilon_high, delta ...
     level: str  # whose ratio: "token", or of the sequence: "sequence" (mean of logprob - old), "sequence_sum" ...
     offsets: Tensor  # (S + 1,) int64: where each sequence starts
     plain: bool  # nothing masks or reweights the surrogate or the KL
@@ -177,7 +182,7 @@ class BoundPreference:
     losses: tuple[str, ...]
     weights: tuple[float, ...]
     beta: float
-    options: dict[str, float | None]
+    options: dict[str, Any]
     offsets: Tensor  # (2 P + 1,) int64
     ref_sums: Tensor | None  # (2 P,) fp32, weighted as the policy's sums are; None: no reference
     token_weights: Tensor | None  # (N,) fp32: what a token counts in its sum; None: 1

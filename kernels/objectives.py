@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import triton
@@ -136,7 +136,7 @@ PREFERENCES: dict[str, Twin] = {
 }
 
 
-def has_twin(objective: BoundObjective) -> TypeGuard[BoundPolicy | BoundPreference]:
+def has_twin(objective: BoundObjective) -> bool:
     """Whether the kernels can compute this objective; otherwise it is called on the log-probs."""
     if isinstance(objective, BoundPreference):
         return objective.plain and all(name in PREFERENCES for name in objective.losses)

@@ -11,6 +11,7 @@ in half precision is cast block by block. FLOPs in NVH: forward 2, backward 6 (4
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import triton
@@ -147,8 +148,10 @@ def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None
     """See `interface.py`. Repeatable to the bit: a sequence is summed in a fixed order."""
     if not has_twin(objective):
         return objective(slice(0, len(logprobs)), logprobs, entropy)
-    launch = launch_pairs if isinstance(objective, BoundPreference) else launch_policy
-    loss, slope = launch(objective, logprobs)
+    if isinstance(objective, BoundPreference):
+        loss, slope = launch_pairs(objective, logprobs)
+    else:
+        loss, slope = launch_policy(cast(BoundPolicy, objective), logprobs)
     return loss, TokenGrads(slope)
 
 
@@ -206,7 +209,7 @@ def _one_pass(
     scratch = _scratch(capacity, V, head.compute_dtype, hidden.device)
     dx = torch.zeros_like(hidden) if needs.hidden else None
     dw = _WeightGrad(head.weight, several=capacity < N, compute_dtype=head.compute_dtype) if needs.weight else None
-    twin = objective if isinstance(objective, BoundPolicy) and has_twin(objective) else None
+    twin = cast(BoundPolicy, objective) if has_twin(objective) else None  # a preference is not tokenwise
     found, losses = [], []
     for at in _ranges(N, capacity):
         rows = _slice(tokens, at)

@@ -89,9 +89,7 @@ def _score(
     reference = reference_head(hidden, weight, bias, head, None, ref_input, ref_weight, ref_bias)
     index, count = flat_sequences(target, None)
     rows = Rows.of(target, None, ignore_index, head, temperature, index, count)
-    ref_logprobs = None
-    if reference is not None and ref_input is not None:
-        ref_logprobs = rows.reference(reference, ref_input, "auto")
+    ref_logprobs = None if reference is None else rows.reference(reference, "auto")
     mode = check_mode("auto", hidden, head, tokenwise=False, entropy_term=False)
     stats = rows.statistics(rows.hidden(hidden, head, None), head, ("mean_logit",), "auto", mode)
     assert stats.mean_logit is not None
