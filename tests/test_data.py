@@ -86,6 +86,10 @@ def test_bad_files(tmp_path):
         data.prompts(tmp_path / "rows.parquet")
     with pytest.raises(FileNotFoundError, match="no folder"):
         data.prompts(tmp_path / "rows.csv")
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame([{"prompt": "1", "reply": "2"}]).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"bad\.parquet, row 1: missing \['answer'\]"):
+        data.prompts(tmp_path / "bad.parquet")
     write(tmp_path / "train.jsonl", [{"question": "a", "answer": "b #### 1"}, {"question": "a", "reply": "b"}])
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: missing \['answer'\].*\['question', 'reply'\]"):
         data.gsm8k_steps(tmp_path)
@@ -113,9 +117,27 @@ def test_check_refuses_empty_and_incomplete_samples():
         data.check(Task([good], [{"prompt": "", "answer": "1"}], "exact_match"))
 
 
-def test_endless_goes_through_all_samples_in_every_epoch():
+def test_a_prompt_may_be_messages():
+    messages = [{"role": "user", "content": "1+1?"}]
+    data.check(Task([{"prompt": messages, "answer": "2"}], [{"prompt": messages, "answer": "2"}], "exact_match"))
+    for wrong in ([], [{"role": "user"}], ["1+1?"], 7):
+        with pytest.raises(ValueError, match="row 3: prompt must be a text or a list of messages"):
+            data.check_prompt(wrong, "row 3")
+
+
+def test_the_stream_goes_through_all_samples_in_every_epoch_and_can_be_entered_anywhere():
     samples = [{"prompt": str(i), "answer": ""} for i in range(5)]
-    stream = data.endless(samples, seed=0)
-    epochs = [[next(stream)["prompt"] for _ in range(5)] for _ in range(3)]
+    stream = [sample["prompt"] for sample in data.batch_at(samples, 0, 0, 15)]
+    epochs = [stream[i : i + 5] for i in (0, 5, 10)]
     assert all(sorted(epoch) == list("01234") for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [sample["prompt"] for sample in data.batch_at(samples, 0, 4, 3)] == stream[4:7]
+    assert [sample["prompt"] for sample in data.batch_at(samples, 1, 0, 15)] != stream
+
+
+def test_held_out_rows_are_a_fifth_at_most():
+    rows = [{"n": i} for i in range(10)]
+    train, test = data.hold_out(rows, 500, seed=0)
+    assert (len(train), len(test)) == (8, 2)
+    assert sorted(row["n"] for row in (*train, *test)) == list(range(10))
+    assert len(data.hold_out(rows, 1, seed=0)[1]) == 1

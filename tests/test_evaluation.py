@@ -1,8 +1,9 @@
 import torch
 
 from fused_rlhf.trainers import evaluation
-from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.inputs import encode
 from fused_rlhf.trainers.rewards import exact_match
+from tests import tiny
 
 
 def test_unseen_prompts_are_counted_apart():
@@ -17,10 +18,11 @@ def test_unseen_prompts_are_counted_apart():
     )
 
 
-def test_correct_compares_the_greedy_answer():
-    torch.manual_seed(0)
-    model, tokenizer = models.build(32, 1)
-    (greedy,) = evaluation.generate(model.eval(), tokenizer, ["1+1="], max_new_tokens=3, temperature=0.0)
+def test_correct_compares_the_greedy_answer(tmp_path):
+    own, loaded = tiny.build(tmp_path)
+    greedy = evaluation.generate(
+        loaded.model, loaded.tokenizer, [encode(loaded.tokenizer, None, "1+1=")], max_new_tokens=3
+    )
     samples = [{"prompt": "1+1=", "answer": greedy.texts[0]}, {"prompt": "1+1=", "answer": greedy.texts[0] + "1"}]
-    right = evaluation.correct(model, tokenizer, samples, exact_match, max_new_tokens=3, batch_size=1)
+    right = evaluation.correct(own, loaded, samples, exact_match, max_new_tokens=3, batch_size=1)
     assert right.tolist() == [1.0, 0.0]

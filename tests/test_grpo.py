@@ -7,9 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fused_rlhf as fr
-from fused_rlhf.trainers import grpo
+from fused_rlhf import advantages
+from fused_rlhf.objectives import PRESETS
+from fused_rlhf.trainers import checkpoint, grpo
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.grpo import Config
+from fused_rlhf.trainers.rewards import RewardError
+from tests import tiny, tiny_vision
 
 SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
 TASK = Task(SEVEN, SEVEN, "exact_match")
@@ -32,9 +36,9 @@ def small(tmp_path, **changes):
     return Config(**(options | changes))
 
 
-def two_digits(completions, **_):
-    """Dense enough that an untrained model meets it: the share of digits in a completion of two characters."""
-    return [sum(c.isdigit() for c in text) / 2 if len(text) == 2 else 0.0 for text in completions]
+def digits(completions, **_):
+    """Dense enough that an untrained model meets it: the share of digits."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
 def test_the_reward_rises_and_so_does_the_accuracy(tmp_path):
@@ -68,8 +72,8 @@ def test_the_warm_up_teaches_the_answers_and_ends_when_told(tmp_path):
 
 def test_what_a_run_leaves_and_that_it_can_be_loaded(tmp_path, capsys):
     config = small(tmp_path, sample_steps=1, eval_steps=2, save_steps=2)
-    result = grpo.train(config, task=TASK, reward_functions=[two_digits])
-    names = {"config.yaml", "curves.png", "metrics.jsonl", "model", "samples.jsonl"}
+    result = grpo.train(config, task=TASK, reward_functions=[digits])
+    names = {"checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "model", "samples.jsonl"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     model = AutoModelForCausalLM.from_pretrained(result.model_path, local_files_only=True)
     AutoTokenizer.from_pretrained(result.model_path, local_files_only=True)
@@ -98,7 +102,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads(tmp_path, capsys):
         calls += 1
         if calls == 4:  # once before training, then in the third rollout
             raise KeyboardInterrupt
-        return two_digits(completions)
+        return digits(completions)
 
     config = small(tmp_path, steps=50)
     with pytest.raises(KeyboardInterrupt):
@@ -107,86 +111,394 @@ def test_ctrl_c_leaves_a_checkpoint_that_loads(tmp_path, capsys):
     assert f"interrupted; the model as it is now lies in {folder}" in capsys.readouterr().out
     trained = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    untrained = grpo.prepare(dataclasses.replace(config, output=str(tmp_path / "fresh")), task=TASK).model
+    untrained = grpo.prepare(dataclasses.replace(config, output=str(tmp_path / "fresh")), task=TASK).loaded.model
     assert any((a != b).any() for a, b in zip(trained.parameters(), untrained.parameters(), strict=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.fixture
 def state(tmp_path):
-    config = small(tmp_path, num_iterations=2, num_minibatches=2, micro_batch_size=5, beta=0.1, temperature=0.7)
-    state = grpo.prepare(config, task=TASK, reward_functions=[two_digits])
+    return prepared(tmp_path)
+
+
+def prepared(tmp_path, **changes):
+    """Four prompts of six completions, off-policy, with another model as the reference."""
+    options = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 5, "beta": 0.1, "temperature": 0.7}
+    state = grpo.prepare(small(tmp_path, **(options | changes)), task=TASK, reward_functions=[digits])
     torch.manual_seed(1)
-    state.reference = grpo.models.build(32, 1)[0].eval()
+    if state.reference is not None:
+        other = grpo.models.build(32, 1)[0]
+        state.reference = state.engine.frozen(other.eval())
     return state
 
 
+def share_of(state, batch, rows, num_sequences, num_tokens):
+    count = torch.as_tensor(num_tokens)
+    return grpo.policy_loss(state.loaded.model, state.config, batch, rows, num_sequences, count, count)
+
+
 def test_on_policy_the_ratio_is_exactly_one(state):
-    batch = grpo.collect(state, SEVEN[:4])
+    batch = grpo.collect(state, 1, SEVEN[:4])
     for mini in grpo.minibatches(state.config, 24):
         for rows in grpo.slices(mini, 5):
-            _, metrics = grpo.policy_loss(state, batch, rows, 12, torch.tensor(1))
-            assert metrics["ratio"].item() == 1.0
+            own = batch.completions.completion_mask[rows].sum()
+            _, metrics = share_of(state, batch, rows, 12, own)
+            assert metrics["ratio_mean"].item() == 1.0
+            assert metrics["approx_kl"].item() == 0.0
     grpo.update(state, batch)
-    _, metrics = grpo.policy_loss(state, batch, slice(0, 5), 12, torch.tensor(1))
-    assert metrics["ratio"].item() != 1.0
+    _, metrics = share_of(state, batch, slice(0, 5), 12, 1)
+    assert metrics["approx_kl"].item() > 0.0
 
 
 def test_the_loss_is_the_formula_and_micro_batches_leave_it_alone(state):
-    batch = grpo.collect(state, SEVEN[:4])
+    batch = grpo.collect(state, 1, SEVEN[:4])
     batch = dataclasses.replace(batch, old_logprobs=batch.old_logprobs + 0.3 * torch.randn_like(batch.old_logprobs))
     some, beta, low, high = batch.completions, 0.1, 0.8, 1.2
     num_tokens = some.completion_mask.sum()
 
-    model = state.model.double()
+    model = state.loaded.model.double()
     logits = model(some.input_ids, some.attention_mask.long()).logits[:, :-1].double() / 0.7
     logprobs = logits.log_softmax(-1).gather(2, some.input_ids[:, 1:, None])[..., 0]
     ratio = (logprobs - batch.old_logprobs.double()).exp()
-    advantages = batch.advantages.double()[:, None]
+    values = batch.advantages.double()[:, None]
     kl = (batch.ref_logprobs.double() - logprobs).exp() - (batch.ref_logprobs.double() - logprobs) - 1
-    per_token = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages) + beta * kl
+    per_token = -torch.minimum(ratio * values, ratio.clamp(low, high) * values) + beta * kl
     mask = some.completion_mask[:, 1:].double()
     want = ((per_token * mask).sum(1) / mask.sum(1)).mean()
     want_grad = torch.autograd.grad(want, model.lm_head.weight)[0]
 
     model.float()
     for size in (24, 5):
-        pieces = [grpo.policy_loss(state, batch, rows, 24, num_tokens)[0] for rows in grpo.slices(slice(0, 24), size)]
-        grad = torch.autograd.grad(sum(pieces), model.lm_head.weight)[0]
-        torch.testing.assert_close(sum(pieces).double(), want, atol=0, rtol=1e-5)
+        pieces = [share_of(state, batch, rows, 24, num_tokens) for rows in grpo.slices(slice(0, 24), size)]
+        total = sum(loss for loss, _ in pieces)
+        grad = torch.autograd.grad(total, model.lm_head.weight)[0]
+        torch.testing.assert_close(total.double(), want, atol=0, rtol=1e-5)
         torch.testing.assert_close(grad.double(), want_grad, atol=1e-6, rtol=1e-4)
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        for name, value in (("kl", kl), ("ratio_mean", ratio), ("ratio_sq", ratio.square()), ("entropy", entropy)):
+            found = sum(metrics[name] for _, metrics in pieces).item()
+            assert found == pytest.approx(((value * mask).sum() / mask.sum()).item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("objective", sorted(set(PRESETS) - {"clip_cov", "kl_cov"}))
+def test_micro_batches_leave_every_objective_alone(tmp_path, objective):
+    found = []
+    for size in (12, 5):
+        changes = {"objective": objective, "micro_batch_size": size, "overwrite": True, "num_minibatches": 1}
+        state = prepared(tmp_path, **changes)
+        batch = grpo.collect(state, 1, SEVEN[:2])
+        torch.manual_seed(2)
+        noise = 0.3 * torch.randn(batch.old_logprobs.shape) * batch.completions.completion_mask[:, 1:]
+        old = batch.old_logprobs + noise
+        batch = dataclasses.replace(batch, old_logprobs=old, advantages=torch.randn(12))
+        found.append(grpo.update(state, batch))
+    one, other = found
+    assert one.keys() == other.keys()
+    assert math.isfinite(one["loss"])
+    if objective != "bnpo":  # whose denominator is each micro-batch's own
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("objective", ["clip_cov", "kl_cov"])
+def test_objectives_over_whole_batches_run(tmp_path, objective):
+    state = prepared(tmp_path, objective=objective)
+    assert math.isfinite(grpo.update(state, grpo.collect(state, 1, SEVEN[:4]))["loss"])
 
 
 def test_groups_lie_together_and_get_their_own_advantages(state):
-    batch = grpo.collect(state, SEVEN[:4])
+    batch = grpo.collect(state, 1, SEVEN[:4])
     assert [sample["prompt"] for sample in batch.samples] == [s["prompt"] for s in SEVEN[:4] for _ in range(6)]
-    assert batch.rewards.tolist() == two_digits(batch.completions.texts)
+    torch.testing.assert_close(batch.rewards, torch.tensor(digits(batch.completions.texts)))
     groups = batch.rewards.view(4, 6)
     want = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(batch.advantages.view(4, 6), want)
+    again, other = grpo.collect(state, 1, SEVEN[:4]), grpo.collect(state, 2, SEVEN[:4])
+    assert again.completions.texts == batch.completions.texts  # by step and row alone
+    assert other.completions.texts != batch.completions.texts
+
+
+@pytest.mark.parametrize(("baseline", "function"), [("leave_one_out", "rloo_advantages"), ("length_weighted", "opo")])
+def test_other_baselines(tmp_path, baseline, function):
+    state = prepared(tmp_path, baseline=baseline)
+    batch = grpo.collect(state, 1, SEVEN[:4])
+    if function == "rloo_advantages":
+        want = advantages.rloo_advantages(batch.rewards, 6)
+    else:
+        want = advantages.opo_advantages(batch.rewards, batch.lengths, 6)
+    assert torch.equal(batch.advantages, want)
+
+
+def test_several_rewards_normalised_alone(tmp_path):
+    config = small(tmp_path, combine_rewards="normalize_then_sum", rewards=("exact_match", "numeric_answer"))
+
+    def short(completions, **_):
+        return [-float(len(text)) for text in completions]
+
+    state = grpo.prepare(config, task=TASK, reward_functions=[digits, short])
+    batch = grpo.collect(state, 1, SEVEN[:4])
+    want = advantages.combine_rewards(batch.scores, [1.0, 1.0], 6, "normalize_then_sum")
+    assert torch.equal(batch.advantages, want)
 
 
 def test_a_single_update_needs_no_old_logprobs_and_beta_zero_no_reference(tmp_path):
-    state = grpo.prepare(small(tmp_path), task=TASK, reward_functions=[two_digits])
-    batch = grpo.collect(state, SEVEN[:4])
+    state = grpo.prepare(small(tmp_path), task=TASK, reward_functions=[digits])
+    batch = grpo.collect(state, 1, SEVEN[:4])
     assert batch.old_logprobs is None
     assert batch.ref_logprobs is None
+    assert state.reference is None
 
 
 def test_truncated_completions_can_be_left_out(tmp_path):
-    state = grpo.prepare(
-        small(tmp_path, mask_truncated=True, max_new_tokens=2), task=TASK, reward_functions=[two_digits]
-    )
-    completions = grpo.collect(state, SEVEN[:4]).completions
+    state = grpo.prepare(small(tmp_path, mask_truncated=True, max_new_tokens=2), task=TASK, reward_functions=[digits])
+    batch = grpo.collect(state, 1, SEVEN[:4])
+    completions = batch.completions
     assert completions.truncated.any()
     assert not completions.completion_mask[completions.truncated].any()
+    assert (batch.lengths[completions.truncated] == 2).all()  # the metrics still know how long they were
+
+
+def test_a_run_without_a_single_token_to_learn_from_goes_on(tmp_path):
+    never_ends = TASK.train
+    config = small(tmp_path, mask_truncated=True, max_new_tokens=1, steps=2, beta=0.1, num_iterations=2)
+    result = grpo.train(config, task=Task(never_ends, SEVEN, "exact_match"), reward_functions=[digits])
+    assert result.metrics[1]["truncated"] == 1.0
+    assert result.metrics[1]["loss"] == result.metrics[1]["grad_norm"] == 0.0
+
+
+def test_samples_may_be_a_list(tmp_path):
+    state = grpo.prepare(small(tmp_path), SEVEN, [digits])
+    assert (len(state.task.train), len(state.task.test)) == (16, 4)
+    with pytest.raises(ValueError, match="the test data set is empty"):
+        grpo.prepare(small(tmp_path), SEVEN[:1], [digits])
+
+
+def test_the_summary_counts_what_there_is(tmp_path):
+    def some(completions, **_):
+        return [None, 1.0, 0.0, 0.0, 0.0, 0.0, *[0.5] * 6, *[None] * 6, *[0.0] * 6][: len(completions)]
+
+    state = grpo.prepare(small(tmp_path), task=TASK, reward_functions=[some])
+    batch = grpo.collect(state, 1, SEVEN[:4])
+    got = grpo.summary(state, batch)
+    assert got["reward"] == pytest.approx((1 + 6 * 0.5) / 17)
+    assert got["frac_unscorable"] == pytest.approx(7 / 24)
+    assert got["frac_reward_zero_std"] == 0.75
+    assert got["completion_length"] == pytest.approx(batch.completions.completion_mask.sum().item() / 24)
+    assert got["completion_length/min"] <= got["completion_length"] <= got["completion_length/max"] <= 3
+    assert got["truncated"] == batch.completions.truncated.float().mean().item()
+    assert got["rewards/some"] == got["reward"]
+    assert (batch.advantages[6:] == 0).all()
+
+
+def test_groups_of_equal_or_no_rewards_teach_nothing_and_say_so(tmp_path):
+    for value in (0.5, None):
+        config = small(tmp_path, steps=2, overwrite=True)
+        result = grpo.train(
+            config, task=TASK, reward_functions=[lambda completions, value=value, **_: [value] * len(completions)]
+        )
+        row = result.metrics[1]
+        assert row["frac_reward_zero_std"] == 1.0
+        assert row["loss"] == row["grad_norm"] == 0.0
+        assert row["reward"] == value
+        assert row["frac_unscorable"] == (value is None)
+
+
+def sampler_of(state, shift):
+    """An external sampler: the model's own completions, its log-probs `shift` off."""
+
+    def sample(prompts):
+        own, config = dataclasses.replace(state, sampler=None), state.config
+        drawn = [SEVEN[i] for i in range(4)]
+        completions = grpo.sample_completions(own, 1, drawn, range(4))
+        assert [completions.input_ids[i][: len(ids)].tolist() for i, ids in enumerate(prompts)] == prompts
+        logprobs = grpo.logprobs(state, state.engine, completions) - shift
+        tokens = [row[keep].tolist() for row, keep in zip(completions.input_ids, completions.completion_mask)]
+        found = [row[keep].tolist() for row, keep in zip(logprobs, completions.completion_mask[:, 1:])]
+        assert config.importance_sampling != "none"
+        return tokens, found
+
+    return sample
+
+
+def test_another_sampler_is_corrected_for(tmp_path):
+    config = small(tmp_path, importance_sampling="token_truncate", importance_sampling_max=2.0)
+    results = {}
+    for shift in (0.0, 0.5):
+        state = grpo.prepare(
+            dataclasses.replace(config, overwrite=True), TASK, [digits], sampler=lambda prompts: ([], None)
+        )
+        state.sampler = sampler_of(state, shift)
+        batch = grpo.collect(state, 1, SEVEN[:4])
+        assert grpo.summary(state, batch)["sampling/logprob_difference"] == pytest.approx(shift, abs=1e-6)
+        loss, _ = share_of(state, batch, slice(0, 24), 24, batch.completions.completion_mask.sum())
+        results[shift] = torch.autograd.grad(loss, state.loaded.model.lm_head.weight)[0]
+    # Every token's ratio to the sampler is exp(0.5), below the bound.
+    torch.testing.assert_close(results[0.5], math.exp(0.5) * results[0.0], atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match="importance_sampling: expected a sampler with it"):
+        grpo.prepare(dataclasses.replace(config, overwrite=True), task=TASK)
+
+
+def test_a_step_equals_trls(tmp_path):
+    """Loss and gradient norm of one micro-batch, from the same weights, completions, old and reference log-probs."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    state = prepared(tmp_path, temperature=0.7, num_minibatches=1, micro_batch_size=24, max_grad_norm=1e9)
+    batch = grpo.collect(state, 1, SEVEN[:4])
+    torch.manual_seed(4)
+    batch = dataclasses.replace(batch, old_logprobs=batch.old_logprobs + 0.3 * torch.randn_like(batch.old_logprobs))
+    some, P = batch.completions, len("0=")
+    options = GRPOConfig(
+        output_dir=str(tmp_path / "trl"), beta=0.1, temperature=0.7, num_generations=6, max_completion_length=3,
+        per_device_train_batch_size=24, loss_type="grpo", use_bias_correction_kl=False, report_to=[], use_cpu=True, bf16=False,
+    )  # fmt: skip
+    state.loaded.model.save_pretrained(tmp_path / "model")
+    state.loaded.tokenizer.save_pretrained(tmp_path / "model")
+    theirs = GRPOTrainer(
+        str(tmp_path / "model"),
+        digits,
+        options,
+        Dataset.from_list([{"prompt": "0="}]),
+        processing_class=state.loaded.tokenizer,
+    )
+    theirs.current_gradient_accumulation_steps = 1
+    ours = grpo.update(dataclasses.replace(state, config=dataclasses.replace(state.config, num_iterations=1)), batch)
+    inputs = {
+        "prompt_ids": some.input_ids[:, :P],
+        "prompt_mask": some.attention_mask[:, :P].long(),
+        "completion_ids": some.input_ids[:, P:],
+        "completion_mask": some.completion_mask[:, P:].long(),
+        "advantages": batch.advantages,
+        "old_per_token_logps": batch.old_logprobs[:, P - 1 :],
+        "ref_per_token_logps": batch.ref_logprobs[:, P - 1 :],
+        "num_items_in_batch": some.completion_mask.sum(),
+    }
+    loss = theirs._compute_loss(theirs.model, inputs)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.model.parameters(), 1e9)
+    assert ours["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert ours["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert ours["kl"] == pytest.approx(theirs._metrics["eval"]["kl"][0], rel=1e-4)
+    assert ours["entropy"] == pytest.approx(theirs._metrics["eval"]["entropy"][0], rel=1e-4)
+
+
+def lora(tmp_path, **changes):
+    options = {"model": tiny.saved_model(tmp_path / "base"), "lora_r": 4, "beta": 0.1}
+    return small(tmp_path, **({"hidden_size": 128, "num_layers": 4} | options | changes))
+
+
+def test_lora_trains_adapters_against_the_model_without_them(tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    config = lora(tmp_path, learning_rate=1e-2, steps=4)
+    result = grpo.train(config, task=TASK, reward_functions=[digits])
+    assert result.metrics[1]["kl"] == 0.0 < 1e-3 < result.metrics[4]["kl"]
+    names = {path.name for path in result.model_path.iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+    base, tuned = AutoModelForCausalLM.from_pretrained(config.model), AutoPeftModelForCausalLM.from_pretrained
+    adapted = tuned(result.model_path)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert (adapted(ids).logits - base(ids).logits).abs().max() > 1e-3
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(ids).logits, base(ids).logits, atol=0, rtol=0)
+        whole = AutoModelForCausalLM.from_pretrained(result.model_path)  # transformers finds base and adapter itself
+        torch.testing.assert_close(whole(ids).logits, adapted(ids).logits, atol=0, rtol=0)
+
+
+def test_a_lora_run_is_resumed_to_the_bit(tmp_path):
+    config = lora(tmp_path, steps=3, save_steps=1, lora_dropout=0.1)
+    whole = grpo.train(config, task=TASK, reward_functions=[digits])
+    part = dataclasses.replace(config, output=str(tmp_path / "part"))
+    calls = []
+
+    def breaks(completions, **_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("gone")
+        return digits(completions)
+
+    breaks.__name__ = "digits"
+    with pytest.raises(RewardError, match="step 2"):
+        grpo.train(part, task=TASK, reward_functions=[breaks])
+    again = grpo.train(dataclasses.replace(part, resume=True), task=TASK, reward_functions=[digits])
+    for name in ("adapter_model.safetensors",):
+        assert (again.model_path / name).read_bytes() == (whole.model_path / name).read_bytes()
+    state = torch.load(checkpoint.latest(tmp_path / "part" / "checkpoints") / "state.pt", weights_only=True)
+    assert all("lora" in name for name in state["engine"]["module"])  # the frozen base is not written again and again
+
+
+def test_adapters_on_layers_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="lora_target_modules: Target modules"):
+        grpo.prepare(lora(tmp_path, lora_target_modules=("no_such_layer",)), task=TASK)
+
+
+def test_images_reach_rollout_and_updates(tmp_path):
+    torch.manual_seed(0)
+    model, processor = tiny_vision.build()
+    rows = tiny_vision.samples(5)
+    config = small(
+        tmp_path,
+        model="tiny/vision",
+        hidden_size=128,
+        num_layers=4,
+        chat_template=True,
+        num_minibatches=2,
+        micro_batch_size=5,
+        beta=0.1,
+        steps=2,
+        max_new_tokens=2,
+    )
+    state = grpo.prepare(config, Task(rows, rows, "exact_match"), [digits], model, processor)
+    batch = grpo.collect(state, 1, rows[:4])
+    alone = dataclasses.replace(state, config=dataclasses.replace(config, micro_batch_size=1))
+    torch.testing.assert_close(
+        grpo.logprobs(alone, state.engine, batch.completions), batch.old_logprobs, atol=1e-5, rtol=0
+    )
+    blind = [{"prompt": row["prompt"], "answer": "7", "images": [tiny_vision.picture(255)]} for row in rows[:4]]
+    other = grpo.collect(state, 1, blind)
+    assert not torch.equal(other.old_logprobs, batch.old_logprobs)  # the pictures matter
+    result = grpo.fit(state)
+    visual = [name for name, _ in model.named_parameters() if "visual" in name]
+    assert visual
+    assert all(math.isfinite(row["loss"]) for row in result.metrics if "loss" in row)
+    again, _ = grpo.models.AutoModelForImageTextToText.from_pretrained(result.model_path), None
+    torch.testing.assert_close(again.state_dict()[visual[0]], model.state_dict()[visual[0]], atol=0, rtol=0)
+    assert (result.model_path / "preprocessor_config.json").exists() or (
+        result.model_path / "processor_config.json"
+    ).exists()
+
+
+def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = grpo.models.char_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, moe_intermediate_size=16,
+            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4,
+            num_experts_per_tok=2, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        config = small(tmp_path, router_aux_loss_coef=coefficient, overwrite=True)
+        state = grpo.prepare(config, TASK, [digits], model, tokenizer)
+        batch = grpo.collect(state, 1, SEVEN[:4])
+        count = batch.completions.completion_mask.sum()
+        losses[coefficient] = share_of(state, batch, slice(0, 24), 24, count)[0].item()
+    some = batch.completions
+    aux = model(some.input_ids, some.attention_mask.long(), output_router_logits=True).aux_loss
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * aux.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["dr_grpo", "dapo"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_other_objectives_and_bf16_run_with_a_reference(tmp_path, objective, precision):
     config = small(tmp_path, objective=objective, mixed_precision=precision, beta=0.01, num_iterations=2, steps=2)
-    result = grpo.train(config, task=TASK, reward_functions=[two_digits])
+    result = grpo.train(config, task=TASK, reward_functions=[digits])
     assert all(math.isfinite(row["loss"]) for row in result.metrics if "loss" in row)
     assert result.metrics[1]["kl"] < 0.1
 
@@ -214,6 +526,12 @@ def test_several_weighted_rewards(tmp_path):
         ({"chat_template": True}, "chat_template: expected false"),
         ({"model": "some/model"}, "hidden_size, num_layers: expected left alone with model='some/model'"),
         ({"beta": -0.1}, "beta"),
+        ({"objective": "unheard"}, "objective: expected one of"),
+        ({"kl": "k9"}, "kl: expected one of"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must lie in"),
+        ({"importance_sampling": "token_mask"}, "importance_sampling_min or importance_sampling_max must be given"),
+        ({"use_bias_correction_kl": True}, "use_bias_correction_kl must be False when beta is 0"),
+        ({"reward_timeout": -1.0}, "reward_timeout: expected at least 0"),
         ({"epsilon_low": math.nan}, "epsilon_low"),
         ({"learning_rate": math.nan}, "learning_rate: expected more than 0; got nan"),
     ],
@@ -237,7 +555,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         grpo.train(
             dataclasses.replace(config, rewards=("exact_match",), reward_weights=(1.0,)),
             task=TASK,
-            reward_functions=[two_digits, two_digits],
+            reward_functions=[digits, digits],
         )
     long = [{"prompt": "1" * 254, "answer": "1"}]
     with pytest.raises(ValueError, match="exceed the model's context of 256"):

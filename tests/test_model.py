@@ -1,7 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.config import TrainConfig
+from tests import tiny
 
 
 def test_character_tokenizer_round_trips():
@@ -40,3 +46,102 @@ def test_a_path_below_an_existing_folder_is_not_taken_for_a_hub_id(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder 'runs/demo'"):
         models.load("runs/demo")
+
+
+def options(tmp_path, **changes):
+    return TrainConfig(output=str(tmp_path / "run"), **({"model": tiny.saved_model(tmp_path / "model")} | changes))
+
+
+def test_a_tokenizer_without_padding_pads_with_its_eos_and_one_without_eos_is_refused(tmp_path):
+    loaded = models.load_for(options(tmp_path, model=tiny.saved_model(tmp_path / "a", pad_token=None)))
+    assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer.padding_side == "left"
+    with pytest.raises(ValueError, match=r"the tokenizer of '.*b' has no EOS token, so a completion could not end"):
+        models.load_for(options(tmp_path, model=tiny.saved_model(tmp_path / "b", eos_token=None)))
+
+
+def test_weights_have_the_dtype_asked_for(tmp_path):
+    loaded = models.load_for(options(tmp_path, dtype="bfloat16"))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert not loaded.model.training
+    assert loaded.processor is None
+
+
+def test_model_and_tokenizer_are_given_together(tmp_path):
+    model, _ = models.build(32, 1)
+    with pytest.raises(ValueError, match="model, tokenizer: expected both or neither"):
+        models.load_for(options(tmp_path), model)
+
+
+def test_dropout_is_off_even_in_training_mode(tmp_path):
+    tokenizer = models.char_tokenizer()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    models.without_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
+def test_adapters_are_on_all_linear_layers_but_the_head(tmp_path):
+    config = options(tmp_path, lora_r=3, lora_alpha=6.0)
+    loaded = models.load_for(config)
+    trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {layer for layer in layers if any(f"{layer}.lora_" in name for name in trained)} == layers
+    assert not any("lm_head" in name or "embed" in name for name in trained)
+    assert models.base_of(loaded.model).get_output_embeddings() is loaded.model.get_output_embeddings()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base, _ = models.load(config.model)
+    with torch.no_grad():
+        for p in loaded.model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+        assert not torch.equal(loaded.model(ids).logits, base(ids).logits)
+        with models.without_adapters(loaded.model):
+            assert torch.equal(loaded.model(ids).logits, base(ids).logits)
+    one = models.load_for(dataclasses.replace(config, lora_target_modules=("q_proj",)))
+    assert all("q_proj" in name for name, p in one.model.named_parameters() if p.requires_grad)
+
+
+def test_liger_layers_are_refused_where_they_cannot_be(tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="liger_layers: expected false without a GPU"):
+            models.load_for(options(tmp_path, liger_layers=True))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(
+        ValueError, match=r"liger_layers: expected a model of a type that Liger has kernels for: .*qwen3"
+    ):
+        models.use_liger_layers(model)
+
+
+def test_liger_gives_its_layers_and_not_its_loss(monkeypatch):
+    """What is patched, told apart without a GPU: the layers' classes change, the model's forward does not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    from transformers.models.qwen3 import modeling_qwen3
+
+    kept = {name: getattr(modeling_qwen3, name) for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")}
+    model, _ = models.build(32, 1)
+    forward = type(model).forward
+    try:
+        models.use_liger_layers(model)
+        assert "forward" not in vars(model)
+        assert type(model).forward is forward
+        patched = [type(m).__name__ for m in model.modules() if "iger" in str(vars(m).get("forward", ""))]
+        assert patched.count("Qwen3MLP") == 1
+        assert len(patched) == 6  # with both norms of the layer, those of query and key, and the last
+    finally:
+        for name, value in kept.items():
+            setattr(modeling_qwen3, name, value)
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    own, loaded = tiny.build(tmp_path)
+    state = own.state()
+    state["lm_head.weight"] = state["lm_head.weight"].clone()  # as shards are when they are gathered
+    own.state = lambda model: state
+    models.save(own, loaded, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    again, _ = models.load(str(tmp_path / "out"))
+    assert torch.equal(again.lm_head.weight, loaded.model.lm_head.weight)

@@ -1,11 +1,14 @@
 import math
 import sys
+import time
 
 import pytest
 import torch
+from transformers import Qwen3ForSequenceClassification
 
+from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rewards
-from fused_rlhf.trainers.rewards import RewardError, exact_match, group_advantages, numeric_answer
+from fused_rlhf.trainers.rewards import RewardError, exact_match, numeric_answer
 
 SAMPLES = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -29,36 +32,78 @@ def test_numeric_answer(completion, answer, right):
     assert numeric_answer(completions=[completion], answer=[answer]) == [right]
 
 
-def test_group_advantages_by_hand():
-    got = group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 0.0]), 3)
-    first, second = math.sqrt(1 / 3), math.sqrt(7 / 3)  # unbiased standard deviations of (1, 0, 0) and (1, 3, 0)
-    want = [(2 / 3) / first, (-1 / 3) / first, (-1 / 3) / first, (-1 / 3) / second, (5 / 3) / second, (-4 / 3) / second]
-    torch.testing.assert_close(got, torch.tensor(want), atol=0, rtol=3e-4)  # the 1e-4 beside the std
+def test_regex_looks_anywhere_and_over_lines():
+    reward = rewards.resolve(r"regex=^<think>.*</think>\s*\d+$")
+    texts = ["<think>one\ntwo</think> 12", "12", "<think></think>x"]
+    assert reward(completions=texts) == [1.0, 0.0, 0.0]
+    assert rewards.name_of(reward) == r"regex=^<think>.*</think>\s*\d+$"
+    with pytest.raises(ValueError, match=r"rewards: 'regex=\(' cannot be made"):
+        rewards.resolve("regex=(")
 
 
-def test_group_advantages_scales():
-    values = torch.tensor([1.0, 0.0, 4.0, 0.0])
-    assert group_advantages(values, 2, "none").tolist() == [0.5, -0.5, 2.0, -2.0]
-    want = torch.tensor([0.5, -0.5, 2.0, -2.0]) / (values.std() + 1e-4)
-    torch.testing.assert_close(group_advantages(values, 2, "batch"), want)
-    assert group_advantages(torch.full((4,), 0.3), 4).abs().max() < 1e-3  # nothing to tell apart, no blow-up
-    with pytest.raises(ValueError, match="scale: expected 'group'"):
-        group_advantages(values, 2, "sum")
-    with pytest.raises(ValueError, match=r"shape \(4,\) and 3"):
-        group_advantages(values, 3)
+def test_length_falls_beyond_its_limit():
+    reward = rewards.resolve("length=4")
+    assert reward(completions=["", "1234", "123456", "12345678", "1" * 99]) == [0.0, 0.0, -0.5, -1.0, -1.0]
+    for wrong in ("length=0", "length=x", "length="):
+        with pytest.raises(ValueError, match=f"'{wrong}' cannot be made"):
+            rewards.resolve(wrong)
 
 
-def test_an_unscorable_completion_is_in_no_statistic():
-    got = group_advantages(torch.tensor([1.0, math.nan, 0.0, math.nan, math.nan, math.nan]), 3)
-    want = group_advantages(torch.tensor([1.0, 0.0]), 2)
-    assert got.tolist() == [want[0], 0.0, want[1], 0.0, 0.0, 0.0]
+def test_a_reward_model_scores_prompt_and_completion(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = models.char_tokenizer()
+    config = models.small_model(tokenizer, 32, 1).config
+    config.num_labels = 1
+    model = Qwen3ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = rewards.resolve(f"model={tmp_path}")
+    got = reward(prompts=["1+1=", "2+2="], completions=["2", "44"])
+    for value, text in zip(got, ("1+1=2", "2+2=44"), strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        hidden = model.model(ids).last_hidden_state[0, -1]
+        assert value == pytest.approx(model.score(hidden).item(), rel=1e-5)  # at the last token, padding or not
+    config.num_labels = 3
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a model with one label \(it has 3\)"):
+        rewards.resolve(f"model={tmp_path}")
+    with pytest.raises(ValueError, match="cannot be made"):
+        rewards.resolve(f"model={tmp_path / 'gone'}")
 
 
-def test_weighted_sum_and_nan():
-    scores = torch.tensor([[1.0, 2.0], [math.nan, 2.0], [math.nan, math.nan]])
-    got = rewards.weighted_sum(scores, [1.0, 0.5])
-    assert got[:2].tolist() == [2.0, 1.0]
-    assert got[2].isnan()
+def test_a_reward_model_takes_conversations(tmp_path):
+    tokenizer = models.char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    config = models.small_model(tokenizer, 32, 1).config
+    config.num_labels = 1
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = rewards.resolve(f"model={tmp_path}")
+    assert reward.text("1+1=", "2") == "[user]1+1=[assistant]2"
+    assert reward.text([{"role": "system", "content": "s"}], "2") == "[system]s[assistant]2"
+
+
+def test_a_slow_reward_is_stopped_and_its_sample_named():
+    def slow(completions, answer, **_):
+        if "4" in answer:
+            time.sleep(5)
+        return [0.0] * len(completions)
+
+    began = time.perf_counter()
+    with pytest.raises(RewardError, match=r"'slow' raised TimeoutError: no answer within 0.05 s; at prompt '2\+2='"):
+        rewards.score([slow], ["2", "4"], SAMPLES, timeout=0.05)
+    assert time.perf_counter() - began < 3
+    assert rewards.score([exact_match], ["2", "5"], SAMPLES, timeout=5).tolist() == [[1.0], [0.0]]
+    with pytest.raises(RewardError, match="'raises_on_four' raised ZeroDivisionError"):
+        rewards.score([raises_on_four], ["2", "4"], SAMPLES, timeout=5)
+
+
+def test_a_column_that_a_sample_lacks_is_none():
+    def columns(completions, level, **_):
+        return [-1.0 if n is None else n for n in level]
+
+    samples = [{**SAMPLES[0], "level": 3}, SAMPLES[1]]
+    assert rewards.score([columns], ["2", "4"], samples).tolist() == [[3.0], [-1.0]]
 
 
 def test_score_passes_columns_and_takes_none_for_unscorable():

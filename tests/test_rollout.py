@@ -5,7 +5,7 @@ from transformers import GenerationConfig
 import fused_rlhf as fr
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout
-from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.inputs import Encoded, encode
 
 
 @pytest.fixture(scope="module")
@@ -15,18 +15,18 @@ def pair():
     return model.eval(), tokenizer
 
 
-def test_pack_keeps_the_eos_and_drops_what_follows(pair):
+def encoded(tokenizer, *texts):
+    return [encode(tokenizer, None, text) for text in texts]
+
+
+def test_assemble_keeps_the_eos_and_drops_what_follows(pair):
     _, tokenizer = pair
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    output = torch.tensor(
-        [
-            [pad, 5, 6, 7, eos, pad],  # a left-padded prompt, an answer that ends
-            [5, 6, 7, 8, 9, 10],  # never ends
-            [pad, pad, 5, eos, 8, eos],  # ends at once; a sampler's tokens after the EOS are not the completion's
-        ]
-    )
-    prompt_mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]]).bool()
-    got = rollout.pack(output, prompt_mask, [eos], tokenizer)
+    prompts = [Encoded([5, 6]), Encoded([5, 6, 7]), Encoded([5])]
+    # One that ends, one that never does, one that ends at once: what a sampler adds after the EOS is not its own.
+    tokens = [[7, eos, pad], [8, 9, 10], [eos, 8, eos]]
+    sampled = [[-0.1, -0.2, 9.0], [-0.3, -0.4, -0.5], [-0.6, 9.0, 9.0]]
+    got = rollout.assemble(prompts, tokens, [eos], tokenizer, sampling_logprobs=sampled)
     assert got.input_ids.tolist() == [
         [5, 6, 7, eos, pad, pad],
         [5, 6, 7, 8, 9, 10],
@@ -34,29 +34,32 @@ def test_pack_keeps_the_eos_and_drops_what_follows(pair):
     ]
     assert got.completion_mask.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]]
     assert got.attention_mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6, [1, 1, 0, 0, 0, 0]]
+    want = torch.tensor([[0.0, -0.1, -0.2, 0.0, 0.0], [0.0, 0.0, -0.3, -0.4, -0.5], [-0.6, 0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(got.sampling_logprobs, want)  # entry t is of token t + 1
     assert got.truncated.tolist() == [False, True, False]
     assert got.texts == [tokenizer.decode([7]), tokenizer.decode([8, 9, 10]), ""]
     assert got.without_truncated().completion_mask[1].any().item() is False
     assert got.without_truncated().completion_mask[0].sum() == 2
     assert got[slice(0, 1)].input_ids.tolist() == [[5, 6, 7, eos]]
+    assert got[slice(0, 1)].sampling_logprobs.shape == (1, 3)
 
 
 def test_an_eos_that_is_also_the_padding_counts_once(pair):
     _, tokenizer = pair
     eos = tokenizer.eos_token_id
-    got = rollout.pack(torch.tensor([[eos, 5, 7, eos, eos]]), torch.tensor([[False, True]]), [eos], tokenizer)
+    got = rollout.assemble([Encoded([5])], [[7, eos, eos]], [eos], tokenizer)
     assert got.completion_mask.tolist() == [[False, True, True]]
 
 
 def test_left_padding_changes_no_token_and_no_logprob(pair):
     model, tokenizer = pair
     prompts = ["1+1=", "12345+67890=", "7"]
-    (together,) = rollout.generate(model, tokenizer, prompts, max_new_tokens=6, temperature=0.0)
+    together = rollout.generate(model, tokenizer, encoded(tokenizer, *prompts), max_new_tokens=6)
     logprobs = fr.lm_head.logprobs(
         model, together.input_ids, together.attention_mask, completion_mask=together.completion_mask
     ).logprobs
     for row, prompt in enumerate(prompts):
-        (alone,) = rollout.generate(model, tokenizer, [prompt], max_new_tokens=6, temperature=0.0)
+        alone = rollout.generate(model, tokenizer, encoded(tokenizer, prompt), max_new_tokens=6)
         live = together.attention_mask[row]
         assert together.input_ids[row, live].tolist() == alone.input_ids[0].tolist()
         assert tokenizer.decode(alone.input_ids[0]).startswith(prompt)
@@ -66,6 +69,16 @@ def test_left_padding_changes_no_token_and_no_logprob(pair):
         assert logprobs[row, len(want) :].abs().max().item() == 0 if len(want) < logprobs.shape[1] else True
 
 
+def frequencies(model, tokenizer, draws, **options):
+    """How often each token was drawn first after `1+1=`, and the model's own probabilities."""
+    prompts = encoded(tokenizer, "1+1=") * draws
+    some = rollout.generate(
+        model, tokenizer, prompts, max_new_tokens=1, uniforms=rollout.uniforms(0, 1, draws, 1), **options
+    )
+    counts = torch.bincount(some.input_ids[:, 4], minlength=len(tokenizer)).double()
+    return counts / draws, model(some.input_ids[:1, :4]).logits[0, -1].double()
+
+
 def test_sampling_is_from_the_whole_distribution_whatever_the_models_own_configuration(pair):
     model, tokenizer = pair
     own = model.generation_config
@@ -73,16 +86,43 @@ def test_sampling_is_from_the_whole_distribution_whatever_the_models_own_configu
         do_sample=True, top_k=1, min_p=0.9, repetition_penalty=3.0, eos_token_id=own.eos_token_id
     )
     try:
-        (some,) = rollout.generate(model, tokenizer, ["1+1="] * 400, max_new_tokens=1)
+        for temperature in (1.0, 0.5):
+            got, logits = frequencies(model, tokenizer, 20000, temperature=temperature)
+            p = (logits / temperature).softmax(-1)
+            assert ((got - p).abs() < 5 * (p * (1 - p) / 20000).sqrt() + 1e-4).all()
         assert model.generation_config.top_k == 1
     finally:
         model.generation_config = own
-    first = some.input_ids[:, 4]
-    p = model(some.input_ids[:1, :4]).logits[0, -1].softmax(-1)
-    expected = 1 - (1 - p).pow(400)  # the chance that a token is seen in 400 draws
-    seen = len(first.unique())
-    spread = (expected * (1 - expected)).sum().sqrt()
-    assert abs(seen - expected.sum()) < 5 * spread
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.1}, {"min_p": 0.95}])
+def test_a_distribution_can_be_cut(pair, cut):
+    got, logits = frequencies(*pair, 5000, **cut)
+    p, order = logits.softmax(-1), logits.argsort(descending=True)
+    kept = {
+        "top_k": order[:5],
+        "top_p": order[: int((p[order].cumsum(0) < 0.1).sum()) + 1],
+        "min_p": (p >= 0.95 * p.max()).nonzero()[:, 0],
+    }[next(iter(cut))]
+    assert set(got.nonzero()[:, 0].tolist()) == set(kept.tolist())
+    want = p[kept] / p[kept].sum()
+    assert ((got[kept] - want).abs() < 5 * (want / 5000).sqrt()).all()
+
+
+def test_what_a_row_samples_is_its_own(pair):
+    model, tokenizer = pair
+    prompts = encoded(tokenizer, *(f"{i}*{i}=" for i in range(7)))
+    drawn = rollout.uniforms(3, 5, 7, 4)
+    whole = rollout.generate(model, tokenizer, prompts, max_new_tokens=4, uniforms=drawn)
+    batches = rollout.generate(model, tokenizer, prompts, max_new_tokens=4, uniforms=drawn, batch_size=3)
+    some = rollout.generate(model, tokenizer, prompts[2:5], max_new_tokens=4, uniforms=drawn[2:5])
+    torch.rand(9)
+    assert whole.texts == batches.texts
+    assert some.texts == whole.texts[2:5]
+    assert torch.equal(whole.input_ids, batches.input_ids)
+    assert torch.equal(rollout.uniforms(3, 5, 4, 4), drawn[:4])
+    assert not torch.equal(rollout.uniforms(3, 6, 7, 4), drawn)
+    assert not torch.equal(rollout.uniforms(4, 5, 7, 4), drawn)
 
 
 def test_every_eos_of_the_generation_configuration_ends_a_completion(pair):
@@ -95,26 +135,18 @@ def test_every_eos_of_the_generation_configuration_ends_a_completion(pair):
         model.generation_config = own
 
 
-def test_generate_in_batches_gives_the_same_greedy_texts(pair):
-    model, tokenizer = pair
-    prompts = [f"{i}*{i}=" for i in range(7)]
-    batches = rollout.generate(model, tokenizer, prompts, max_new_tokens=4, temperature=0.0, batch_size=3)
-    assert [len(batch.texts) for batch in batches] == [3, 3, 1]
-    (whole,) = rollout.generate(model, tokenizer, prompts, max_new_tokens=4, temperature=0.0)
-    assert [text for batch in batches for text in batch.texts] == whole.texts
-
-
 def test_slices():
     assert rollout.slices(slice(2, 9), 3) == [slice(2, 5), slice(5, 8), slice(8, 9)]
     assert rollout.slices(slice(0, 0), 3) == []
 
 
-def test_a_prompt_beyond_the_context_is_named(pair):
+def test_a_prompt_beyond_the_context_or_without_tokens_is_named(pair):
     model, tokenizer = pair
-    short = {"prompt": "1+1=", "answer": "2"}
-    long = {"prompt": "1+" * 120, "answer": "2"}
-    rollout.check_lengths(model, tokenizer, Task([short], [long], "exact_match"), max_new_tokens=16)
+    short, long = encoded(tokenizer, "1+1=", "1+" * 120)
+    rollout.check_lengths("test", [short, long], model, max_new_tokens=16)
     with pytest.raises(
         ValueError, match=r"test sample 1: its prompt of 240 tokens and max_new_tokens=17 .*context of 256"
     ):
-        rollout.check_lengths(model, tokenizer, Task([short], [short, long], "exact_match"), max_new_tokens=17)
+        rollout.check_lengths("test", [short, long], model, max_new_tokens=17)
+    with pytest.raises(ValueError, match="train sample 0: the prompt has no tokens"):
+        rollout.check_lengths("train", [Encoded([])], model, max_new_tokens=1)

@@ -1,15 +1,43 @@
+import pytest
 import torch
 
-from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import warmup
+from fused_rlhf.trainers.loop import Run
+from tests import tiny
+
+SAMPLES = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "9*9=", "answer": 81}]
 
 
-def test_encode_marks_the_answer_and_its_eos():
-    tokenizer = models.char_tokenizer()
-    samples = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "9*9=", "answer": 81}]
-    input_ids, attention_mask, answer_mask = warmup.encode(tokenizer, samples)
-    assert input_ids.shape == attention_mask.shape == answer_mask.shape == (2, 7)
-    assert tokenizer.decode(input_ids[0]) == "1+1=2<eos><pad>"
-    assert tokenizer.decode(input_ids[1][answer_mask[1]]) == "81<eos>"
-    assert tokenizer.decode(input_ids[0][answer_mask[0]]) == "2<eos>"
-    assert torch.equal(attention_mask, torch.arange(7) < torch.tensor([[6], [7]]))
+def test_encode_marks_the_answer_and_its_eos(tmp_path):
+    _, loaded = tiny.build(tmp_path)
+    got, decode = warmup.encode(loaded, SAMPLES), loaded.tokenizer.decode
+    assert got.input_ids.shape == got.attention_mask.shape == got.completion_mask.shape == (2, 7)
+    assert decode(got.input_ids[0]) == "1+1=2<eos><pad>"
+    assert decode(got.input_ids[1][got.completion_mask[1]]) == "81<eos>"
+    assert decode(got.input_ids[0][got.completion_mask[0]]) == "2<eos>"
+    assert torch.equal(got.attention_mask, torch.arange(7) < torch.tensor([[6], [7]]))
+
+
+def test_the_loss_is_the_mean_over_answer_tokens(tmp_path):
+    _, loaded = tiny.build(tmp_path)
+    some = warmup.encode(loaded, SAMPLES)
+    loss, _ = warmup.supervised_loss(loaded.model, some, some.completion_mask.sum(), "auto")
+    labels = torch.where(some.completion_mask, some.input_ids, -100)
+    want = loaded.model(some.input_ids, some.attention_mask.long(), labels=labels).loss
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_it_ends_when_told_and_in_micro_batches_all_the_same(tmp_path):
+    losses = []
+    for size in (256, 1):
+        own, loaded = tiny.build(tmp_path, micro_batch_size=size, overwrite=True)
+        run = Run(own)
+        run.open()
+        plan = warmup.Plan(steps=60, batch_size=2, learning_rate=1e-2, evaluate=lambda: 0.9, until=0.9)
+        warmup.warm_up(run, loaded, SAMPLES, plan)
+        assert [row["step"] for row in run.metrics] == list(range(1, 26))  # the first time that it evaluates
+        assert run.metrics[-1]["accuracy"] == 0.9
+        losses.append([row["loss"] for row in run.metrics])
+        assert own.updates == 0
+    assert losses[0][-1] < 0.5 * losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -1,24 +1,25 @@
 """Prompts with a verifiable answer.
 
-A sample is a dict of strings with `prompt` and `answer`; whatever else it holds reaches the reward functions as well. A
-task is a list of samples to train on, another to be tested on, and the reward that says what a right answer is.
+A sample is a dict with `prompt`, a text or a list of messages, and `answer`; whatever else it holds reaches the reward
+functions as well. A task is a list of samples to train on, another to be tested on, and the reward that says what a
+right answer is.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import operator
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any, TypeVar
 
 Sample = dict[str, Any]
+T = TypeVar("T")
 
 # A calculator annotation of GSM8K, `<<48/2=24>>`, and the expressions that the steps task takes from them.
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
@@ -41,7 +42,7 @@ class Task:
     note: str = ""  # where the samples come from, and what was left out
 
 
-def load(name: str, source: str | None, *, max_operand: int, seed: int) -> Task:
+def load(name: str, source: str | None, *, max_operand: int, seed: int, answers: bool = True) -> Task:
     """The task of that name, read from `source`; see the functions below."""
     if name == "arithmetic":
         return arithmetic(max_operand, seed=seed)
@@ -49,7 +50,7 @@ def load(name: str, source: str | None, *, max_operand: int, seed: int) -> Task:
         raise ValueError(f"data: expected where the task {name!r} is read from; got None")
     if name == "gsm8k-steps":
         return gsm8k_steps(source, max_operand)
-    return gsm8k(source) if name == "gsm8k" else prompts(source, seed=seed)
+    return gsm8k(source) if name == "gsm8k" else prompts(source, seed=seed, answers=answers)
 
 
 def arithmetic(max_operand: int = 99, operators: str = "+-", num_test: int = 500, seed: int = 0) -> Task:
@@ -119,35 +120,64 @@ def gsm8k(folder: str | Path) -> Task:
     return Task(train, test, "numeric_answer", f"GSM8K questions of {folder}")
 
 
-def prompts(source: str | Path, num_test: int = 500, seed: int = 0) -> Task:
-    """Your own samples: a folder with train.jsonl and test.jsonl, a .jsonl or .parquet file, or a hub data set's id.
+def prompts(source: str | Path, num_test: int = 500, seed: int = 0, answers: bool = True) -> Task:
+    """Your own samples, each with `prompt` (a text or a list of messages) and, unless `answers` is false, `answer`.
 
-    Each row needs `prompt` and `answer`. Where there is no test split, `num_test` rows (at most a fifth) are held out.
+    They are read as `read_splits` says. Where there is no test split, `num_test` rows (at most a fifth) are held out.
+    """
+    train, test = read_splits(source, columns_of(answers))
+    if not test:
+        train, test = hold_out(train, num_test, seed)
+    return Task(train, test, "exact_match", f"prompts of {source}")
+
+
+def in_memory(samples: Sequence[Sample], num_test: int = 500, seed: int = 0) -> Task:
+    """Samples as they are, `num_test` of them (at most a fifth) held out."""
+    return Task(*hold_out(samples, num_test, seed), "exact_match", f"{len(samples)} samples in memory")
+
+
+def read_splits(source: str | Path, columns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
+    """-> training and test rows (the latter maybe none) of a folder with train.jsonl and test.jsonl (or .parquet), a
+    .jsonl or .parquet file, or a hub data set's id.
+
+    Raises FileNotFoundError, or ValueError naming file, row and columns where a row lacks one of `columns`.
     """
     path = Path(source).expanduser()
-    columns = ("prompt", "answer")
     if path.is_dir():
-        train, test = (read_jsonl(path / name, columns) for name in ("train.jsonl", "test.jsonl"))
-        return Task(train, test, "exact_match", f"prompts of {source}")
-    if path.suffix == ".jsonl":
-        rows, test = read_jsonl(path, columns), []
-    elif path.suffix == ".parquet" and not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {str(path)!r}")
-    else:
-        from datasets import load_dataset  # slow to import, and only parquet files and the hub need it
+        suffix = ".parquet" if (path / "train.parquet").is_file() else ".jsonl"
+        return _read_file(path / f"train{suffix}", columns), _read_file(path / f"test{suffix}", columns)
+    if path.suffix in (".jsonl", ".parquet"):
+        return _read_file(path, columns), []
+    if str(source).count("/") != 1 or path.parent.is_dir():
+        raise FileNotFoundError(f"data: there is no folder or .jsonl or .parquet file {str(path)!r}")
+    from datasets import load_dataset  # slow to import, and only parquet files and the hub need it
 
-        if path.suffix == ".parquet":
-            splits = load_dataset("parquet", data_files=str(path))
-        elif str(source).count("/") == 1 and not path.parent.is_dir():
-            splits = load_dataset(str(source))
-        else:
-            raise FileNotFoundError(f"data: there is no folder or .jsonl or .parquet file {str(path)!r}")
-        rows, test = list(splits["train"]), list(splits["test"]) if "test" in splits else []
-    if not test:
-        rows = random.Random(seed).sample(rows, len(rows))
-        num_test = min(num_test, len(rows) // 5)
-        rows, test = rows[num_test:], rows[:num_test]
-    return Task(rows, test, "exact_match", f"prompts of {source}")
+    splits = load_dataset(str(source))
+    train, test = list(splits["train"]), list(splits["test"]) if "test" in splits else []
+    for name, rows in (("train", train), ("test", test)):
+        for number, row in enumerate(rows, 1):
+            require_columns(row, columns, f"{source}, {name} row {number}")
+    return train, test
+
+
+def hold_out(rows: Sequence[Sample], num_test: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Shuffled rows without, and the `num_test` rows (at most a fifth) that are held out."""
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    num_test = min(num_test, len(rows) // 5)
+    return shuffled[num_test:], shuffled[:num_test]
+
+
+def _read_file(path: Path, columns: Sequence[str]) -> list[Sample]:
+    if path.suffix != ".parquet":
+        return read_jsonl(path, columns)
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {str(path)!r}")
+    from datasets import load_dataset
+
+    rows = list(load_dataset("parquet", data_files=str(path), split="train"))
+    for number, row in enumerate(rows, 1):
+        require_columns(row, columns, f"{path}, row {number}")
+    return rows
 
 
 def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
@@ -175,33 +205,39 @@ def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}")
 
 
-def apply_chat_template(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """The same task with every prompt as a user's message, up to where the assistant's answer begins."""
-    if not tokenizer.chat_template:
-        raise ValueError("chat_template: expected a tokenizer that has one; this one has none")
-
-    def render(sample: Sample) -> Sample:
-        message = [{"role": "user", "content": sample["prompt"]}]
-        text = str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-        # A template may begin with the BOS token, which tokenising the text adds anyhow.
-        return {**sample, "prompt": text.removeprefix(tokenizer.bos_token or "")}
-
-    return replace(task, train=[render(s) for s in task.train], test=[render(s) for s in task.test])
+def columns_of(answers: bool) -> tuple[str, ...]:
+    return ("prompt", "answer") if answers else ("prompt",)
 
 
-def check(task: Task) -> None:
-    """Raises ValueError where either split is empty or a sample lacks a text `prompt` or an `answer`."""
+def check(task: Task, answers: bool = True) -> None:
+    """Raises ValueError where either split is empty or a sample lacks a `prompt` (text or messages) or an `answer`."""
     for name, samples in (("train", task.train), ("test", task.test)):
         if len(samples) == 0:
             raise ValueError(f"the {name} data set is empty: expected at least one sample with a prompt and an answer")
         for index, sample in enumerate(samples):
-            require_columns(sample, ("prompt", "answer"), f"{name} sample {index}")
-            if not isinstance(sample["prompt"], str) or not sample["prompt"]:
-                raise ValueError(f"{name} sample {index}: prompt must be a text, not empty; got {sample['prompt']!r}")
+            require_columns(sample, columns_of(answers), f"{name} sample {index}")
+            check_prompt(sample["prompt"], f"{name} sample {index}")
 
 
-def endless(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
-    """The samples, in a new order in every epoch."""
-    rng = random.Random(seed)
-    while True:
-        yield from rng.sample(samples, len(samples))
+def check_prompt(prompt: Any, where: str) -> None:
+    """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role and content."""
+    messages = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
+    if not prompt or not (isinstance(prompt, str) or messages):
+        raise ValueError(
+            f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {prompt!r}"
+        )
+
+
+def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:
+    """Samples number start ... start + count - 1 of an endless stream, in a new order in every epoch.
+
+    Nothing is remembered between calls, so that a run can go on from any step.
+    """
+    return [
+        samples[_order(len(samples), seed, i // len(samples))[i % len(samples)]] for i in range(start, start + count)
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def _order(length: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(length), length)

@@ -6,32 +6,57 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rlhf.trainers.data import Sample
-from fused_rlhf.trainers.rewards import Reward, score
-from fused_rlhf.trainers.rollout import generate
+from fused_rlhf.trainers.engine import Engine
+from fused_rlhf.trainers.inputs import encode_prompt
+from fused_rlhf.trainers.model import Loaded
+from fused_rlhf.trainers.rewards import Reward, RewardError, score
+from fused_rlhf.trainers.rollout import Completions, generate
+
+
+def score_together(
+    engine: Engine,
+    functions: Sequence[Reward],
+    completions: Completions,
+    samples: Sequence[Sample],
+    timeout: float = 0.0,
+) -> Tensor:
+    """Rewards of this process's completions, (B, R) fp32 on its device; where one process fails, all raise."""
+    scores, error = torch.full((len(samples), len(functions)), torch.nan), None
+    try:
+        scores = score(functions, completions.texts, samples, timeout)
+    except RewardError as found:
+        error = found
+    engine.agree(error)
+    return scores.to(engine.device)
 
 
 def correct(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    loaded: Loaded,
     samples: Sequence[Sample],
     reward: Reward,
     *,
     max_new_tokens: int,
     batch_size: int,
+    chat_template: bool = False,
 ) -> Tensor:
     """The reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
-    prompts = [sample["prompt"] for sample in samples]
-    batches = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
-    return score([reward], [text for batch in batches for text in batch.texts], samples)[:, 0]
+    mine = engine.mine(samples) or samples[:1]  # nobody may stay away from what all do together
+    prompts = [encode_prompt(loaded.tokenizer, loaded.processor, sample, chat_template) for sample in mine]
+    with engine.whole():
+        completions = generate(
+            loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+    right = score_together(engine, [reward], completions, mine)[:, 0].tolist()
+    return torch.tensor(engine.gather(right if engine.mine(samples) else []))
 
 
 def accuracies(right: Tensor, samples: Sequence[Sample], train: Sequence[Sample]) -> dict[str, float]:
     """accuracy; where some but not all of the prompts occur in `train`, accuracy_unseen too: of those that do not."""
-    seen = {sample["prompt"] for sample in train}
-    unseen = torch.tensor([sample["prompt"] not in seen for sample in samples])
+    seen = {repr(sample["prompt"]) for sample in train}
+    unseen = torch.tensor([repr(sample["prompt"]) not in seen for sample in samples])
     metrics = {"accuracy": right.mean().item()}
     if unseen.any() and not unseen.all():
         metrics["accuracy_unseen"] = right[unseen].mean().item()

@@ -1,53 +1,44 @@
 """Group-relative policy optimisation with verifiable rewards.
 
-A step samples a group of completions for each of some prompts, scores them, and takes a few clipped updates on
+A step samples a group of completions for each of some prompts, scores them, and takes a few updates on one of the
+objectives of `fused_rlhf.objectives`, by default the clipped one of GRPO (DeepSeekMath, arXiv:2402.03300),
 
     loss = mean over sequences of mean over tokens of  -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) + beta KL
 
-with r = exp(logprob - old logprob), A the group-normalised reward and KL the k3 estimate against the frozen model the
-steps began with (DeepSeekMath, arXiv:2402.03300). Current, old and reference log-probs come from one op, which never
-holds the logits. In Python: `train(Config(task="arithmetic", warmup_steps=300, learning_rate=3e-4))`.
+with r = exp(logprob - old logprob), A the group-normalised reward and KL an estimate against the frozen model the steps
+began with. Current, old and reference log-probs come from one op, which never holds the logits. In Python:
+`train(Config(task="arithmetic", warmup_steps=300, learning_rate=3e-4))`.
 """
 
 from __future__ import annotations
 
 import copy
-import random
-from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import fused_rlhf as fr
-from fused_rlhf.trainers import data, evaluation, rewards, rollout
+from fused_rlhf import advantages
+from fused_rlhf.trainers import data, engine, evaluation, loop, planning, rewards, rollout, warmup
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
+from fused_rlhf.trainers.engine import Engine, Placed
 from fused_rlhf.trainers.grpo_config import Config
-from fused_rlhf.trainers.loop import Run, require
-from fused_rlhf.trainers.rollout import Completions, slices
-from fused_rlhf.trainers.warmup import warm_up
+from fused_rlhf.trainers.inputs import encode_prompt
+from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
+from fused_rlhf.trainers.rollout import Completions, Sampler, slices
+
+__all__ = ["Config", "Result", "State", "fit", "plan", "prepare", "train"]
 
 SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
 PLOTTED = ("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm", "completion_length")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves. Before and after the GRPO steps: accuracy, and accuracy_unseen, on prompts not trained on."""
-
-    before: dict[str, float]
-    after: dict[str, float]
-    seconds: float
-    model_path: Path
-    metrics: list[dict[str, Any]]  # the rows of metrics.jsonl
 
 
 @dataclass
@@ -57,23 +48,23 @@ class State:
     config: Config
     task: Task
     rewards: Sequence[rewards.Reward]
-    model: PreTrainedModel
-    reference: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
-    accelerator: Accelerator
-    optimizer: Any
-    scheduler: Any
+    loaded: models.Loaded
+    engine: Engine
+    reference: Placed | None  # None where beta is 0, and with LoRA, where it is the model without its adapters
+    sampler: Sampler | None  # None: the model itself
     run: Run
+    longest_prompt: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B completions of one rollout, those of a prompt side by side, T tokens at most."""
+    """This process's B completions of one rollout, those of a prompt side by side, T tokens at most."""
 
     samples: Sequence[Sample]
     completions: Completions
     scores: Tensor  # (B, number of rewards) fp32, NaN where unscorable
     rewards: Tensor  # (B,) fp32, their weighted sum
+    lengths: Tensor  # (B,) tokens of each completion
     advantages: Tensor  # (B,) fp32
     old_logprobs: Tensor | None  # (B, T - 1) fp32; None where the only update is on-policy
     ref_logprobs: Tensor | None  # (B, T - 1) fp32; None where beta is 0
@@ -82,146 +73,199 @@ class Batch:
 def train(
     config: Config,
     *,
-    task: Task | None = None,
+    task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    sampler: Sampler | None = None,
 ) -> Result:
-    """Run GRPO as `config` says; task, reward functions, model and tokenizer may be given as objects instead.
+    """Run GRPO as `config` says; task (or a list of samples), rewards, model and tokenizer may be given as objects.
 
-    Raises ValueError, TypeError or OSError for bad input before the first step. Ctrl-C leaves a checkpoint in
-    `<output>/model`, says so, and goes on as KeyboardInterrupt.
+    `sampler` takes the place of the model in rollouts: an inference engine, say, that reports its log-probs.
+
+    Raises ValueError, TypeError or OSError for bad input before the first step; RewardError and NonFiniteLoss during
+    the run, with a checkpoint left behind. Ctrl-C leaves the model in `<output>/model`, says so, and goes on as
+    KeyboardInterrupt.
     """
-    return fit(prepare(config, task, reward_functions, model, tokenizer))
-
-
-def fit(state: State) -> Result:
-    """The run itself: warm-up, accuracy, the steps of GRPO, accuracy."""
-    config, run = state.config, state.run
-    try:
-        warm(state)
-        before = evaluate(state)
-        run.log("grpo", 0, before)
-        run.say(f"before GRPO: {evaluation.describe(before)}")
-        if config.beta:
-            state.reference = copy.deepcopy(state.model).requires_grad_(False)
-        prompts = data.endless(state.task.train, config.seed)
-        for step in run.steps(config.steps, "GRPO"):
-            batch = collect(state, [next(prompts) for _ in range(config.prompts_per_step)])
-            metrics = summary(state, batch) | update(state, batch)
-            report(state, step, batch, metrics)
-        after = evaluate(state)
-    except KeyboardInterrupt:
-        save(state)
-        run.say(f"interrupted; the model as it is now lies in {run.model_path}")
-        raise
-    run.log("grpo", config.steps, after)
-    save(state)
-    run.say(f"after GRPO: {evaluation.describe(after)}; {run.seconds():.0f} s in all")
-    return Result(before, after, run.seconds(), run.model_path, run.metrics)
+    return fit(prepare(config, task, reward_functions, model, tokenizer, sampler))
 
 
 def prepare(
     config: Config,
-    task: Task | None = None,
+    task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
     model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    sampler: Sampler | None = None,
 ) -> State:
-    """Load and check everything, so that what can be refused is refused before the first step."""
-    set_seed(config.seed)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    AcceleratorState._reset_state()  # else a second run in one process could have no other precision
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    processes = accelerator.num_processes
-    require(processes == 1, "num_processes", processes, "1: a run in several processes is not supported yet")
-    task = task or data.load(config.task, config.data, max_operand=config.max_operand, seed=config.seed)
+    """Load and check everything, so that what can be refused is refused before the first step; writes nothing."""
+    accelerator = engine.start(config)
+    processes, n = accelerator.num_processes, config.prompts_per_step
+    share = config.num_minibatches * processes
+    require(processes == 1 or n % share == 0, "prompts_per_step", n, f"a multiple of {share}, the mini-batches' shares")
+    external = config.importance_sampling != "none"
+    require(sampler is not None or not external, "importance_sampling", config.importance_sampling, "a sampler with it")
+    if task is None:
+        task = data.load(config.task, config.data, max_operand=config.max_operand, seed=config.seed)
+    elif not isinstance(task, Task):
+        task = data.in_memory(task, seed=config.seed)
     data.check(task)
-    functions = list(reward_functions or map(rewards.resolve, config.rewards or (task.reward,)))
-    if config.reward_weights:
-        require(len(config.reward_weights) == len(functions), "reward_weights", config.reward_weights, "one per reward")
-    rewards.dry_run(functions, task.train)
-    require((model is None) == (tokenizer is None), "model, tokenizer", (model, tokenizer), "both or neither")
-    if model is None or tokenizer is None:
-        sizes = config.hidden_size, config.num_layers
-        model, tokenizer = models.load(config.model) if config.model else models.build(*sizes)
-    if config.chat_template:
-        task = data.apply_chat_template(task, tokenizer)
-    rollout.check_lengths(model, tokenizer, task, config.max_new_tokens)
-    # Without dropout, which would make the log-probs of one token differ from call to call.
-    model = model.eval().to(accelerator.device)
-    fr.backends.resolve(config.backend, next(model.parameters()))
-    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0))
-    updates = config.steps * config.num_iterations * config.num_minibatches
-    scheduler = get_scheduler(config.lr_schedule, optimizer.optimizer, config.lr_warmup_updates, updates)
-    run = Run(config.output, config, overwrite=config.overwrite)
-    run.say(f"{model.num_parameters():,} parameters; {len(task.train)} training and {len(task.test)} test prompts")
+    functions = rewards.choose(
+        reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
+    )
+    loaded = models.load_for(config, model, tokenizer)
+    longest = rollout.longest_prompt(loaded, task, config, config.max_new_tokens)
+    fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+    frozen = copy.deepcopy(loaded.model) if config.beta and not config.lora_r else None
+    placed = Engine(config, accelerator, loaded.model, config.steps * config.num_iterations * config.num_minibatches)
+    reference = None if frozen is None else placed.frozen(frozen)
+    return State(config, task, functions, loaded, placed, reference, sampler, Run(placed), longest)
+
+
+def plan(state: State) -> str:
+    """What the run would do and need, for `--dry-run`."""
+    config = state.config
+    sequences = config.prompts_per_step * config.num_generations
+    return planning.describe(
+        state.engine,
+        state.loaded,
+        reference=state.reference is not None,
+        sequences=sequences,
+        length=state.longest_prompt + config.max_new_tokens,
+        updates_per_step=config.num_iterations * config.num_minibatches,
+        data=f"{len(state.task.train)} training and {len(state.task.test)} test prompts; {state.task.note}",
+    )
+
+
+def fit(state: State) -> Result:
+    """The run itself: warm-up, accuracy, the steps of GRPO, accuracy."""
+    config, task, run = state.config, state.task, state.run
+    size = state.loaded.model.num_parameters()
+    run.say(f"{size:,} parameters; {len(task.train)} training and {len(task.test)} test prompts")
     if task.note:
         run.say(task.note)
-    return State(config, task, functions, model, None, tokenizer, accelerator, optimizer, scheduler, run)
+    n = config.prompts_per_step
+    kept = config.warmup_steps > 0 and state.reference is not None
+    verbs = Verbs(
+        name="GRPO",
+        step=partial(step, state),
+        evaluate=partial(evaluate, state),
+        export=partial(models.save, state.engine, state.loaded),
+        shown=SHOWN,
+        plotted=PLOTTED,
+        describe=evaluation.describe,
+        batch=lambda i: f"prompts {(i - 1) * n} to {i * n - 1} of the shuffled training set",
+        warm=partial(warm, state) if config.warmup_steps else None,
+        controllers={"reference": state.reference} if kept and state.reference else None,
+    )
+    return loop.fit(run, verbs)
 
 
 def warm(state: State) -> None:
-    config = state.config
-    if config.warmup_steps:
-        some = random.Random(config.seed).sample(state.task.train, min(256, len(state.task.train)))
-        warm_up(
-            state.model,
-            state.tokenizer,
-            state.task.train,
-            run=state.run,
-            accelerator=state.accelerator,
-            steps=config.warmup_steps,
-            batch_size=config.warmup_batch_size,
-            learning_rate=config.warmup_learning_rate,
-            until=config.warmup_accuracy,
-            evaluate=lambda: float(correct(state, some).mean()),
-            seed=config.seed,
-            backend=config.backend,
-        )
+    config, train = state.config, state.task.train
+    some = data.batch_at(train, config.seed, 0, min(256, len(train)))
+    plan = warmup.Plan(
+        steps=config.warmup_steps,
+        batch_size=config.warmup_batch_size,
+        learning_rate=config.warmup_learning_rate,
+        until=config.warmup_accuracy,
+        evaluate=lambda: float(correct(state, some).mean()),
+    )
+    warmup.warm_up(state.run, state.loaded, train, plan)
+    if state.reference is not None:
+        state.reference.copy_parameters(state.engine)
+
+
+def step(state: State, number: int) -> Metrics:
+    """One rollout and its updates."""
+    config, n = state.config, state.config.prompts_per_step
+    prompts = data.batch_at(state.task.train, config.seed, (number - 1) * n, n)
+    batch = collect(state, number, prompts)
+    metrics = summary(state, batch) | update(state, batch)
+    if config.sample_steps and (number == 1 or number % config.sample_steps == 0):
+        rows = zip(batch.samples, batch.completions.texts, batch.rewards.tolist())
+        state.run.samples(number, [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows])
+    return metrics
 
 
 @torch.no_grad()
-def collect(state: State, prompts: Sequence[Sample]) -> Batch:
-    """Sample `num_generations` completions of each prompt, score them, and take their old and reference log-probs."""
-    config = state.config
-    samples = [sample for sample in prompts for _ in range(config.num_generations)]
-    texts = [sample["prompt"] for sample in samples]
-    with state.accelerator.autocast():
-        (completions,) = rollout.generate(
-            state.model, state.tokenizer, texts, max_new_tokens=config.max_new_tokens, temperature=config.temperature
-        )
-    scores = rewards.score(state.rewards, completions.texts, samples).to(completions.input_ids.device)
-    total = rewards.weighted_sum(scores, config.reward_weights or [1.0] * len(state.rewards))
-    advantages = rewards.group_advantages(total, config.num_generations, config.scale_rewards)
+def collect(state: State, number: int, prompts: Sequence[Sample]) -> Batch:
+    """Sample `num_generations` completions of this process's prompts, score them, take old and reference log-probs."""
+    config, G = state.config, state.config.num_generations
+    own = rollout.own_rows(state.engine, len(prompts), config.num_minibatches)
+    samples = [prompts[i] for i in own for _ in range(G)]
+    completions = sample_completions(state, number, prompts, own)
+    scores = evaluation.score_together(state.engine, state.rewards, completions, samples, config.reward_timeout)
+    lengths = completions.completion_mask.sum(dim=1)
+    weights = config.reward_weights or [1.0] * len(state.rewards)
+    values = relative_rewards(state, scores, weights, lengths)
     if config.mask_truncated:
         completions = completions.without_truncated()
-    off_policy = config.num_iterations * config.num_minibatches > 1
-    old_logprobs = logprobs(state, state.model, completions) if off_policy else None
-    ref_logprobs = logprobs(state, state.reference, completions) if state.reference is not None else None
-    return Batch(samples, completions, scores, total, advantages, old_logprobs, ref_logprobs)
+    old = logprobs(state, state.engine, completions) if config.off_policy else None
+    ref = None
+    if config.beta:
+        with models.without_adapters(state.loaded.model) if config.lora_r else nullcontext():
+            ref = logprobs(state, state.reference or state.engine, completions)
+    total = advantages.weighted_sum(scores, weights)
+    return Batch(samples, completions, scores, total, lengths, values, old, ref)
 
 
-def logprobs(state: State, model: PreTrainedModel, completions: Completions) -> Tensor:
+def sample_completions(state: State, number: int, prompts: Sequence[Sample], own: Sequence[int]) -> Completions:
+    config, loaded, G = state.config, state.loaded, state.config.num_generations
+    encoded = [encode_prompt(loaded.tokenizer, loaded.processor, prompts[i], config.chat_template) for i in own]
+    encoded = [prompt for prompt in encoded for _ in range(G)]
+    if state.sampler is not None:
+        tokens, sampled = state.sampler([prompt.ids for prompt in encoded])
+        ends = rollout.eos_ids(loaded.model, loaded.tokenizer)
+        return rollout.assemble(encoded, tokens, ends, loaded.tokenizer, state.engine.device, sampled)
+    drawn = rollout.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
+    with state.engine.whole():
+        return rollout.generate(
+            loaded.model,
+            loaded.tokenizer,
+            encoded,
+            max_new_tokens=config.max_new_tokens,
+            uniforms=drawn.view(len(prompts), G, -1)[list(own)].flatten(0, 1),
+            temperature=config.temperature,
+            batch_size=config.rollout_batch_size or None,
+        )
+
+
+def relative_rewards(state: State, scores: Tensor, weights: Sequence[float], lengths: Tensor) -> Tensor:
+    """(B,) advantages; statistics of the batch are those of all processes."""
+    config, G, B = state.config, state.config.num_generations, len(scores)
+    if config.baseline == "leave_one_out":
+        return advantages.rloo_advantages(advantages.weighted_sum(scores, weights), G)
+    if config.baseline == "length_weighted":
+        return advantages.opo_advantages(advantages.weighted_sum(scores, weights), lengths, G)
+    everyone = state.engine.accelerator.gather(scores) if state.engine.world > 1 else scores
+    values = advantages.combine_rewards(everyone, weights, G, config.combine_rewards, config.scale_rewards)
+    return values[state.engine.rank * B : (state.engine.rank + 1) * B]
+
+
+def logprobs(state: State, placed: Placed, completions: Completions) -> Tensor:
     """Log-probs of the completions, (B, T - 1), 0 elsewhere; over the very micro-batches of the updates.
 
     A matrix product's last bits may depend on its number of rows: with the same rows, the ratio is 1 on-policy.
     """
+    config = state.config
     B, T = completions.input_ids.shape
+
+    def of(model: Any, some: Completions) -> Tensor:
+        return fr.lm_head.logprobs(
+            model,
+            some.input_ids,
+            some.attention_mask,
+            completion_mask=some.completion_mask,
+            temperature=config.temperature,
+            backend=config.backend,
+            **some.model_inputs(),
+        ).logprobs
+
     result = torch.zeros(B, T - 1, device=completions.input_ids.device)
-    size = state.config.micro_batch_size
-    for rows in (micro for mini in minibatches(state.config, B) for micro in slices(mini, size)):
+    for rows in (micro for mini in minibatches(config, B) for micro in slices(mini, config.micro_batch_size)):
         some = completions[rows]
-        with state.accelerator.autocast():
-            result[rows, : some.input_ids.shape[1] - 1] = fr.lm_head.logprobs(
-                model,
-                some.input_ids,
-                some.attention_mask,
-                completion_mask=some.completion_mask,
-                temperature=state.config.temperature,
-                backend=state.config.backend,
-            ).logprobs
+        result[rows, : some.input_ids.shape[1] - 1] = placed(of, some)
     return result
 
 
@@ -229,102 +273,111 @@ def minibatches(config: Config, num_rows: int) -> list[slice]:
     return slices(slice(0, num_rows), num_rows // config.num_minibatches)
 
 
-def update(state: State, batch: Batch) -> dict[str, float]:
+def update(state: State, batch: Batch) -> Metrics:
     """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
-    config, accelerator = state.config, state.accelerator
-    updates: list[dict[str, Tensor]] = []
+    config = state.config
+    updates: list[Metrics] = []
     for mini in minibatches(config, len(batch.samples)) * config.num_iterations:
-        num_tokens = batch.completions.completion_mask[mini].sum().clamp(min=1)
-        metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-        for rows in slices(mini, config.micro_batch_size):
-            loss, means = policy_loss(state, batch, rows, mini.stop - mini.start, num_tokens)
-            accelerator.backward(loss)
-            share = batch.completions.completion_mask[rows].sum() / num_tokens
-            metrics["loss"] += loss.detach()
-            for name, mean in means.items():
-                metrics[name] += share * mean
-        metrics["grad_norm"] = accelerator.clip_grad_norm_(state.model.parameters(), config.max_grad_norm)
-        if not metrics["loss"].isfinite():
-            raise FloatingPointError(f"the loss is {metrics['loss'].item()}; only the last checkpoint is saved")
-        state.optimizer.step()
-        state.scheduler.step()
-        state.optimizer.zero_grad()
-        updates.append(metrics)
-    result = {name: torch.stack([metrics[name] for metrics in updates]).mean().item() for name in updates[0]}
-    return result | {"learning_rate": state.scheduler.get_last_lr()[0]}
+        rows = slices(mini, config.micro_batch_size)
+        num_sequences = (mini.stop - mini.start) * state.engine.world
+        num_tokens = state.engine.sum(batch.completions.completion_mask[mini].sum()).clamp(min=1)
+        if config.objective == "bnpo":  # a mean over each micro-batch's own tokens
+            own = [batch.completions.completion_mask[micro].sum().clamp(min=1) for micro in rows]
+            counts = [count * len(rows) * state.engine.world for count in own]
+        else:
+            counts = [num_tokens] * len(rows)
+        pieces = [(config, batch, micro, num_sequences, num_tokens, count) for micro, count in zip(rows, counts)]
+        updates.append(state.engine.update(policy_loss, pieces))
+    result = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
+    result["ratio_var"] = result.pop("ratio_sq") - result["ratio_mean"] ** 2
+    return result | {"learning_rate": updates[-1]["learning_rate"]}
 
 
 def policy_loss(
-    state: State, batch: Batch, rows: slice, num_sequences: int, num_tokens: Tensor
+    model: Any, config: Config, batch: Batch, rows: slice, num_sequences: int, num_tokens: Tensor, normaliser: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of some rows in the loss of a mini-batch with these counts, and metrics: means over their tokens."""
+    """The share of some rows in the loss of a mini-batch with these counts, and in its metrics."""
     some = batch.completions[rows]
     width = some.input_ids.shape[1] - 1
-    with state.accelerator.autocast():
-        inputs = fr.lm_head.forward(state.model, some.input_ids, some.attention_mask)
-        return fr.linear_policy_loss(
-            inputs.hidden[:, :-1],
-            inputs.head.weight,
-            some.input_ids[:, 1:],
-            advantages=batch.advantages[rows],
-            completion_mask=some.completion_mask[:, 1:],
-            old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[rows, :width],
-            ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows, :width],
-            objective=state.config.loss(),
-            num_sequences=num_sequences,
-            num_tokens=num_tokens,
-            temperature=state.config.temperature,
-            outputs=("entropy",),
-            backend=state.config.backend,
-            **inputs.head.kwargs(),
-        )
+    objective = config.loss()
+    more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
+    inputs = fr.lm_head.forward(model, some.input_ids, some.attention_mask, **some.model_inputs(), **more)
+    loss, means = fr.linear_policy_loss(
+        inputs.hidden[:, :-1],
+        inputs.head.weight,
+        some.input_ids[:, 1:],
+        advantages=batch.advantages[rows],
+        completion_mask=some.completion_mask[:, 1:],
+        old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[rows, :width],
+        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows, :width],
+        sampling_logprobs=some.sampling_logprobs if config.importance_sampling != "none" else None,
+        objective=objective,
+        num_sequences=num_sequences,
+        num_tokens=normaliser,
+        temperature=config.temperature,
+        outputs=("entropy",),
+        backend=config.backend,
+        **inputs.head.kwargs(),
+    )
+    of_tokens = some.completion_mask.sum() / num_tokens
+    of_rows = torch.full_like(of_tokens, (rows.stop - rows.start) / num_sequences)
+    if inputs.aux_loss is not None and config.router_aux_loss_coef:
+        loss = loss + config.router_aux_loss_coef * of_rows * inputs.aux_loss
+    means["ratio_sq"] = means.pop("ratio_var") + means["ratio_mean"].square()
+    whole = objective.level in ("sequence", "sequence_sum")
+    return loss, {name: value * share(name, whole, of_tokens, of_rows) for name, value in means.items()}
 
 
-def summary(state: State, batch: Batch) -> dict[str, float]:
-    """Rewards and lengths of a rollout."""
-    groups = batch.rewards.view(-1, state.config.num_generations)
+def share(name: str, whole: bool, of_tokens: Tensor, of_rows: Tensor) -> Tensor | float:
+    """What a micro-batch's metric counts for: extremes as they are, means over tokens or over sequences by their number."""
+    if name.endswith(("_min", "_max")):
+        return 1.0
+    return of_rows if name == "phi_mean" or (whole and name.startswith("clip_ratio/")) else of_tokens
+
+
+def summary(state: State, batch: Batch) -> Metrics:
+    """Rewards and lengths of a rollout, over all processes; NaN where nothing could be scored."""
+    some, one = batch.completions, state.engine.world == 1
+    table = torch.cat(
+        [batch.rewards[:, None], batch.lengths[:, None].float(), some.truncated[:, None].float(), batch.scores], dim=1
+    )
+    table = table if one else state.engine.accelerator.gather(table)
+    total, lengths, truncated, *scores = table.unbind(dim=1)
+    spread = advantages.std(total.view(-1, state.config.num_generations))
     metrics = {
-        "reward": batch.rewards.nanmean(),
-        "reward_std": rewards.std(groups).mean(),
-        "frac_reward_zero_std": (rewards.std(groups) == 0).float().mean(),
-        "completion_length": batch.completions.completion_mask.sum(dim=1).float().mean(),
-        "truncated": batch.completions.truncated.float().mean(),
+        "reward": total.nanmean(),
+        "reward_std": spread.mean(),
+        "frac_reward_zero_std": (spread == 0).float().mean(),
+        "frac_unscorable": total.isnan().float().mean(),
+        "completion_length": lengths.mean(),
+        "completion_length/min": lengths.min(),
+        "completion_length/max": lengths.max(),
+        "truncated": truncated.mean(),
     }
-    for function, column in zip(state.rewards, batch.scores.unbind(dim=1)):
+    for function, column in zip(state.rewards, scores):
         metrics[f"rewards/{rewards.name_of(function)}"] = column.nanmean()
+        metrics[f"rewards/{rewards.name_of(function)}/std"] = advantages.std(column[None])[0]
+    if some.sampling_logprobs is not None and batch.old_logprobs is not None:
+        mask = some.completion_mask[:, 1:]
+        difference = (batch.old_logprobs - some.sampling_logprobs).abs().nan_to_num(0.0) * mask
+        sums = state.engine.sum(torch.stack([difference.sum(), mask.sum()]))
+        metrics["sampling/logprob_difference"] = sums[0] / sums[1].clamp(min=1)
     return {name: value.item() for name, value in metrics.items()}
 
 
-def report(state: State, step: int, batch: Batch, metrics: dict[str, float]) -> None:
-    config, run = state.config, state.run
-    if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
-        metrics = metrics | evaluate(state)
-    run.log("grpo", step, metrics, show=SHOWN)
-    if config.sample_steps and (step == 1 or step % config.sample_steps == 0):
-        rows = zip(batch.samples, batch.completions.texts, batch.rewards.tolist())
-        run.samples(step, [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows])
-    if config.save_steps and step % config.save_steps == 0 and step < config.steps:
-        save(state)
-
-
-def evaluate(state: State) -> dict[str, float]:
+def evaluate(state: State) -> Metrics:
     """Accuracies on the first `eval_samples` test samples."""
     task, count = state.task, state.config.eval_samples or None
     return evaluation.accuracies(correct(state, task.test[:count]), task.test[:count], task.train)
 
 
 def correct(state: State, samples: Sequence[Sample]) -> Tensor:
-    with state.accelerator.autocast():
-        return evaluation.correct(
-            state.model,
-            state.tokenizer,
-            samples,
-            rewards.resolve(state.task.reward),
-            max_new_tokens=state.config.max_new_tokens,
-            batch_size=state.config.micro_batch_size,
-        )
-
-
-def save(state: State) -> None:
-    state.run.save(state.model, state.tokenizer)
-    state.run.plot(PLOTTED)
+    return evaluation.correct(
+        state.engine,
+        state.loaded,
+        samples,
+        rewards.resolve(state.task.reward),
+        max_new_tokens=state.config.max_new_tokens,
+        batch_size=state.config.micro_batch_size,
+        chat_template=state.config.chat_template,
+    )

@@ -4,9 +4,10 @@
     <output>/metrics.jsonl   one JSON object a line, written as it happens
     <output>/samples.jsonl   prompts, completions and rewards
     <output>/curves.png      the metrics by step
-    <output>/model/          the latest checkpoint, model and tokenizer
+    <output>/model/          the model and tokenizer of the last save, for `from_pretrained`
+    <output>/checkpoints/    what `--resume` goes on from
 
-A checkpoint replaces the one before it as a whole, so that there is a complete one whenever the process dies.
+A checkpoint or model replaces the one before it as a whole, so that there is a complete one whenever the process dies.
 """
 
 from __future__ import annotations
@@ -14,91 +15,173 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Protocol
 
 import yaml
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fused_rlhf.trainers import checkpoint
+from fused_rlhf.trainers.card import model_card
+from fused_rlhf.trainers.checkpoint import CheckpointError
+from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
+from fused_rlhf.trainers.engine import Engine, NonFiniteLoss
+from fused_rlhf.trainers.rewards import RewardError
+
+# What a resumed run may be given anew: none of it changes the steps already taken.
+FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the evaluations before and after its steps, where the model is, the rows of metrics.jsonl."""
+
+    before: Metrics
+    after: Metrics
+    seconds: float
+    model_path: Path
+    metrics: list[dict[str, Any]]
+
+
+class Controller(Protocol):
+    """Something that changes during a run and belongs to its checkpoints, such as an adaptive KL coefficient."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Run:
-    """One run's folder and progress bar.
+    """One run's folder, trackers and progress bar. Process 0 writes; the others have the same numbers.
 
-    Raises FileExistsError where `output` already holds a run and `overwrite` is not set.
+    Nothing is written before `open`. Raises FileExistsError where `output` already holds a run and neither `overwrite`
+    nor `resume` is set, ValueError for options at odds with those of the run to be resumed.
     """
 
-    def __init__(self, output: str | Path, config: Any, overwrite: bool = False) -> None:
-        self.folder = Path(output).expanduser()
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.config: TrainConfig = engine.config
+        self.folder = Path(self.config.output).expanduser()
         self.model_path = self.folder / "model"
+        self.checkpoints = self.folder / "checkpoints"
         self.metrics_path = self.folder / "metrics.jsonl"
         self.samples_path = self.folder / "samples.jsonl"
         self.curves_path = self.folder / "curves.png"
-        if self.metrics_path.exists() and not overwrite:
-            raise FileExistsError(f"output: {str(self.folder)!r} already holds a run; choose another or --overwrite")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.metrics_path, self.samples_path):
-            path.write_text("")
-        (self.folder / "config.yaml").write_text(to_yaml(config))
+        self.config_path = self.folder / "config.yaml"
         self.metrics: list[dict[str, Any]] = []
-        self.started = time.perf_counter()
+        self.main = engine.rank == 0
         self._bar: tqdm[int] | None = None
         self._shown: dict[str, str] = {}
+        self._started = time.perf_counter()
+        error = None
+        if self.main:  # alone, so that nobody sees what it writes next
+            try:
+                self._check()
+            except (ValueError, OSError) as found:
+                error = found
+        engine.agree(error)
 
-    def steps(self, count: int, description: str) -> Iterator[int]:
-        """1 ... count with a progress bar, on which `log` shows what it is told to."""
-        with tqdm(range(1, count + 1), desc=description, dynamic_ncols=True, mininterval=0.5) as self._bar:
+    def _check(self) -> None:
+        config = self.config
+        if self.metrics_path.exists() and not (config.overwrite or config.resume):
+            raise FileExistsError(
+                f"output: {str(self.folder)!r} already holds a run; choose another, --resume it, or --overwrite it"
+            )
+        if config.resume and self.config_path.exists():
+            saved = yaml.safe_load(self.config_path.read_text())
+            for name, value in to_dict(config).items():
+                if name not in FREE and name in saved:
+                    require(value == saved[name], f"resume, {name}", value, f"{saved[name]!r} as in {self.config_path}")
+
+    def open(self) -> None:
+        """Make the folder; empty it of the run that it holds unless that is to be resumed."""
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.config.resume:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for path in (self.metrics_path, self.samples_path):
+                path.touch() if self.config.resume else path.write_text("")
+            self.config_path.write_text(to_yaml(dataclasses.replace(self.config, resume=False)))
+        self.engine.accelerator.wait_for_everyone()
+        if self.config.report_to:
+            values = {name: str(value) for name, value in to_dict(self.config).items()}
+            self.engine.accelerator.init_trackers(self.folder.name, config=values)
+
+    def steps(self, count: int, description: str, start: int = 0) -> Iterator[int]:
+        """start + 1 ... count with a progress bar, on which `log` shows what it is told to."""
+        numbers = range(start + 1, count + 1)
+        with tqdm(
+            numbers,
+            desc=description,
+            initial=start,
+            total=count,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            disable=not self.main,
+        ) as self._bar:
             self._shown = {}
             yield from self._bar
         self._bar = None
 
     def seconds(self) -> float:
-        """Since the run began."""
-        return time.perf_counter() - self.started
+        """Since the run began, breaks left out."""
+        return time.perf_counter() - self._started
 
-    def log(self, phase: str, step: int, metrics: dict[str, float], show: Sequence[str] = ()) -> None:
+    def log(self, phase: str, step: int, metrics: Metrics, show: Sequence[str] = ()) -> None:
         """Append a line to metrics.jsonl (non-finite numbers as null) and show some of it on the progress bar."""
         row = {"phase": phase, "step": step, "seconds": round(self.seconds(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.metrics.append(row)
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self.main:
+            with self.metrics_path.open("a") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self.config.report_to:
+            self.engine.accelerator.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
         if self._bar is not None and show:
             self._shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
             self._bar.set_postfix(self._shown, refresh=False)
 
     def say(self, text: str) -> None:
         """Print without breaking the progress bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self.main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def samples(self, step: int, samples: Iterable[dict[str, Any]], show: int = 4) -> None:
         """Append samples to samples.jsonl and print the first `show`."""
+        if not self.main:
+            return
         with self.samples_path.open("a") as file:
             for i, sample in enumerate(samples):
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False, default=repr) + "\n")
                 if i < show:
                     self.say("    " + "  ".join(f"{name}={value!r}" for name, value in sample.items()))
 
-    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make model/ this model and tokenizer. Whenever the process dies, model/ or model.old/ is a complete one."""
-        new, old = self.folder / "model.new", self.folder / "model.old"
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        for path in new.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if self.model_path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.model_path.rename(old)
-        new.rename(self.model_path)
-        shutil.rmtree(old, ignore_errors=True)
+    def save_model(self, export: Callable[[Path], None], result: Metrics) -> None:
+        """Make model/ what `export(folder)` writes, which every process calls. model/ or model.old/ is always complete.
+
+        Raises CheckpointError where it cannot be written; the model/ before it is intact then.
+        """
+        new, error = self.folder / "model.new", None
+        if self.main:
+            shutil.rmtree(new, ignore_errors=True)
+        try:
+            export(new)
+            if self.main:
+                (new / "README.md").write_text(model_card(self.config, result), encoding="utf-8")
+                checkpoint.replace(new, self.model_path)
+        except OSError as found:
+            shutil.rmtree(new, ignore_errors=True)
+            error = CheckpointError(f"the model cannot be written to {new}: {found}")
+            error.__cause__ = found
+        self.engine.agree(error)
 
     def plot(self, names: Sequence[str]) -> None:
         """Draw curves.png: a panel for each of `names` that was logged, a line for each phase."""
@@ -107,7 +190,7 @@ class Run:
         from matplotlib.figure import Figure
 
         logged = [name for name in names if any(row.get(name) is not None for row in self.metrics)]
-        if not logged:
+        if not logged or not self.main:
             return
         rows = math.ceil(len(logged) / 3)
         figure = Figure(figsize=(12, 3 * rows), layout="constrained")
@@ -124,42 +207,110 @@ class Run:
             axes.legend()
         figure.savefig(self.curves_path, dpi=100)
 
+    def progress(self) -> dict[str, Any]:
+        """For a checkpoint: how far the files of this folder reach now."""
+        sizes = [path.stat().st_size if self.main else 0 for path in (self.metrics_path, self.samples_path)]
+        return {"sizes": sizes, "seconds": self.seconds()}
 
-def require(holds: bool, name: str, value: object, expectation: str) -> None:
-    """Raises ValueError naming an option, its value and what was expected, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}: expected {expectation}; got {value!r}")
-
-
-def require_choices(config: Any) -> None:
-    """Raises ValueError where a field annotated with a Literal holds something else."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal:
-            require(getattr(config, name) in get_args(hint), name, getattr(config, name), f"one of {get_args(hint)}")
-
-
-def to_yaml(config: Any) -> str:
-    """A configuration dataclass as YAML."""
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(values, sort_keys=False)
+    def restore(self, progress: dict[str, Any] | None) -> None:
+        """Cut the files to where they were then (None: at the start), and go on with the clock."""
+        sizes, seconds = (progress["sizes"], progress["seconds"]) if progress else ([0, 0], 0.0)
+        if self.main:
+            for path, size in zip((self.metrics_path, self.samples_path), sizes, strict=True):
+                with path.open("rb+") as file:
+                    file.truncate(size)
+        self.engine.accelerator.wait_for_everyone()
+        self.metrics = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        self._started = time.perf_counter() - seconds
 
 
-def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
-    """The mapping in a YAML file, every key of which is a field of `config_class`.
+@dataclass
+class Verbs:
+    """What a trainer brings to `fit`."""
 
-    Raises FileNotFoundError, or ValueError where it is no mapping or has other keys, listing those allowed.
+    name: str  # the phase in metrics.jsonl and the text of the progress bar
+    step: Callable[[int], Metrics]
+    evaluate: Callable[[], Metrics]
+    export: Callable[[Path], None]  # write model and tokenizer into a folder; every process calls it
+    shown: Sequence[str]  # metrics on the progress bar
+    plotted: Sequence[str]
+    describe: Callable[[Metrics], str]  # an evaluation in words
+    batch: Callable[[int], str]  # which data step i takes, in words
+    warm: Callable[[], None] | None = None  # what comes before the steps
+    controllers: dict[str, Controller] | None = None
+
+
+def fit(run: Run, verbs: Verbs) -> Result:
+    """The outer loop: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
+
+    Raises RewardError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
+    CheckpointError where the disk is full.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
+    config, engine = run.config, run.engine
+    controllers = verbs.controllers or {}
+    phase = verbs.name.lower()
+    done, updates = 0, -1
+    before: Metrics = {}
+    after: Metrics = {}  # once the steps are done
+    latest: Metrics = {}
+
+    def save(step: int) -> None:
+        progress = run.progress() | {"before": before, "after": after}
+        progress["controllers"] = {name: controller.state_dict() for name, controller in controllers.items()}
+        checkpoint.save(run.checkpoints, step, engine, progress, config.keep_checkpoints)
+
+    def save_model() -> None:
+        run.save_model(verbs.export, latest)
+        run.plot(verbs.plotted)
+
+    run.open()
+    found = checkpoint.latest(run.checkpoints)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise ValueError(f"config: {path} must hold a mapping of option: value, got a {type(values).__name__}")
-    allowed = [field.name for field in dataclasses.fields(config_class)]
-    unknown = [key for key in values if key not in allowed]
-    if unknown:
-        raise ValueError(f"config: {path} has unknown keys {unknown}; allowed are {allowed}")
-    return values
+        if found:
+            done, progress = checkpoint.load(found, engine)
+            before, after = progress["before"], progress["after"]
+            for name, controller in controllers.items():
+                controller.load_state_dict(progress["controllers"][name])
+            run.restore(progress)
+            run.say(f"resumed from {found}, after step {done}")
+        else:
+            run.restore(None)
+            if verbs.warm:
+                verbs.warm()
+            before = verbs.evaluate()
+            run.log(phase, 0, before)
+            if verbs.warm and config.save_steps:
+                save(0)
+        latest = after or before
+        run.say(f"before {verbs.name}: {verbs.describe(before)}")
+        for step in run.steps(config.steps, verbs.name, start=done):
+            updates, after = engine.updates, {}
+            metrics = verbs.step(step)
+            if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
+                latest = verbs.evaluate()
+                metrics = metrics | latest
+            run.log(phase, step, metrics, show=verbs.shown)
+            done = step
+            if config.save_steps and step % config.save_steps == 0 and step < config.steps:
+                save(step)
+                save_model()
+        if not after:
+            latest = after = verbs.evaluate()
+            run.log(phase, config.steps, after)
+            save(config.steps)
+            save_model()
+    except KeyboardInterrupt:
+        if engine.world == 1:  # the others would wait for what this process is in the middle of
+            save_model()
+            run.say(f"interrupted; the model as it is now lies in {run.model_path}")
+        raise
+    except (RewardError, NonFiniteLoss) as error:
+        if isinstance(error, RewardError) and engine.updates == updates:  # all is as the last step left it
+            save(done)
+        last = checkpoint.latest(run.checkpoints)
+        left = f"; the last checkpoint is {last}" if last else ""
+        raise type(error)(f"step {done + 1} ({verbs.batch(done + 1)}): {error}{left}") from error
+    run.say(f"after {verbs.name}: {verbs.describe(after)}; {run.seconds():.0f} s in all")
+    if config.report_to:
+        engine.accelerator.end_training()
+    return Result(before, after, run.seconds(), run.model_path, run.metrics)

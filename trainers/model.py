@@ -1,4 +1,4 @@
-"""Models and tokenizers: loading them, and building a small pair from nothing but this file.
+"""Models and tokenizers: loading them, readying them for training, and building a small pair out of nothing.
 
 The small model is a Qwen3 decoder over a character vocabulary, saved and loaded like any other; the demo and the
 recipes start from it, so that they need no download.
@@ -6,21 +6,32 @@ recipes start from it, so that they need no download.
 
 from __future__ import annotations
 
+import contextlib
 import string
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from fused_rlhf.trainers.config import TrainConfig, require
+from fused_rlhf.trainers.engine import Placed
 
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
@@ -68,31 +79,161 @@ def build(hidden_size: int, num_layers: int) -> tuple[PreTrainedModel, PreTraine
     return small_model(tokenizer, hidden_size, num_layers), tokenizer
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer from a local folder (nothing is downloaded) or a hub id such as `Qwen/Qwen3-0.6B`.
 
+    An image-text model comes with its processor instead of the tokenizer.
+
     Raises FileNotFoundError where `name` is neither a folder with a model nor a hub id that can be loaded.
+    """
+    source, local = locate("model", name)
+    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "vision_config" in config.to_dict():
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=local)
+        return model, AutoProcessor.from_pretrained(source, local_files_only=local)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    complete_tokenizer(tokenizer, name)
+    return model, tokenizer
+
+
+def locate(argument: str, name: str) -> tuple[str, bool]:
+    """What `from_pretrained` takes for a local folder or a hub id, and whether it is the former.
+
+    Raises FileNotFoundError naming the argument where it is neither.
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
     if local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model: the folder {str(folder)!r} has no config.json, so it holds no model")
+        raise FileNotFoundError(f"{argument}: the folder {str(folder)!r} has no config.json, so it holds no model")
     if not local and (name.count("/") != 1 or name[0] in "/.~" or folder.parent.is_dir()):
-        raise FileNotFoundError(f"model: there is no folder {str(folder)!r} (a hub id is written owner/name)")
+        raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r} (a hub id is written owner/name)")
     source = str(folder) if local else name
     try:
         AutoConfig.from_pretrained(source, local_files_only=local)
     except OSError as error:
-        raise FileNotFoundError(f"model: no folder {name!r} here, and the hub gave none: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", local_files_only=local)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: the tokenizer of {name!r} has no EOS token, so a completion could not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+        raise FileNotFoundError(f"{argument}: no folder {name!r} here, and the hub gave none: {error}") from error
+    return source, local
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence `model` was made for, or None where its configuration sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in evaluation mode, with what turns texts, and maybe images, into its inputs."""
+
+    model: PreTrainedModel  # or a PeftModel around one
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None  # of an image-text model
+
+
+def load_for(
+    config: TrainConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+) -> Loaded:
+    """The model that `config` asks for, or the one given with its tokenizer (or processor), ready to be trained."""
+    require((model is None) == (tokenizer is None), "model, tokenizer", (model, tokenizer), "both or neither")
+    dtype = getattr(torch, config.dtype)
+    if model is None or tokenizer is None:
+        sizes = config.hidden_size, config.num_layers
+        model, tokenizer = load(config.model, dtype) if config.model else build(*sizes)
+    model = model.to(dtype)  # type: ignore[arg-type]
+    processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+    inner: Any = processor.tokenizer if processor else tokenizer
+    complete_tokenizer(inner, config.model or type(inner).__name__)
+    prepare_body(config, model)
+    if config.lora_r:
+        model = with_adapters(config, model)
+    return Loaded(model.eval(), inner, processor)
+
+
+def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Left padding, and a padding token where there is none. Raises ValueError for a tokenizer without an EOS."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {name!r} has no EOS token, so a completion could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+
+
+def prepare_body(config: TrainConfig, model: PreTrainedModel) -> None:
+    """No dropout, and what `config` says about gradient checkpointing and Liger's layers.
+
+    Raises ValueError where Liger has no kernels for the model or cannot run here.
+    """
+    without_dropout(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.liger_layers:
+        use_liger_layers(model)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Zero every dropout: the log-probs of one token must not differ between rollout and update."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def use_liger_layers(model: PreTrainedModel) -> None:
+    """Liger's kernels for the layers of this model, through the hook of transformers; its losses stay out."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # slow, and wants triton
+    from transformers.integrations.liger import apply_liger_kernel
+
+    kind = model.config.model_type
+    supported = sorted(MODEL_TYPE_TO_APPLY_LIGER_FN)
+    require(kind in supported, "liger_layers", kind, f"a model of a type that Liger has kernels for: {supported}")
+    on_gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    require(on_gpu, "liger_layers", True, "false without a GPU: Liger's kernels are written in Triton")
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
+    """The model with LoRA adapters; only they are trained. Raises ValueError for layers that it has not."""
+    from peft import LoraConfig, get_peft_model  # slow to import
+
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_target_modules) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {error}") from error
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PeftModel; any other model itself."""
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+
+
+def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
+    """The reference of a LoRA run: the same model, its adapters off."""
+    return model.disable_adapter()
+
+
+def save(placed: Placed, loaded: Loaded, folder: Path) -> None:
+    """Write a placed model and its tokenizer or processor for `from_pretrained`; every process must call."""
+    save_part(placed, loaded.model, folder)
+    if placed.rank == 0:
+        (loaded.processor or loaded.tokenizer).save_pretrained(folder)
+
+
+def save_part(placed: Placed, model: Any, folder: Path) -> None:
+    """Write the placed module `model`, or a model that is a part of it."""
+    first, every = ({name for name, _ in model.named_parameters(remove_duplicate=once)} for once in (True, False))
+    state = placed.state(model)
+    if placed.rank == 0:
+        # The second names of tied weights: gathered from shards, they no longer look like one tensor.
+        whole = {name: value for name, value in state.items() if name not in every - first}
+        model.save_pretrained(folder, state_dict=whole)

@@ -1,10 +1,8 @@
-"""Rewards of completions, and the advantages made from them.
+"""Rewards of completions.
 
 A reward is a function `(prompts, completions, **columns) -> one number per completion`, where `columns` are the other
 columns of the samples (`answer`, ...) as lists of the same length, so that `def f(completions, answer, **_)` is one.
 None or NaN says that a completion cannot be scored: it is left out of its group's statistics and gets no advantage.
-
-    advantage_i = (R_i - mean of the group) / (std of the group + 1e-4),    R_i = sum_r weight_r reward_ri
 """
 
 from __future__ import annotations
@@ -12,16 +10,23 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import queue
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-Reward = Callable[..., Sequence[float | None]]
+from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.inputs import render
+
+Reward = Callable[..., Sequence[float | None]]  # with a __name__, if it is no plain function, to be called by
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -49,16 +54,83 @@ def number_in(text: str) -> Fraction | None:
     return Fraction(numbers[0 if marker else -1].replace(",", "")) if numbers else None
 
 
+def regex(pattern: str) -> Reward:
+    """`regex=PATTERN`: 1 where the pattern is found in the completion (`.` matches line ends too), else 0."""
+    compiled = re.compile(pattern, re.DOTALL)
+
+    def matches(completions: Sequence[str], **_: Any) -> list[float]:
+        return [float(compiled.search(text) is not None) for text in completions]
+
+    return matches
+
+
+def length(longest: str) -> Reward:
+    """`length=N`: 0 up to N characters, then falling to -1 at 2 N and below."""
+    limit = int(longest)
+    require(limit > 0, "rewards, length", longest, "a positive number of characters")
+
+    def penalty(completions: Sequence[str], **_: Any) -> list[float]:
+        return [-min(max(len(text) - limit, 0) / limit, 1.0) for text in completions]
+
+    return penalty
+
+
+class RewardModel:
+    """`model=FOLDER_OR_ID`: the score of a sequence classification model with one label for prompt and completion."""
+
+    def __init__(self, name: str, batch_size: int = 16) -> None:
+        self.__name__ = f"model={name}"
+        self.batch_size = batch_size
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.model = AutoModelForSequenceClassification.from_pretrained(name).eval()
+        labels = self.model.config.num_labels
+        require(labels == 1, "rewards", f"model={name}", f"a model with one label (it has {labels})")
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # where the model looks for the last token
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+        texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        with torch.no_grad():
+            for i in range(0, len(texts), self.batch_size):
+                inputs = self.tokenizer(texts[i : i + self.batch_size], return_tensors="pt", padding=True)
+                scores += self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
+        return scores
+
+    def text(self, prompt: Any, completion: str) -> str:
+        """The two as a conversation by the model's chat template; without one, or with plain text, end to end."""
+        if isinstance(prompt, str) and not self.tokenizer.chat_template:
+            return prompt + completion
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        answer = {"role": "assistant", "content": completion}
+        return render(self.tokenizer, [*messages, answer], add_generation_prompt=False)
+
+
 REWARDS: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": numeric_answer}
+MADE: dict[str, Callable[[str], Reward]] = {"regex": regex, "length": length, "model": RewardModel}
 
 
 def resolve(name: str) -> Reward:
-    """A built-in reward by its name, or your own by `module:function`; the working directory is searched too."""
+    """A reward by its name: exact_match, numeric_answer, regex=PATTERN, length=N, model=FOLDER_OR_ID, or your own by
+    `module:function`, for which the working directory is searched too.
+
+    Raises ValueError saying why there is none.
+    """
     if name in REWARDS:
         return REWARDS[name]
+    kind, equals, argument = name.partition("=")
+    if equals and kind in MADE:
+        try:
+            reward = MADE[kind](argument)
+        except (re.error, ValueError, OSError) as error:
+            raise ValueError(f"rewards: {name!r} cannot be made: {error}") from error
+        reward.__name__ = name
+        return reward
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"rewards: {name!r} is none of {sorted(REWARDS)}; your own is written module:function")
+        makers = [f"{maker}=..." for maker in MADE]
+        raise ValueError(f"rewards: {name!r} is none of {[*REWARDS, *makers]} and no module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -70,31 +142,54 @@ def resolve(name: str) -> Reward:
     return reward
 
 
+def choose(
+    given: Sequence[Reward] | None,
+    names: Sequence[str],
+    weights: Sequence[float],
+    task: Task,
+    timeout: float,
+    device: torch.device,
+) -> list[Reward]:
+    """The functions of a run: those given, those of these names, or the task's own; tried on two answers of the task.
+
+    Raises ValueError for an unknown name or weights that are not one per function, RewardError as `score`.
+    """
+    functions = list(given or map(resolve, names or (task.reward,)))
+    require(len(weights) in (0, len(functions)), "reward_weights", weights, "one per reward")
+    for function in functions:
+        if isinstance(function, RewardModel):
+            function.model.to(device)
+    dry_run(functions, task.train, timeout)
+    return functions
+
+
 def name_of(reward: Reward) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def score(rewards: Sequence[Reward], completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> Tensor:
+def score(
+    rewards: Sequence[Reward], completions: Sequence[str], samples: Sequence[dict[str, Any]], timeout: float = 0.0
+) -> Tensor:
     """Rewards of the completions, (B, R) fp32 with NaN where unscorable.
 
-    Raises RewardError, naming the function and the sample, where a function raises or returns anything but one finite
-    number or None per completion.
+    Raises RewardError, naming the function and the sample, where a function raises, takes longer than `timeout` seconds
+    (0: it may), or returns anything but one finite number or None per completion.
     """
-    return torch.stack([_call(reward, completions, samples) for reward in rewards], dim=1)
+    return torch.stack([_call(reward, completions, samples, timeout) for reward in rewards], dim=1)
 
 
-def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]]) -> None:
+def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], timeout: float = 0.0) -> None:
     """Score the answers of the first two samples as if a model had given them: a broken reward shows before a run."""
     some = samples[:2]
-    score(rewards, [str(sample["answer"]) for sample in some], some)
+    score(rewards, [str(sample["answer"]) for sample in some], some, timeout)
 
 
-def _call(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> Tensor:
+def _call(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]], timeout: float) -> Tensor:
     name = name_of(reward)
     try:
-        values = reward(**_arguments(completions, samples))
+        values = _within(timeout, reward, completions, samples)
     except Exception as error:
-        where = _first_failing(reward, completions, samples)
+        where = _first_failing(reward, completions, samples, timeout)
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; {where}") from error
     try:
         values = list(values)
@@ -115,8 +210,34 @@ def _call(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str
     return torch.tensor(numbers, dtype=torch.float32)
 
 
+def _within(
+    seconds: float, reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]]
+) -> Sequence[float | None]:
+    """Call a reward; raises TimeoutError where it takes longer. A thread that never returns does not hold up the exit."""
+    arguments = _arguments(completions, samples)
+    if seconds <= 0:
+        return reward(**arguments)
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((reward(**arguments), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        values, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return values
+
+
 def _arguments(completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    columns = {name: [sample.get(name) for sample in samples] for name in names}
     return {"prompts": columns.pop("prompt"), "completions": list(completions), **columns}
 
 
@@ -124,49 +245,13 @@ def _place(completion: str, sample: dict[str, Any]) -> str:
     return f"at prompt {sample['prompt']!r}, completion {completion!r}"
 
 
-def _first_failing(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> str:
+def _first_failing(
+    reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]], timeout: float
+) -> str:
     """The sample on which a reward raises when it is called on one sample at a time."""
     for completion, sample in zip(completions, samples, strict=True):
         try:
-            reward(**_arguments([completion], [sample]))
+            _within(timeout, reward, [completion], [sample])
         except Exception:
             return _place(completion, sample)
     return f"in a batch of {len(completions)} completions, at none of them alone"
-
-
-def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
-    """(B, R) scores -> (B,) rewards; NaN counts as 0 beside other scores, and is NaN where no function could score."""
-    total = (scores * scores.new_tensor(weights)).nansum(dim=1)
-    return total.masked_fill(scores.isnan().all(dim=1), math.nan)
-
-
-def group_advantages(
-    rewards: Tensor, num_generations: int, scale: Literal["group", "batch", "none"] = "group"
-) -> Tensor:
-    """Advantages of completions that lie together by prompt: (B,) rewards -> (B,) fp32, B = prompts x num_generations.
-
-    The group's mean is subtracted; the result is divided by the (unbiased) standard deviation of the group
-    (DeepSeekMath, arXiv:2402.03300) or of the batch, plus 1e-4, or by nothing (Dr. GRPO, arXiv:2503.20783). NaN rewards
-    count in no statistic and get advantage 0.
-    """
-    if num_generations < 2 or rewards.ndim != 1 or len(rewards) % num_generations:
-        raise ValueError(
-            f"group_advantages: expected rewards (prompts x num_generations,) and num_generations >= 2, "
-            f"got shape {tuple(rewards.shape)} and {num_generations}"
-        )
-    groups = rewards.float().view(-1, num_generations)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
-    if scale == "group":
-        centred = centred / (std(groups).unsqueeze(1) + 1e-4)
-    elif scale == "batch":
-        centred = centred / (std(groups.reshape(1, -1)) + 1e-4)
-    elif scale != "none":
-        raise ValueError(f"scale: expected 'group', 'batch' or 'none', got {scale!r}")
-    return centred.nan_to_num(0.0).reshape(-1)
-
-
-def std(rows: Tensor) -> Tensor:
-    """Unbiased standard deviation of each row's numbers, NaN ones left out; 0 for fewer than two."""
-    count = (~rows.isnan()).sum(dim=1)
-    centred = rows - rows.nanmean(dim=1, keepdim=True)
-    return (centred.square().nansum(dim=1) / (count - 1).clamp(min=1)).sqrt()

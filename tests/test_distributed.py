@@ -1,0 +1,50 @@
+"""Two processes do what one does: replicated by DDP, sharded by FSDP2; on CPUs, over gloo."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.launch import run, worst
+
+SMALL = "--hidden-size 32 --num-layers 2 --learning-rate 5e-3 --save-steps 2 --micro-batch-size 3"
+GRPO = f"grpo {SMALL} --steps 3 --prompts-per-step 8 --num-generations 4 --max-new-tokens 3 --max-operand 30"
+GRPO += " --eval-samples 21 --warmup-steps 5 --warmup-batch-size 16 --beta 0.05 --num-minibatches 2 --num-iterations 2"
+GRPO += " --rewards regex=[0-9] length=2 --scale-rewards batch --sample-steps 1"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return run(GRPO.split(), folder / "run"), folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "flags"), [("torchrun", []), ("accelerate", ["--fsdp"])])
+def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher, flags):
+    want, folder = single
+    got = run([*GRPO.split(), *flags], tmp_path / "run", processes=2, launcher=launcher)
+    found = worst(got, want)
+    assert found["loss"] < 1e-5
+    assert max(found.values()) < 1e-3, found  # the norm of a small gradient, after Adam has taken signs, differs most
+    assert {"loss", "kl", "reward", "grad_norm", "entropy", "accuracy"} <= set(found)
+    mine, its = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", folder))
+    assert mine.keys() == its.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], its[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
+    flags = GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(tmp_path / 'base')} --lora-r 2")
+    flags = flags.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()
+    want = run(flags, tmp_path / "one")
+    run([*flags, "--fsdp", "--steps", "2"], tmp_path / "two", processes=2)
+    got = run([*flags, "--fsdp", "--resume"], tmp_path / "two", processes=2)
+    losses = [[row["loss"] for row in found if "loss" in row] for found in (got, want)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) == 3
+    mine, its = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert mine.keys() == its.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], its[name], atol=1e-4, rtol=0)

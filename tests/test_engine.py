@@ -1,0 +1,142 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from accelerate.utils import is_deepspeed_available
+from torch import nn
+
+import fused_rlhf as fr
+from fused_rlhf.trainers import engine
+from fused_rlhf.trainers.engine import NonFiniteLoss
+from tests import tiny
+
+IDS = torch.randint(3, 90, (6, 9), generator=torch.Generator().manual_seed(0))
+COUNT = 6 * 8
+
+
+def pieces(*sizes):
+    return [(ids, COUNT) for ids in IDS.split(list(sizes))]
+
+
+def test_an_update_is_that_of_plain_torch(tmp_path):
+    own, loaded = tiny.build(tmp_path, learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1, dtype="float32")
+    model = copy.deepcopy(loaded.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    logits = model(IDS).logits[:, :-1]
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    metrics = own.update(tiny.logprob_loss, pieces(6))
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for mine, its in zip(own.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)  # Adam's first step is the gradient's sign
+
+
+def test_micro_batches_add_up(tmp_path):
+    whole, _ = tiny.build(tmp_path)
+    parts, _ = tiny.build(tmp_path)
+    one, three = whole.update(tiny.logprob_loss, pieces(6)), parts.update(tiny.logprob_loss, pieces(1, 3, 2))
+    assert one["tokens"] == three["tokens"] == COUNT
+    assert one["least_min"] == pytest.approx(three["least_min"], rel=1e-5)  # the least of all, not their sum
+    assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
+    assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-5)
+
+
+def test_the_learning_rate_follows_its_schedule(tmp_path):
+    own, _ = tiny.build(tmp_path, num_updates=4, learning_rate=1e-3, lr_schedule="linear", lr_warmup_updates=2)
+    rates = [own.update(tiny.logprob_loss, pieces(6))["learning_rate"] for _ in range(4)]
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+
+
+def test_a_loss_that_is_not_finite_is_named_and_not_used(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    before = [p.clone() for p in own.module.parameters()]
+
+    def broken(model, ids, count):
+        loss, metrics = tiny.logprob_loss(model, ids, count)
+        return (loss * math.nan if len(ids) == 3 else loss), metrics
+
+    with pytest.raises(NonFiniteLoss, match="the loss is nan in micro-batch 2 of process 0"):
+        own.update(broken, pieces(1, 3, 2))
+
+    def steep(model, ids, count):
+        loss, metrics = tiny.logprob_loss(model, ids, count)
+        return loss + 0.0 * (model.lm_head.weight.sum() * 0.0).sqrt(), metrics  # 0, with a gradient of NaN
+
+    with pytest.raises(NonFiniteLoss, match="the norm of the gradient is nan"):
+        own.update(steep, pieces(6))
+    assert all(torch.equal(a, b) for a, b in zip(before, own.module.parameters(), strict=True))
+    assert own.updates == 0
+    assert math.isfinite(own.update(tiny.logprob_loss, pieces(6))["grad_norm"])  # nothing of them is left
+
+
+def test_gradient_checkpointing_changes_nothing_and_dropout_is_off(tmp_path):
+    plain, _ = tiny.build(tmp_path)
+    kept, _ = tiny.build(tmp_path, gradient_checkpointing=True)
+    calls = []
+    kept.module.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert plain.update(tiny.logprob_loss, pieces(6)) == kept.update(tiny.logprob_loss, pieces(6))
+    assert len(calls) == 2  # once more in the backward
+    assert not kept.module.training
+
+
+def test_a_second_optimiser_leaves_the_first_alone(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    apart = own.apart(1e-2, lambda update: 0.5)
+    assert apart.update(tiny.logprob_loss, pieces(6))["learning_rate"] == 5e-3
+    assert not own.optimizer.optimizer.state
+    assert own.updates == 0
+
+
+def test_the_shares_of_processes_are_all_of_it(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    rows = list(range(8))
+    for world, sizes in ((1, [8]), (2, [4, 4]), (3, [3, 3, 2]), (9, [1] * 8 + [0])):
+        own.world, shares = world, []
+        for own.rank in range(world):
+            shares.append(own.mine(rows))
+        assert [len(share) for share in shares] == sizes
+        assert [row for share in shares for row in share] == rows
+
+
+def test_autocast_and_whole(tmp_path):
+    own, loaded = tiny.build(tmp_path, mixed_precision="bf16")
+    dtypes = []
+    own.module.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    own(lambda model: model(IDS))
+    with own.whole() as model:
+        assert model is loaded.model
+        assert not model(IDS).logits.requires_grad
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+    out = own(lambda model: fr.lm_head.logprobs(model, IDS).logprobs)
+    assert out.dtype == torch.float32
+
+
+def test_a_frozen_copy_takes_over_parameters(tmp_path):
+    own, loaded = tiny.build(tmp_path, learning_rate=1e-2)
+    reference = own.frozen(copy.deepcopy(loaded.model))
+    own.update(tiny.logprob_loss, pieces(6))
+    first = next(iter(own.module.parameters()))
+    assert not torch.equal(first, next(iter(reference.module.parameters())))
+    reference.copy_parameters(own)
+    assert torch.equal(first, next(iter(reference.module.parameters())))
+    assert not any(p.requires_grad for p in reference.module.parameters())
+    kept = copy.deepcopy(reference.state_dict())
+    own.update(tiny.logprob_loss, pieces(6))
+    reference.copy_parameters(own)
+    reference.load_state_dict(kept)
+    assert not torch.equal(first, next(iter(reference.module.parameters())))
+
+
+def test_deepspeed_needs_its_file(tmp_path):
+    with pytest.raises(ValueError, match=r"deepspeed: expected a DeepSpeed configuration file; got '.*gone\.json'"):
+        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "gone.json")))
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    if is_deepspeed_available():
+        pytest.skip("deepspeed is installed: a single process cannot tell what it would do without")
+    with pytest.raises(ValueError, match="the package deepspeed is not installed"):
+        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "ds.json")))

@@ -1,0 +1,713 @@
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fused_rlhf.trainers import cli, loop, ppo
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.ppo import Config, KLController
+from fused_rlhf.trainers.rollout import slices
+from fused_rlhf.trainers.value import ScalarModel
+from tests import launch, tiny_vision
+from tests.helpers import relative
+
+SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
+TASK = Task(SEVEN, SEVEN, "exact_match")
+
+
+def small(tmp_path, **changes):
+    options = {
+        "hidden_size": 32,
+        "num_layers": 1,
+        "steps": 3,
+        "prompts_per_step": 24,
+        "max_new_tokens": 3,
+        "learning_rate": 5e-3,
+        "output": str(tmp_path / "run"),
+        "sample_steps": 0,
+        "eval_steps": 0,
+        "save_steps": 0,
+    }
+    return Config(**(options | changes))
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch):
+    """Drawing them takes longer than the rest of a small run; test_loop.py has a test of it."""
+    monkeypatch.setattr(loop.Run, "plot", lambda self, names: None)
+
+
+def digits(completions, **_):
+    """Dense enough that an untrained model meets it: the share of digits among three characters."""
+    return [sum(c.isdigit() for c in text[:3]) / 3 for text in completions]
+
+
+def rows_of(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def one(state, number=1):
+    return ppo.collect(state, number)
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("value_model", ["shared", "copy"])
+def test_the_score_rises_the_values_learn_it_and_the_kl_is_held(tmp_path, value_model):
+    config = small(
+        tmp_path,
+        steps=40,
+        prompts_per_step=128,
+        max_new_tokens=1,
+        num_ppo_epochs=2,
+        value_model=value_model,
+        vf_coef=0.5,
+        kl_coef=0.01,
+    )
+    result = ppo.train(config, task=TASK)
+    rows = result.metrics[1:-1]
+    scores = [row["objective/scores"] for row in rows]
+    assert sum(scores[:5]) / 5 < 0.1
+    assert sum(scores[-5:]) / 5 > 0.9
+    assert result.before["accuracy"] < 0.1
+    assert result.after["accuracy"] > 0.9
+    assert rows[0]["objective/kl"] == 0
+    assert rows[-1]["objective/kl"] > 1
+    assert [row["episode"] for row in rows] == [128 * i for i in range(1, 41)]
+    assert rows_of(tmp_path / "run") == result.metrics
+
+
+def test_the_kl_follows_its_coefficient_and_its_target(tmp_path):
+    def late_kl(name, **changes):
+        options = {"steps": 40, "prompts_per_step": 96, "max_new_tokens": 1, "num_ppo_epochs": 2, "learning_rate": 4e-3}
+        result = ppo.train(small(tmp_path / name, **options, **changes), task=TASK, reward_functions=[digits])
+        rows = [row for row in result.metrics if "objective/kl" in row]
+        return sum(row["objective/kl"] for row in rows[-20:]) / 20, rows[-1]["objective/kl_coef"]
+
+    weak, coef = late_kl("weak", kl_coef=0.02)
+    assert weak > 1.5
+    assert coef == 0.02
+    strong, _ = late_kl("strong", kl_coef=1.0)
+    assert abs(strong) < 0.1
+    held, coef = late_kl("held", kl_coef=0.1, target_kl=0.5, kl_horizon=150)
+    assert 0.2 < held < 1.0
+    assert coef != 0.1
+
+
+def test_without_a_kl_coefficient_there_is_no_reference(tmp_path):
+    state = ppo.prepare(small(tmp_path, kl_coef=0.0), TASK, [digits])
+    assert state.reference is None
+    result = ppo.fit(state)
+    assert {row["objective/kl"] for row in result.metrics if "objective/kl" in row} == {0.0}
+
+
+def test_the_controller_by_hand_and_its_state():
+    controller = KLController(0.1, target=2.0, horizon=1000)
+    controller.update(2.2, 100)  # 10 % above the target
+    assert controller.coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    controller.update(40.0, 100)  # clipped to 20 %
+    assert controller.coef == pytest.approx(0.1 * 1.01 * 1.02)
+    controller.update(0.0, 100)
+    assert controller.coef == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
+    controller.update(math.nan, 100)  # nothing could be scored
+    assert controller.coef == pytest.approx(0.1 * 1.01 * 1.02 * 0.98)
+    other = KLController(7.0, target=2.0, horizon=1000)
+    other.load_state_dict(controller.state_dict())
+    assert other.coef == controller.coef
+    fixed = KLController(0.1, None, 1000)
+    fixed.update(50.0, 100)
+    assert fixed.coef == 0.1
+
+
+# -------------------------------------------------------------------------------------- one step, against dense fp64
+
+
+@pytest.fixture(params=["shared", "copy"])
+def state(tmp_path, request):
+    """A policy away from its reference, with values that are not zero."""
+    config = small(
+        tmp_path,
+        value_model=request.param,
+        num_minibatches=2,
+        micro_batch_size=5,
+        max_new_tokens=12,
+        temperature=0.7,
+        kl_coef=0.1,
+        kl_estimator="k3" if request.param == "copy" else "k1",
+        gamma=0.97,
+        lam=0.9,
+        missing_eos_penalty=0.5,
+        vf_coef=0.3,
+        entropy_coef=0.02,
+    )
+    state = ppo.prepare(config, TASK, [digits])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in state.engine.module.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return state
+
+
+def dense(module, some, temperature):
+    """Log-probs, entropies and values of every position by the model's own logits, in fp64 where the model is."""
+    mask = some.attention_mask.long()
+    out = module.policy(some.input_ids, mask, output_hidden_states=True)
+    logp = (out.logits[:, :-1] / temperature).log_softmax(-1)
+    logprobs = logp.gather(2, some.input_ids[:, 1:, None])[..., 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    if isinstance(module.value, ScalarModel):
+        hidden, linear = module.value.body(some.input_ids, mask).last_hidden_state, module.value.score
+    else:
+        hidden, linear = out.hidden_states[-1], module.value
+    return logprobs, entropy, (hidden[:, :-1] * linear.weight[0]).sum(-1) + linear.bias
+
+
+def expected(state, batch):
+    """What a rollout should hold, sequence by sequence and token by token."""
+    config, some = state.config, batch.completions
+    module = copy.deepcopy(state.engine.module).double()
+    reference = copy.deepcopy(state.reference.module).double()
+    with torch.no_grad():
+        logprobs, _, values = dense(module, some, config.temperature)
+        logits = reference(some.input_ids, some.attention_mask.long()).logits[:, :-1] / config.temperature
+        ref = logits.log_softmax(-1).gather(2, some.input_ids[:, 1:, None])[..., 0]
+    mask = some.completion_mask[:, 1:]
+    advantages, returns, kl = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values)
+    for i in range(len(mask)):
+        where = mask[i].nonzero().flatten().tolist()
+        d = [(logprobs[i, t] - ref[i, t]).item() for t in where]
+        k = [math.exp(-x) + x - 1 if config.kl_estimator == "k3" else x for x in d]
+        r = [-config.kl_coef * x for x in k]
+        r[-1] += digits([some.texts[i]])[0] - (config.missing_eos_penalty if some.truncated[i] else 0.0)
+        v = [values[i, t].item() for t in where] + [0.0]
+        delta = [r[j] + config.gamma * v[j + 1] - v[j] for j in range(len(r))]
+        for j, t in enumerate(where):
+            kl[i, t] = k[j]
+            advantages[i, t] = sum((config.gamma * config.lam) ** (m - j) * delta[m] for m in range(j, len(r)))
+            returns[i, t] = advantages[i, t] + v[j]
+    flat = advantages[mask]
+    advantages[mask] = (flat - flat.mean()) / (flat.var() + 1e-8).sqrt()
+    zero = torch.zeros_like(values)
+    return {
+        "old_logprobs": torch.where(mask, logprobs, zero),
+        "kl": kl,
+        "values": torch.where(mask, values, zero),
+        "advantages": advantages,
+        "returns": returns,
+    }
+
+
+def test_a_rollout_holds_what_the_formulas_say(state):
+    batch = one(state)
+    assert batch.completions.truncated.any()
+    assert not batch.completions.truncated.all()
+    assert (batch.mask == batch.completions.completion_mask[:, 1:]).all()
+    for name, want in expected(state, batch).items():
+        got = torch.where(batch.mask, getattr(batch, name), 0.0)
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def perturbed(batch, seed=2):
+    """As after some updates: ratios and values away from those of the rollout, on both sides of the clips."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = [0.3 * torch.randn(batch.mask.shape, generator=generator) for _ in range(2)]
+    return dataclasses.replace(
+        batch, old_logprobs=batch.old_logprobs + noise[0], values=torch.where(batch.mask, batch.values + noise[1], 0.0)
+    )
+
+
+def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(state):
+    batch, config = perturbed(one(state)), state.config
+    mask, n = batch.mask, batch.mask.sum()
+    module = copy.deepcopy(state.engine.module).double()
+    logprobs, entropy, values = dense(module, batch.completions, config.temperature)
+    adv, ret, old, old_v = (
+        x.double()[mask] for x in (batch.advantages, batch.returns, batch.old_logprobs, batch.values)
+    )
+    lp, h, v = logprobs[mask], entropy[mask], values[mask]
+    ratio = (lp - old).exp()
+    pg = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+    clipped = torch.minimum(torch.maximum(v, old_v - 0.2), old_v + 0.2)
+    vf = torch.maximum((v - ret) ** 2, (clipped - ret) ** 2) / 2
+    want = pg.sum() / n + 0.3 * vf.sum() / n - 0.02 * h.sum() / n
+    truth = torch.autograd.grad(want, list(module.parameters()))
+
+    for size in (24, 5, 7):
+        pieces = [ppo.ppo_loss(state.engine.module, config, batch[rows], n) for rows in slices(slice(0, 24), size)]
+        loss = sum(piece[0] for piece in pieces)
+        grads = torch.autograd.grad(loss, list(state.engine.module.parameters()))
+        assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
+        assert relative(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in truth])) < 1e-5
+        got = {name: sum(piece[1][name].item() for piece in pieces) for name in pieces[0][1]}
+        got["val/ratio_var"] -= (got["val/ratio"] - 1) ** 2
+        hit = (ratio.clamp(0.8, 1.2) - ratio).abs() > 0
+        by_hand = {
+            "loss/policy_avg": pg.mean(),
+            "loss/value_avg": vf.mean(),
+            "policy/approxkl_avg": ((lp - old) ** 2).mean() / 2,
+            "policy/clipfrac_avg": (hit & (-adv * ratio.clamp(0.8, 1.2) > -adv * ratio)).double().mean(),
+            "policy/entropy_avg": h.mean(),
+            "val/clipfrac_avg": ((clipped - ret) ** 2 > (v - ret) ** 2).double().mean(),
+            "val/ratio": ratio.mean(),
+            "val/ratio_var": ratio.var(correction=0),
+        }
+        assert by_hand["policy/clipfrac_avg"] > 0
+        assert by_hand["val/clipfrac_avg"] > 0
+        assert got == pytest.approx({name: value.item() for name, value in by_hand.items()}, rel=1e-4, abs=1e-6)
+
+
+def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(state):
+    """Two epochs of two mini-batches by hand, each from the gradient of its own loss."""
+    config = dataclasses.replace(state.config, num_ppo_epochs=2)
+    state = dataclasses.replace(state, config=config)
+    batch = one(state)
+    module = copy.deepcopy(state.engine.module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    norms = []
+    for _ in range(2):
+        for rows in (slice(0, 12), slice(12, 24)):
+            optimizer.zero_grad()
+            ppo.ppo_loss(module, config, batch[rows], batch.mask[rows].sum())[0].backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm).item())
+            optimizer.step()
+    metrics = ppo.update(state, batch)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
+    assert metrics["lr"] == config.learning_rate
+    for mine, its in zip(module.parameters(), state.engine.module.parameters(), strict=True):
+        # AdamW's first steps are signs of gradients: where one is next to nothing, rounding may decide.
+        assert ((mine - its).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_before_the_first_update_the_ratio_is_exactly_one(state):
+    batch = one(state)
+    for mini in ppo.minibatches(state.config, 24):
+        for rows in slices(mini, 5):
+            _, metrics = ppo.ppo_loss(state.engine.module, state.config, batch[rows], batch.mask[rows].sum())
+            assert metrics["val/ratio"].item() == 1.0
+            assert metrics["policy/approxkl_avg"].item() == 0.0
+    assert ppo.update(state, batch)["policy/approxkl_avg"] > 0
+
+
+def test_the_summary_is_made_of_the_completions_tokens_alone(state):
+    batch = one(state)
+    got = ppo.summary(state, batch)
+    kl, entropy, scores = [], [], digits(batch.completions.texts)
+    scores = [s - 0.5 * cut for s, cut in zip(scores, batch.completions.truncated.tolist())]
+    for i in range(24):
+        kl.append(sum(batch.kl[i][batch.mask[i]].tolist()))
+        entropy.append(-sum(batch.old_logprobs[i][batch.mask[i]].tolist()))
+    residual, returns = (batch.returns - batch.values)[batch.mask], batch.returns[batch.mask]
+    want = {
+        "objective/kl": sum(kl) / 24,
+        "objective/kl_coef": 0.1,
+        "objective/entropy": sum(entropy) / 24,
+        "objective/non_score_reward": -0.1 * sum(kl) / 24,
+        "objective/rlhf_reward": sum(scores) / 24 - 0.1 * sum(kl) / 24,
+        "objective/scores": sum(scores) / 24,
+        "val/explained_variance": 1 - (residual.var() / returns.var()).item(),
+        "val/num_eos_tokens": 24 - batch.completions.truncated.sum().item(),
+        "completion_length": batch.mask.sum().item() / 24,
+    }
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    garbage = batch.old_logprobs.masked_fill(~batch.mask, -50.0)
+    dirty = dataclasses.replace(batch, old_logprobs=garbage, kl=batch.kl.masked_fill(~batch.mask, 9.0))
+    assert ppo.summary(state, dirty) == got
+    assert ppo.update(state, dirty)["loss/policy_avg"] == pytest.approx(0.0, abs=0.2)
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def test_the_sampler_is_cut_by_top_k_and_top_p_and_the_log_probs_are_not(tmp_path):
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}):
+        state = ppo.prepare(small(tmp_path, temperature=0.7, **cut), TASK, [digits])
+        batch = one(state)
+        greedy = ppo.sample_completions(state, batch.samples, uniforms=None)
+        assert batch.completions.texts == greedy.texts
+        want = expected(state, dataclasses.replace(batch))["old_logprobs"]
+        torch.testing.assert_close(
+            torch.where(batch.mask, batch.old_logprobs, 0.0).double(), want, atol=1e-5, rtol=1e-5
+        )
+        assert (batch.old_logprobs[batch.mask] < -1).all()  # far from the 0 of a sampler with one choice
+    warm = one(ppo.prepare(small(tmp_path, top_k=3), TASK, [digits])).completions.texts
+    assert len(set(warm)) > 1
+
+
+def test_a_stop_token_ends_a_completion_and_a_missing_end_costs(tmp_path):
+    state = ppo.prepare(small(tmp_path, stop_token="7", missing_eos_penalty=2.0, max_new_tokens=8), TASK, [digits])
+    seven, eos = state.loaded.tokenizer.convert_tokens_to_ids(["7", "<eos>"])
+    with torch.no_grad():  # the 7 is as likely as the rest together
+        state.loaded.model.model.embed_tokens.weight[seven] = 0.5 * state.loaded.model.model.embed_tokens.weight.mean(0)
+    ended = {"7": 0, "eos": 0, "cut": 0}
+    for number in range(1, 9):
+        some = (batch := one(state, number)).completions
+        for i in range(24):
+            tokens = some.input_ids[i][some.completion_mask[i]].tolist()
+            assert not {seven, eos} & set(tokens[:-1])
+            last = "7" if tokens[-1] == seven else "eos" if tokens[-1] == eos else "cut"
+            ended[last] += 1
+            assert some.truncated[i].item() == (last == "cut")
+            assert batch.scores[i].item() == pytest.approx(digits([some.texts[i]])[0] - 2.0 * (last == "cut"))
+    assert min(ended.values()) > 0
+
+
+def test_what_cannot_be_scored_takes_no_part(tmp_path):
+    def odd(completions, prompts, **_):
+        return [None if int(p[:-1]) % 2 else x for p, x in zip(prompts, digits(completions))]
+
+    state = ppo.prepare(small(tmp_path, micro_batch_size=24), TASK, [odd])
+    batch = one(state)
+    lost = batch.scores.isnan()
+    assert lost.any()
+    assert not batch.mask[lost].any()
+    assert batch.advantages[lost].abs().max() == 0
+    live = batch.advantages[batch.mask]
+    assert live.mean().item() == pytest.approx(0, abs=1e-6)
+    assert live.std().item() == pytest.approx(1, abs=1e-3)
+    assert ppo.summary(state, batch)["objective/scores"] == pytest.approx(batch.scores.nanmean().item())
+    loss, _ = ppo.ppo_loss(state.engine.module, state.config, batch, batch.mask.sum())
+    ids = batch.completions.input_ids.clone()
+    ids[lost] = 5
+    other = dataclasses.replace(batch, completions=dataclasses.replace(batch.completions, input_ids=ids))
+    assert ppo.ppo_loss(state.engine.module, state.config, other, batch.mask.sum())[0].item() == pytest.approx(
+        loss.item(), rel=1e-5
+    )
+
+    nothing = ppo.prepare(small(tmp_path, target_kl=1.0), TASK, [lambda completions, **_: [None] * len(completions)])
+    metrics = ppo.step(nothing, 1)
+    assert metrics["loss"] == 0
+    assert math.isnan(metrics["objective/scores"])
+    assert nothing.kl.coef == nothing.config.kl_coef
+
+
+def test_whitened_rewards_have_unit_variance_and_keep_their_mean(tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(rewards, values, mask, **options):
+        seen["rewards"] = rewards[mask]
+        return gae(rewards, values, mask, **options)
+
+    gae = ppo.gae
+    monkeypatch.setattr(ppo, "gae", spy)
+    one(ppo.prepare(small(tmp_path, kl_coef=0.0), TASK, [digits]))
+    plain = seen["rewards"]
+    batch = one(ppo.prepare(small(tmp_path, kl_coef=0.0, whiten_rewards=True, whiten_advantages=False), TASK, [digits]))
+    assert seen["rewards"].std().item() == pytest.approx(1.0, abs=1e-3)
+    assert seen["rewards"].mean().item() == pytest.approx(plain.mean().item(), abs=1e-5)
+    assert batch.advantages[batch.mask].std().item() != pytest.approx(1.0, abs=1e-2)
+
+
+def test_several_weighted_rewards_and_a_reward_model_add_up(tmp_path):
+    torch.manual_seed(3)
+    judge = ScalarModel(models.build(32, 1)[0], torch.nn.Linear(32, 1))
+    config = small(tmp_path, rewards=("exact_match", "length=2"), reward_weights=(2.0, 0.5), micro_batch_size=5)
+    both = ppo.prepare(config, TASK, scorer=judge)
+    alone = ppo.prepare(small(tmp_path), TASK, scorer=judge)
+    assert alone.rewards == []
+    batch = one(both)
+    functions = ppo.rewards.score(both.rewards, batch.completions.texts, batch.samples)
+    model = ppo.score(alone, batch.completions, batch.samples)
+    torch.testing.assert_close(batch.scores, functions @ torch.tensor([2.0, 0.5]) + model)
+    assert model.std() > 1e-3
+
+
+def test_a_reward_model_from_a_folder_prompts_without_answers_and_its_weights_as_values(tmp_path):
+    model, tokenizer = models.build(32, 1)
+    for name, made in (("policy", model), ("judge", None)):
+        folder = tmp_path / name
+        if made is None:
+            torch.manual_seed(4)
+            made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "policy", num_labels=1)
+            torch.nn.init.normal_(made.score.weight)
+        made.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+"}) + "\n" for i in range(40)))
+    config = Config(
+        model=str(tmp_path / "policy"),
+        task="prompts",
+        data=str(tmp_path / "prompts.jsonl"),
+        reward_model=str(tmp_path / "judge"),
+        value_model=str(tmp_path / "judge"),
+        steps=25,
+        prompts_per_step=64,
+        max_new_tokens=2,
+        learning_rate=3e-3,
+        kl_coef=0.001,
+        num_ppo_epochs=2,
+        output=str(tmp_path / "run"),
+        sample_steps=0,
+    )
+    result = ppo.train(config)
+    assert set(result.before) == {"score"}
+    scores = [row["objective/scores"] for row in result.metrics if "objective/scores" in row]
+    spread = abs(scores[0]) + 0.1
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.3 * spread
+    assert result.after["score"] > result.before["score"]
+
+
+# ------------------------------------------------------------------------------------------------ resume, LoRA, dtypes
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """Warm-up, reference, value model, optimiser, controller and data position, all from the checkpoint."""
+    calls = 0
+
+    def killed_at(limit):
+        def reward(completions, **columns):
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                raise KeyboardInterrupt
+            return digits(completions)
+
+        return reward
+
+    def config(name, **changes):
+        return small(
+            tmp_path,
+            output=str(tmp_path / name),
+            steps=5,
+            save_steps=2,
+            eval_steps=2,
+            warmup_steps=4,
+            warmup_batch_size=8,
+            value_model="copy",
+            num_minibatches=2,
+            num_ppo_epochs=2,
+            target_kl=0.01,
+            kl_horizon=100,
+            lr_schedule="linear",
+            **changes,
+        )
+
+    whole = ppo.train(config("whole"), task=TASK, reward_functions=[killed_at(0)])
+    for limit in (3, 5):  # once before the run, then in step 2, before any checkpoint but the warm-up's; and in step 4
+        name, calls = f"killed{limit}", 0
+        with pytest.raises(KeyboardInterrupt):
+            ppo.train(config(name), task=TASK, reward_functions=[killed_at(limit)])
+        resumed = ppo.train(config(name, resume=True), task=TASK, reward_functions=[killed_at(0)])
+        assert without_time(resumed.metrics) == without_time(whole.metrics)
+        assert resumed.before == whole.before
+        ours = AutoModelForCausalLM.from_pretrained(resumed.model_path)
+        theirs = AutoModelForCausalLM.from_pretrained(whole.model_path)
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    coefs = [row["objective/kl_coef"] for row in whole.metrics if "objective/kl_coef" in row]
+    assert len(set(coefs)) > 1
+
+
+def test_after_the_warm_up_reference_and_value_model_are_the_policy(tmp_path):
+    state = ppo.prepare(small(tmp_path, warmup_steps=3, warmup_batch_size=8, value_model="copy"), TASK, [digits])
+    state.run.open()
+    untrained = copy.deepcopy(state.loaded.model)
+    ppo.warm(state)
+    policy = state.loaded.model
+    assert any((a != b).any() for a, b in zip(policy.parameters(), untrained.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), state.reference.module.parameters(), strict=True))
+    body = state.engine.module.value.body
+    assert all(torch.equal(a, b) for a, b in zip(policy.base_model.parameters(), body.parameters(), strict=True))
+    assert one(state).kl.abs().max() == 0
+
+
+def test_lora_trains_adapters_and_values_and_its_reference_is_the_model_without_them(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = models.build(32, 1)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = Config(
+        model=str(tmp_path / "base"),
+        lora_r=4,
+        steps=8,
+        prompts_per_step=64,
+        max_new_tokens=2,
+        learning_rate=2e-2,
+        output=str(tmp_path / "run"),
+        sample_steps=0,
+        eval_steps=0,
+    )
+    state = ppo.prepare(config, TASK, [digits])
+    assert state.reference is None
+    base = {name: p.clone() for name, p in state.engine.module.named_parameters() if not p.requires_grad}
+    result = ppo.fit(state)
+    rows = [row for row in result.metrics if "objective/kl" in row]
+    assert rows[0]["objective/kl"] == 0
+    assert abs(rows[-1]["objective/kl"]) > 1e-3
+    now = dict(state.engine.module.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in base.items())
+    assert now["value.weight"].abs().max() > 0
+    assert (result.model_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mixed_precision": "bf16"}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
+)
+def test_other_precisions_and_checkpointing_run_and_begin_on_policy(tmp_path, changes):
+    state = ppo.prepare(small(tmp_path, steps=2, num_ppo_epochs=1, **changes), TASK, [digits])
+    metrics = ppo.step(state, 1)
+    assert metrics["objective/kl"] == 0
+    assert metrics["val/ratio"] == 1
+    assert all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "policy/entropy_avg"))
+    assert ppo.step(state, 2)["objective/kl"] != 0
+
+
+@pytest.mark.parametrize("value_model", ["shared", "copy"])
+def test_images_reach_policy_and_values(tmp_path, value_model):
+    torch.manual_seed(0)
+    model, processor = tiny_vision.build()
+    rows = tiny_vision.samples(5)
+    config = Config(
+        model="tiny/vision",
+        chat_template=True,
+        value_model=value_model,
+        steps=2,
+        prompts_per_step=8,
+        num_minibatches=2,
+        micro_batch_size=3,
+        max_new_tokens=2,
+        learning_rate=1e-2,
+        output=str(tmp_path / "run"),
+        sample_steps=0,
+    )
+    state = ppo.prepare(config, Task(rows, rows, "exact_match"), [digits], None, model, processor)
+    result = ppo.fit(state)
+    assert all(math.isfinite(row["loss"]) for row in result.metrics if "loss" in row)
+    batch = one(state)
+    alone = dataclasses.replace(state, config=dataclasses.replace(config, micro_batch_size=1))
+    again = one(alone)
+    torch.testing.assert_close(again.values[batch.mask], batch.values[batch.mask], atol=1e-5, rtol=0)
+    blank = [{**row, "images": [tiny_vision.picture(255)]} for row in rows]
+    state.task = Task(blank, blank, "exact_match")
+    first = batch.mask.long().argmax(dim=1, keepdim=True)  # before anything is sampled
+    assert (one(state).values.gather(1, first) != batch.values.gather(1, first)).any()
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 5}, r"num_minibatches: expected a divisor of prompts_per_step = 24; got 5"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs: expected at least 1; got 0"),
+        ({"temperature": 0.0}, "temperature: expected more than 0"),
+        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1"),
+        ({"top_k": -1}, "top_k: expected at least 0"),
+        ({"gamma": 1.01}, "gamma: expected between 0 and 1; got 1.01"),
+        ({"lam": -0.1}, "lam: expected between 0 and 1"),
+        ({"cliprange": 0.0}, "epsilon_low"),
+        ({"cliprange_value": 0.0}, "cliprange_value: expected more than 0"),
+        ({"kl_estimator": "k2"}, "kl_estimator: expected one of"),
+        ({"target_kl": 0.0}, "target_kl: expected more than 0, or None"),
+        ({"target_kl": 1.0, "kl_coef": 0.0}, "kl_coef: expected more than 0 with a target_kl"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty: expected at least 0"),
+        ({"kl_coef": math.nan}, "kl_coef: expected at least 0; got nan"),
+        ({"reward_weights": (1.0,)}, "reward_weights: expected one for each"),
+        ({"data": "x"}, "data: expected none for the task 'arithmetic'"),
+        ({"task": "gsm8k"}, "data: expected where the task 'gsm8k' is read from"),
+    ],
+)
+def test_contradictory_options_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **changes)
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path):
+    config = small(tmp_path)
+    with pytest.raises(ValueError, match="train data set is empty"):
+        ppo.train(config, task=Task([], SEVEN, "exact_match"))
+    with pytest.raises(ValueError, match=r"train sample 0: missing \['answer'\]"):
+        ppo.train(config, task=Task([{"prompt": "1"}], SEVEN, "exact_match"))
+    with pytest.raises(ValueError, match="stop_token: expected one token of the tokenizer; got '77'"):
+        ppo.train(dataclasses.replace(config, stop_token="77"), task=TASK)
+    with pytest.raises(ValueError, match="stop_token: expected one token of the tokenizer; got 'é'"):
+        ppo.train(dataclasses.replace(config, stop_token="é"), task=TASK)
+    with pytest.raises(FileNotFoundError, match="reward_model: there is no folder"):
+        ppo.train(dataclasses.replace(config, reward_model=str(tmp_path / "gone")), task=TASK)
+    with pytest.raises(FileNotFoundError, match="value_model: there is no folder"):
+        ppo.train(dataclasses.replace(config, value_model=str(tmp_path / "gone")), task=TASK)
+    with pytest.raises(ValueError, match="'<lambda>' returned 1 values for 2 completions"):
+        ppo.train(config, task=TASK, reward_functions=[lambda completions, **_: [0.0]])
+    with pytest.raises(ValueError, match="exceed the model's context of 256"):
+        ppo.train(config, task=Task([{"prompt": "1" * 254, "answer": "1"}], SEVEN, "exact_match"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_breaks_and_a_loss_that_is_not_finite_say_where(tmp_path):
+    def breaks(completions, **_):
+        return [0.0] * (len(completions) if len(completions) == 2 else 1)
+
+    with pytest.raises(ValueError, match=r"step 1 \(prompts 0 to 23 .*'breaks' returned 1 values for 24 completions"):
+        ppo.train(small(tmp_path), task=TASK, reward_functions=[breaks])
+    state = ppo.prepare(small(tmp_path, output=str(tmp_path / "other"), micro_batch_size=12), TASK, [digits])
+    with torch.no_grad():
+        state.engine.module.value.bias.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=r"step 1 \(prompts 0 to 23 of the shuffled training set\): the loss"):
+        ppo.fit(state)
+
+
+def test_the_command_line_and_its_plan(tmp_path, capsys):
+    flags = [
+        "--hidden-size",
+        "32",
+        "--num-layers",
+        "1",
+        "--steps",
+        "1",
+        "--prompts-per-step",
+        "8",
+        "--max-operand",
+        "20",
+    ]
+    flags += ["--max-new-tokens", "2", "--eval-samples", "8", "--target-kl", "2.5", "--output", str(tmp_path / "run")]
+    assert cli.main(["ppo", *flags, "--dry-run"]) == 0
+    assert "8 sequences" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["ppo", *flags]) == 0
+    assert "after PPO: accuracy" in capsys.readouterr().out
+    row = rows_of(tmp_path / "run")[1]
+    names = {"objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward"}
+    names |= {"objective/scores", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg"}
+    names |= {"loss/value_avg", "val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens", "lr", "episode"}
+    assert names | {"val/explained_variance"} <= set(row)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["ppo", *flags, "--lam", "2"])
+    assert "lam: expected between 0 and 1" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value_model", ["shared", "copy"])
+def test_two_processes_replicated_or_sharded_do_what_one_does(tmp_path, value_model):
+    flags = [
+        "--hidden-size",
+        "32",
+        "--num-layers",
+        "2",
+        "--steps",
+        "3",
+        "--prompts-per-step",
+        "16",
+        "--max-operand",
+        "20",
+    ]
+    flags += ["--max-new-tokens", "3", "--num-minibatches", "2", "--num-ppo-epochs", "2", "--micro-batch-size", "3"]
+    flags += ["--warmup-steps", "2", "--warmup-batch-size", "8", "--eval-samples", "8", "--value-model", value_model]
+    flags += ["--missing-eos-penalty", "1", "--target-kl", "0.01", "--kl-horizon", "100", "--learning-rate", "1e-3"]
+    one = launch.run(["ppo", *flags], tmp_path / "one")
+    for name, more in (("ddp", []), ("fsdp", ["--fsdp"])):
+        two = launch.run(["ppo", *flags, *more], tmp_path / name, processes=2)
+        differences = launch.worst(one, two)
+        assert {"loss", "grad_norm", "objective/kl", "val/explained_variance", "val/ratio_var"} <= set(differences)
+        assert max(differences.values()) < 1e-4, differences
+        assert differences["loss"] < 1e-5

@@ -1,0 +1,154 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers import value
+from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.ppo_config import Config
+from fused_rlhf.trainers.rollout import assemble
+from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    return models.build(32, 2)
+
+
+@pytest.fixture(scope="module")
+def completions(pair):
+    """Rows of unequal length, so that there is padding."""
+    tokenizer = pair[1]
+    prompts = [Encoded(tokenizer(text)["input_ids"]) for text in ("12+3=", "1", "7-7=")]
+    answers = [tokenizer(text)["input_ids"] for text in ("15", "123", "0")]
+    return assemble(prompts, answers, [tokenizer.eos_token_id], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def classifier(pair, tmp_path_factory):
+    """The folder of a reward model with a head that is not zero, over the policy's vocabulary."""
+    folder = tmp_path_factory.mktemp("reward")
+    pair[0].save_pretrained(folder / "causal")
+    pair[1].save_pretrained(folder / "causal")
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "causal", num_labels=1)
+    model.save_pretrained(folder / "score")
+    pair[1].save_pretrained(folder / "score")
+    return folder / "score"
+
+
+def test_a_folders_reward_is_that_of_transformers_own_classifier(pair, completions, classifier):
+    """Whose last token is the last that is no padding token."""
+    judge = value.reward_of(Config(), str(classifier), pair[1])
+    theirs = AutoModelForSequenceClassification.from_pretrained(classifier)
+    want = theirs(completions.input_ids, completions.attention_mask).logits[:, 0]
+    got = value.rewards_of(judge, completions)
+    assert got.std() > 1e-3
+    torch.testing.assert_close(got, want.detach())
+
+
+def test_padding_and_the_rows_beside_do_not_matter(pair, completions, classifier):
+    judge = value.reward_of(Config(), str(classifier), pair[1])
+    together = value.rewards_of(judge, completions)
+    alone = torch.cat([value.rewards_of(judge, completions[slice(i, i + 1)]) for i in range(3)])
+    torch.testing.assert_close(alone, together)
+
+
+@pytest.mark.parametrize("source", ["shared", "copy", "folder"])
+def test_values_are_the_head_on_the_last_hidden_state_and_begin_at_zero(pair, completions, classifier, source):
+    policy = copy.deepcopy(pair[0])
+    folder = str(classifier.parent / "causal")
+    head = value.value_of(Config(value_model=folder if source == "folder" else source), policy)
+    both = PolicyAndValue(policy, head)
+    with torch.no_grad():
+        _, values = both(completions)
+        assert values.shape == (3, completions.input_ids.shape[1] - 1)
+        assert values.dtype == torch.float32
+        assert values.abs().max() == 0
+        linear = head if source == "shared" else head.score
+        nn.init.normal_(linear.weight)
+        linear.bias.fill_(0.5)
+        inputs, values = both(completions)
+        states = policy(completions.input_ids, completions.attention_mask.long(), output_hidden_states=True)
+        hidden = states.hidden_states[-1]
+    mask = completions.attention_mask[:, :-1]
+    want = (hidden[:, :-1] * linear.weight[0]).sum(-1) + 0.5
+    torch.testing.assert_close(values[mask], want[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs.hidden[:, :-1][mask], hidden[:, :-1][mask], atol=1e-5, rtol=1e-5)
+
+
+def test_a_shared_head_trains_the_body_and_a_copy_leaves_the_policy_alone(pair, completions):
+    for source, touched in (("shared", True), ("copy", False)):
+        policy = copy.deepcopy(pair[0])
+        both = PolicyAndValue(policy, value.value_of(Config(value_model=source), policy))
+        linear = both.value if source == "shared" else both.value.score
+        nn.init.ones_(linear.weight)
+        both(completions)[1].square().sum().backward()
+        assert (policy.model.layers[0].mlp.up_proj.weight.grad is not None) == touched
+        assert linear.weight.grad.abs().max() > 0
+
+
+def test_a_reward_models_own_head_stays_in_a_value_model(pair, completions, classifier):
+    policy = copy.deepcopy(pair[0])
+    critic = value.value_of(Config(value_model=str(classifier)), policy)
+    theirs = AutoModelForSequenceClassification.from_pretrained(classifier)
+    assert torch.equal(critic.score.weight, theirs.score.weight)
+
+
+def test_values_stay_in_fp32_under_autocast():
+    head, hidden = nn.Linear(8, 1), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = value.scalars(head, hidden)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, head(hidden)[:, 0])
+    assert value.scalars(head.double(), hidden.double()).dtype == torch.float64
+    bf16 = value.scalars(nn.Linear(8, 1, bias=False).bfloat16(), hidden.bfloat16())
+    assert bf16.dtype == torch.float32
+
+
+def test_the_copy_of_a_lora_policy_has_adapters_of_its_own(pair, completions):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(copy.deepcopy(pair[0]), settings)
+    critic = value.value_of(Config(value_model="copy"), policy)
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert {"score.weight", "score.bias"} < trained
+    assert all("lora" in name or name.startswith("score.") for name in trained)
+    assert {p.data_ptr() for p in critic.parameters()}.isdisjoint(p.data_ptr() for p in policy.parameters())
+
+
+def test_any_model_with_a_score_is_a_reward_model_and_any_head_can_be_put_on(pair, completions):
+    vocabulary = len(pair[1])
+    gpt2 = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1, pad_token_id=0)
+    ).eval()
+    got = value.rewards_of(value.reward_of(Config(), gpt2, pair[1]), completions)
+    want = gpt2(completions.input_ids, attention_mask=completions.attention_mask.long()).logits[:, 0]
+    torch.testing.assert_close(got, want.detach())
+    made = ScalarModel(pair[0], nn.Linear(32, 1))
+    assert value.reward_of(Config(), made, pair[1]) is made
+
+
+def test_what_is_no_reward_or_value_model_is_refused(pair, classifier, tmp_path):
+    policy, tokenizer = pair
+    causal = classifier.parent / "causal"
+    with pytest.raises(ValueError, match="reward_model: expected a model with a trained head called `score`; got"):
+        value.reward_of(Config(), str(causal), tokenizer)
+    with pytest.raises(ValueError, match="reward_model: expected a model with a `score`, or a ScalarModel; got 'Qwen3"):
+        value.reward_of(Config(), policy, tokenizer)
+    with pytest.raises(ValueError, match="reward_model: expected the policy's own vocabulary"):
+        value.reward_of(Config(), str(classifier), models.char_tokenizer("0123456789"))
+    with pytest.raises(FileNotFoundError, match="value_model: there is no folder"):
+        value.value_of(Config(value_model=str(tmp_path / "gone")), policy)
+    with pytest.raises(FileNotFoundError, match=r"reward_model: the folder .* has no config.json"):
+        value.reward_of(Config(), str(tmp_path), tokenizer)
+    two = AutoModelForSequenceClassification.from_pretrained(causal, num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="value_model: expected a head with one output"):
+        value.value_of(Config(value_model=str(tmp_path / "two")), policy)
+    with pytest.raises(ValueError, match="score: expected a linear head with one output"):
+        ScalarModel(policy, nn.Linear(32, 2))

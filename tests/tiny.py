@@ -1,0 +1,44 @@
+"""A run of the smallest size, for tests of a trainer's parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_rlhf.trainers import engine
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.config import TrainConfig
+from fused_rlhf.trainers.engine import Engine
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**({"hidden_size": 32, "num_layers": 1, "output": str(folder / "run")} | changes))
+
+
+def build(folder: Path, num_updates: int = 10, **changes: Any) -> tuple[Engine, models.Loaded]:
+    """An engine around the small model, the same for the same options."""
+    options = config(folder, **changes)
+    accelerator = engine.start(options)
+    loaded = models.load_for(options)
+    return Engine(options, accelerator, loaded.model, num_updates), loaded
+
+
+def saved_model(folder: Path, **changes: Any) -> str:
+    """The folder of a small model with its tokenizer, as if it had been downloaded."""
+    torch.manual_seed(0)
+    model, tokenizer = models.build(hidden_size=32, num_layers=2)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def logprob_loss(model: Any, input_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-mean log-prob of the tokens, as one share of `count` of them."""
+    import fused_rlhf as fr
+
+    out = fr.lm_head.logprobs(model, input_ids).logprobs
+    return -out.sum() / count, {"tokens": torch.tensor(float(out.numel())), "least_min": out.detach().min()}

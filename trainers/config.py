@@ -1,0 +1,162 @@
+"""What can be chosen about any run, and how a configuration is checked, written and read."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options that every trainer has. Raises ValueError for values out of range or at odds with each other."""
+
+    model: str | None = None
+    """Model folder or hub id. None builds a small Qwen3 with a character tokenizer, untrained."""
+    data: str | None = None
+    """Where the samples are read from."""
+    hidden_size: int = 128
+    """Width of the model built when none is given."""
+    num_layers: int = 4
+    """Depth of the model built when none is given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights; the optimiser's moments have it too. See mixed_precision for the computation's."""
+    chat_template: bool = False
+    """Make a prompt that is a text a user's message by the tokenizer's chat template; lists of messages always are."""
+    output: str = "runs/out"
+    """Folder for metrics, curves, samples, checkpoints and the model."""
+    overwrite: bool = False
+    """Write over the run that the output folder holds."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder, as if the run had never stopped."""
+
+    lora_r: int = 0
+    """Rank of LoRA adapters (peft); 0 trains all weights. The reference is the model with its adapters off."""
+    lora_alpha: float = 16.0
+    """LoRA: the adapters' output is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """LoRA: dropout before the adapters, during updates only."""
+    lora_target_modules: tuple[str, ...] = ()
+    """LoRA: names of the layers that get adapters. Default: every linear layer but the head."""
+
+    steps: int = 200
+    """Steps of the run."""
+    micro_batch_size: int = 256
+    """Sequences in one forward and backward of one process; bounds the memory, leaves the result as it is."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """How the learning rate goes on after its peak."""
+    lr_warmup_updates: int = 0
+    """Updates over which the learning rate rises to its peak."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Dtype of the computation (autocast); the weights stay what they are."""
+    gradient_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again in the backward."""
+    liger_layers: bool = False
+    """Liger's kernels for the layers of the model's body (norms, rotary embeddings, MLPs); the loss stays ours."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimiser over the processes (FSDP2)."""
+    find_unused_parameters: bool = False
+    """DDP: an update may leave some parameters without a gradient, as a vision tower that no sample has images for."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration, a JSON file; ZeRO stage 0, 1 or 2."""
+    threads: int = 0
+    """CPU threads of torch; 0: as many as it takes by itself. A small model gains next to nothing from a second one."""
+    backend: str = "auto"
+    """Backend of the op: auto, triton, chunked or reference."""
+
+    eval_samples: int = 500
+    """Test samples in an evaluation; 0: all of them."""
+    eval_steps: int = 50
+    """Steps between evaluations; 0: only before and after."""
+    save_steps: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the last ones."""
+    sample_steps: int = 25
+    """Steps between samples, printed and saved; 0: none."""
+    report_to: tuple[str, ...] = ()
+    """Trackers, by the names accelerate has for them: tensorboard, wandb, ..."""
+    seed: int = 0
+    """Seed of the data's order, the sampling and a new model's weights."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require_at_least(self, 1, "micro_batch_size", "keep_checkpoints", "hidden_size", "num_layers")
+        require_at_least(self, 0, "steps", "lr_warmup_updates", "threads", "eval_samples", "eval_steps", "save_steps")
+        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay")
+        require_positive(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
+        built = self.model is None
+        require(not (built and self.chat_template), "chat_template", True, "false: the small model has none")
+        require(not (built and self.lora_r), "lora_r", self.lora_r, "0 without a model: adapters need a trained one")
+        sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)
+        require(built or sizes == default, "hidden_size, num_layers", sizes, f"left alone with model={self.model!r}")
+        require(not (self.fsdp and self.deepspeed), "fsdp, deepspeed", (True, self.deepspeed), "at most one of them")
+        fp16 = self.mixed_precision == "fp16"
+        require(not (self.fsdp and fp16), "mixed_precision", "fp16", "'no' or 'bf16' with fsdp: no loss scale there")
+        mixed = self.fsdp and self.lora_r > 0 and self.dtype != "float32"
+        require(not mixed, "dtype", self.dtype, "'float32' with fsdp and LoRA, which shard weights of one dtype only")
+
+
+def require(holds: bool, name: str, value: object, expectation: str) -> None:
+    """Raises ValueError naming an option, its value and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}: expected {expectation}; got {value!r}")
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= least, name, getattr(config, name), f"at least {least}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, name, getattr(config, name), "more than 0")
+
+
+def require_choices(config: Any) -> None:
+    """Raises ValueError where a field annotated with a Literal holds something else."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            require(getattr(config, name) in get_args(hint), name, getattr(config, name), f"one of {get_args(hint)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as a dict of YAML's own types."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
+    """The mapping in a YAML file, every key of which is a field of `config_class`.
+
+    Raises FileNotFoundError, or ValueError where it is no mapping or has other keys, listing those allowed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config: there is no file {str(path)!r}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path} must hold a mapping of option: value, got a {type(values).__name__}")
+    allowed = [field.name for field in dataclasses.fields(config_class)]
+    unknown = [key for key in values if key not in allowed]
+    if unknown:
+        raise ValueError(f"config: {path} has unknown keys {unknown}; allowed are {allowed}")
+    return values

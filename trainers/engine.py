@@ -1,0 +1,344 @@
+"""A model under accelerate: bare, replicated (DDP), sharded (FSDP2) or in DeepSpeed's hands, and one update of it.
+
+    gradient of an update = sum over processes and micro-batches of the gradients of their shares of the loss
+
+Everything that reads parameters runs as a function of the model inside the forward of one wrapper module, which is what
+gets replicated or sharded. There the engine's own hooks have made the parameters whole, the LM head's among them, so
+that a loss computed from hidden states and head is like any other output of a forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object, is_deepspeed_available, set_seed
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import get_scheduler
+
+from fused_rlhf.trainers.config import TrainConfig, require
+
+T = TypeVar("T")
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient is NaN or infinite. The optimiser has not used it."""
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Seed and threads, and the accelerator of this run. Call it before a model is built.
+
+    Raises ValueError for a tracker or an engine that is unknown, not installed, or not supported.
+    """
+    set_seed(config.seed)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    AcceleratorState._reset_state()  # else a second run in one process could have no other precision
+    plugin = None
+    if config.deepspeed:
+        require(Path(config.deepspeed).is_file(), "deepspeed", config.deepspeed, "a DeepSpeed configuration file")
+        require(is_deepspeed_available(), "deepspeed", config.deepspeed, "none: the package deepspeed is not installed")
+        plugin = DeepSpeedPlugin(hf_ds_config=config.deepspeed, gradient_accumulation_steps=1)
+    known, installed = sorted(LOGGER_TYPE_TO_CLASS), {str(name) for name in get_available_trackers()}
+    for name in config.report_to:
+        require(name in known, "report_to", name, f"one of {known}")
+        require(name in installed, "report_to", name, f"a tracker whose package is installed (pip install {name})")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+        mixed_precision=config.mixed_precision,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+        log_with=list(config.report_to) or None,
+        project_dir=config.output,
+    )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        version = accelerator.state.fsdp_plugin.fsdp_version
+        require(version == 2, "fsdp_version", version, "2 in accelerate's configuration")
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        require(stage < 3, "zero_optimization.stage", stage, "0, 1 or 2 (to shard the weights too, use fsdp)")
+    return accelerator
+
+
+class _Wrapper(nn.Module):
+    """The module whose forward is whatever is asked of `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._no_split_modules = sorted(_blocks(module))  # where accelerate looks for what to shard
+
+    def forward(self, function: Callable[..., T], *args: Any) -> T:
+        return function(self.module, *args)
+
+
+def _blocks(module: nn.Module) -> set[str]:
+    """Class names of the transformer blocks, as transformers declares them."""
+    return {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
+
+
+def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
+    """FSDP2 on any device: a group for each transformer block, and one for the rest."""
+    half = mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    blocks = _blocks(wrapper)
+    for child in wrapper.modules():
+        if type(child).__name__ in blocks:
+            fully_shard(child, mp_policy=policy)
+    fully_shard(wrapper, mp_policy=policy)
+    _set_up(wrapper)
+
+
+def _set_up(wrapper: Any) -> None:
+    """The groups of FSDP2 find their root in its first forward, which must not be one of their own."""
+    with torch.no_grad():
+        wrapper(lambda module: None)
+    wrapper.reshard()
+
+
+class Placed:
+    """A module where the engine wants it; `placed(function, *args)` is `function(module, *args)` inside its forward.
+
+    Under FSDP2 every process must make the same calls.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, fsdp: bool) -> None:
+        self.accelerator = accelerator
+        self.module = module
+        self.device = accelerator.device
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        # accelerate knows FSDP2 on accelerators only; its launcher's wish is the same as the flag.
+        wished = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        self.sharded_by_accelerate = accelerator.distributed_type is DistributedType.FSDP
+        self.sharded = fsdp or wished or self.sharded_by_accelerate
+        self.wrapped: nn.Module = _Wrapper(module.to(self.device))
+
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        with self.accelerator.autocast():
+            return self.wrapped(function, *args)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The module with all of its parameters on every process, without gradients, for calls at one's own pace."""
+        groups = [m for m in self.wrapped.modules() if isinstance(m, FSDPModule)]
+        for group in groups:
+            group.set_reshard_after_forward(False, recurse=False)
+            group.unshard()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self.module
+        finally:
+            for group in groups:
+                group.set_reshard_after_forward(group is not self.wrapped, recurse=False)
+                group.reshard()
+
+    def state(self, module: nn.Module | None = None) -> dict[str, Any]:
+        """All parameters of `module` (default: the whole) on the CPU of process 0; every process must call.
+
+        On a CPU they may be the parameters themselves, not copies.
+        """
+        return dcp.get_model_state_dict(module or self.module, options=WHOLE)
+
+    def copy_parameters(self, other: Placed) -> None:
+        """Take over the parameters of a module of the same architecture, placed alike."""
+        with torch.no_grad():
+            for mine, its in zip(self.module.parameters(), other.module.parameters(), strict=True):
+                mine.copy_(its)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, as a controller: a reference that is not the model as it was loaded."""
+        return self.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        dcp.set_model_state_dict(self.module, state, options=dcp.StateDictOptions(full_state_dict=True))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor, "sum")
+
+    def gather(self, objects: Sequence[T]) -> list[T]:
+        """The objects of all processes, in the order of their ranks."""
+        return gather_object(list(objects))
+
+    def mine(self, rows: Sequence[T]) -> Sequence[T]:
+        """This process's share of rows that all of them have: a contiguous part; the first ones may hold one more."""
+        share, rest = divmod(len(rows), self.world)
+        begin = self.rank * share + min(self.rank, rest)
+        return rows[begin : begin + share + (self.rank < rest)]
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise `error` if there is one; where another process has one, raise its message, so that none waits."""
+        found = next((e for e in self.gather([error]) if e is not None), None) if self.world > 1 else error
+        if error is not None or found is not None:
+            raise error or found  # type: ignore[misc]
+
+
+class Engine(Placed):
+    """A module in training: placed, with its optimiser (AdamW) and schedule."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, module: nn.Module, num_updates: int) -> None:
+        super().__init__(accelerator, module, config.fsdp)
+        self.config = config
+        self.updates = 0
+        self.deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
+        if self.sharded and not self.sharded_by_accelerate:
+            _shard(self.wrapped, config.mixed_precision)
+        elif not self.sharded and not self.deepspeed:
+            self.wrapped = accelerator.prepare_model(self.wrapped)
+        optimizer = self._adamw(config.learning_rate, config.weight_decay)
+        if self.sharded_by_accelerate or self.deepspeed:
+            self.wrapped, self.optimizer = accelerator.prepare(self.wrapped, optimizer)
+            if self.sharded_by_accelerate:
+                _set_up(self.wrapped)
+        else:
+            self.optimizer = accelerator.prepare(optimizer)
+        inner = self.optimizer.optimizer
+        self.scheduler = get_scheduler(config.lr_schedule, inner, config.lr_warmup_updates, max(num_updates, 1))
+
+    def _adamw(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+
+    def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
+        """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
+        require(not self.deepspeed, "deepspeed", self.config.deepspeed, "none with a warm-up: it has one optimiser")
+        other = copy.copy(self)
+        optimizer = self._adamw(learning_rate, 0.0)
+        other.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        other.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+        return other
+
+    def frozen(self, module: nn.Module) -> Placed:
+        """A module that is only evaluated (a reference, a reward model), placed like the trained one."""
+        placed = Placed(self.accelerator, module.requires_grad_(False), self.config.fsdp)
+        if placed.sharded:
+            _shard(placed.wrapped, self.config.mixed_precision)
+        return placed
+
+    def update(self, function: Loss, pieces: Sequence[tuple[Any, ...]]) -> dict[str, float]:
+        """One optimiser update.
+
+        Args:
+            function: `function(module, *piece) -> (loss, metrics)`. Both are shares: they are added up over pieces and
+                processes, so they must be divided by global counts. Metrics named *_min or *_max are combined so.
+            pieces: the arguments of each micro-batch, the same number on every process.
+
+        Returns:
+            The metrics of the whole batch, with loss, grad_norm and learning_rate.
+
+        Raises:
+            NonFiniteLoss: before the optimiser steps, on every process.
+        """
+        parts: list[dict[str, Tensor]] = []
+        # Else the modules stay in evaluation mode: a token's log-prob must not differ from call to call.
+        self.module.train(self.config.gradient_checkpointing or self.config.lora_dropout > 0)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        for piece in pieces:
+            last = len(parts) == len(pieces) - 1
+            with nullcontext() if last else self._without_sync():
+                loss, metrics = self(function, *piece)
+                parts.append({name: value.detach() for name, value in (metrics | {"loss": loss}).items()})
+                if last:  # before DeepSpeed, whose last backward is its step
+                    combined = self._combine(parts)
+                    self._check(combined["loss"], "loss", parts)
+                # Engines average gradients over processes.
+                self.accelerator.backward(loss * self.world)
+        self.module.eval()
+        grad_norm = self._clip()
+        if self.accelerator.scaler is None:  # a loss scale steps over infinities by itself
+            self._check(grad_norm, "norm of the gradient", parts)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return combined | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    @contextmanager
+    def _without_sync(self) -> Iterator[None]:
+        """Gradients stay on this process."""
+        state = self.accelerator.gradient_state
+        state._set_sync_gradients(False)
+        sharded = isinstance(self.wrapped, FSDPModule)
+        if sharded:
+            self.wrapped.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            with nullcontext() if sharded else self.accelerator.no_sync(self.wrapped):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+            if sharded:
+                self.wrapped.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def _combine(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics of all pieces and processes: sums, or by their names minima and maxima."""
+        columns: dict[str, list[Tensor]] = defaultdict(list)
+        for part in parts:
+            for name, value in part.items():
+                columns[name].append(value.float())
+        result: dict[str, float] = {}
+        for how, suffix in ((torch.amin, "_min"), (torch.amax, "_max"), (torch.sum, "")):
+            names = [n for n in columns if (n[-4:] == suffix if suffix else n[-4:] not in ("_min", "_max"))]
+            if names:
+                values = how(torch.stack([torch.stack(columns[name]) for name in names], dim=1), dim=0)
+                if self.world > 1:
+                    values = how(self.accelerator.gather(values.unsqueeze(0)), dim=0)
+                result |= dict(zip(names, values.tolist(), strict=True))
+        return result
+
+    def _check(self, value: float, what: str, parts: Sequence[dict[str, Tensor]]) -> None:
+        if math.isfinite(value):
+            return
+        bad = [f"micro-batch {i} of process {self.rank}" for i, p in enumerate(parts, 1) if not p["loss"].isfinite()]
+        where = f" in {', '.join(places)}" if (places := self.gather(bad)) else ""
+        self.optimizer.zero_grad()
+        raise NonFiniteLoss(f"the {what} is {value}{where}")
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if self.deepspeed:
+            return float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm) or 0.0)
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def training_state(self) -> dict[str, Any]:
+        """Weights in training, optimiser, schedule and loss scale, whole, on process 0; every process must call."""
+        scaler = self.accelerator.scaler
+        # Tied weights have two names, of which torch leaves out the first only.
+        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        weights = dcp.get_model_state_dict(self.module, options=TRAINED)
+        return {
+            "module": {name: value for name, value in weights.items() if name not in frozen},
+            "optimizer": dcp.get_optimizer_state_dict(self.module, self.optimizer.optimizer, options=WHOLE),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what `training_state` gave, read on every process."""
+        options = dcp.StateDictOptions(full_state_dict=True, strict=False)
+        dcp.set_model_state_dict(self.module, state["module"], options=options)
+        optimizer = self.optimizer.optimizer
+        dcp.set_optimizer_state_dict(self.module, optimizer, state["optimizer"], options=options)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]

@@ -1,0 +1,150 @@
+"""Models that give a number instead of a token: the value of a state, the reward of a completion.
+
+    V_t = w . h_t + b        h_t the body's last hidden state at token t
+    R   = V at the last token
+
+A sequence classifier of transformers with one label is one already: its head is called `score`. Any other model gets a
+head, zero at first, so that values start at 0 and the first updates are as if there were none.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import fused_rlhf as fr
+from fused_rlhf.lm_head import HeadInputs
+from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.model import locate, prepare_body
+from fused_rlhf.trainers.ppo_config import Config
+from fused_rlhf.trainers.rollout import Completions
+
+
+def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(..., H) -> (...), in fp32 at least: a value in bf16 would have three digits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.to(wide)
+        return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
+
+
+def new_head(model: PreTrainedModel) -> nn.Linear:
+    """A zero head for the body of a transformers model, of its dtype and on its device."""
+    embeddings = model.get_output_embeddings()
+    width = model.config.get_text_config().hidden_size if embeddings is None else embeddings.weight.shape[1]
+    head = nn.Linear(width, 1, device=model.device, dtype=model.dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class ScalarModel(nn.Module):
+    """The body of a transformers model and a linear head with one output.
+
+    Raises ValueError where the head is not a linear layer with one output.
+    """
+
+    def __init__(self, model: PreTrainedModel, score: nn.Module) -> None:
+        super().__init__()
+        ours = isinstance(score, nn.Linear) and score.out_features == 1
+        require(ours, "score", score, "a linear head with one output, the number")
+        self.body = model.base_model
+        self.score: Any = score
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **model_inputs: Any) -> Tensor:
+        """(B, T) ids and mask -> (B, T) fp32: the number at each token."""
+        output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs)
+        return scalars(self.score, output.last_hidden_state)
+
+
+class PolicyAndValue(nn.Module):
+    """What PPO trains: a policy and its values, from a head on the policy's own body or from a model beside it."""
+
+    def __init__(self, policy: PreTrainedModel, value: nn.Linear | ScalarModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    def forward(self, completions: Completions) -> tuple[HeadInputs, Tensor]:
+        """-> what the policy's LM head works on, (B, T, H), and the values, (B, T - 1): [:, t] before token t + 1."""
+        extras = completions.model_inputs()
+        inputs = fr.lm_head.forward(self.policy, completions.input_ids, completions.attention_mask, **extras)
+        if isinstance(self.value, ScalarModel):
+            values = self.value(completions.input_ids, completions.attention_mask, **extras)
+        else:
+            values = scalars(self.value, inputs.hidden)
+        return inputs, values[:, :-1]
+
+
+def value_of(config: Config, policy: Any) -> nn.Linear | ScalarModel:
+    """The value head or model that `config.value_model` asks for.
+
+    "shared": a head on the policy's body. "copy": a model that begins as the policy's body, its adapters included.
+    Otherwise a folder or hub id; a head is put on where it has none.
+
+    Raises FileNotFoundError where there is no such model, ValueError where its head has several outputs.
+    """
+    base = policy.get_base_model() if hasattr(type(policy), "get_base_model") else policy  # PEFT
+    if config.value_model == "shared":
+        return new_head(base)
+    if config.value_model == "copy":
+        return ScalarModel(copy.deepcopy(base.base_model), new_head(base))
+    model, head = load("value_model", config.value_model, getattr(torch, config.dtype))
+    prepare_body(config, model)
+    return ScalarModel(model, head or new_head(model))
+
+
+def reward_of(
+    config: Config, source: str | PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase
+) -> ScalarModel:
+    """A reward model that reads the policy's own tokens.
+
+    `source`: a folder or hub id, a sequence classifier of transformers, or any body with its head put on.
+
+    Raises FileNotFoundError where there is no such model, ValueError where it has no trained head with one output, or
+    another vocabulary than the policy.
+    """
+    if isinstance(source, ScalarModel):
+        return source
+    if isinstance(source, str):
+        model, head = load("reward_model", source, getattr(torch, config.dtype))
+        require(head is not None, "reward_model", source, "a model with a trained head called `score`")
+        its = AutoTokenizer.from_pretrained(source).get_vocab()
+        words = "the policy's own vocabulary (a model of another reads texts: rewards: model=FOLDER_OR_ID)"
+        require(its == tokenizer.get_vocab(), "reward_model", source, words)
+    else:
+        model, head = source, getattr(source, "score", None)
+        require(head is not None, "reward_model", type(model).__name__, "a model with a `score`, or a ScalarModel")
+    return ScalarModel(model, head)
+
+
+def load(argument: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model of a folder or hub id, and its head, None where that is not of a trained `score`."""
+    path, local = locate(argument, source)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, num_labels=1, local_files_only=local, output_loading_info=True
+        )
+    except RuntimeError as error:  # the word of transformers for a head of another size
+        raise ValueError(f"{argument}: expected a head with one output; that of {source!r} has another size") from error
+    fresh = any(name.startswith("score.") for name in info["missing_keys"])
+    return model, None if fresh else getattr(model, "score", None)
+
+
+@torch.no_grad()
+def rewards_of(model: nn.Module, completions: Completions) -> Tensor:
+    """(B,) fp32: a ScalarModel's number at the last token of each row."""
+    numbers = model(completions.input_ids, completions.attention_mask, **completions.model_inputs())
+    last = completions.attention_mask.sum(dim=1, keepdim=True) - 1
+    return numbers.gather(1, last).squeeze(1)
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Between modules of one architecture, placed alike."""
+    for its, mine in zip(source.parameters(), target.parameters(), strict=True):
+        mine.copy_(its)
