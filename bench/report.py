@@ -1,12 +1,14 @@
-"""Text made from a result's JSON alone."""
+"""Text made from a result's JSON alone: python -m bench.report RESULT.json ... [--plots DIR]"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+Record = dict[str, Any]
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -26,41 +28,88 @@ def seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
-def rows(result: dict[str, Any]) -> str:
-    """One line per row: times, memory, ratios and errors."""
-    head = ["case", "provider", "both", "20-80 %", "forward", "backward", "peak extra", "scratch"]
-    head += ["/ dense", "GEMM share", "TFLOP/s", "logprob err", "dX err", "dW err", ""]
+def gigabytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e9:.2f} GB"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _median(key: str) -> Callable[[Record], str]:
+    return lambda r: seconds(r[key]["median"])
+
+
+def _error(*keys: str) -> Callable[[Record], str]:
+    return lambda r: number(next((r["errors"][k] for k in keys if k in r["errors"]), None), 2)
+
+
+# What a table can show of a row. Results of earlier versions lack the fields read by `get`.
+COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "both": ("both", _median("both_s")),
+    "spread": ("20-80 %", lambda r: f"{seconds(r['both_s']['p20'])} - {seconds(r['both_s']['p80'])}"),
+    "forward": ("forward", _median("forward_s")),
+    "backward": ("backward", _median("backward_s")),
+    "peak": ("peak extra", lambda r: gigabytes(r["peak_extra_bytes"])),
+    "predicted": ("formula", lambda r: gigabytes(r.get("predicted_bytes"))),
+    "scratch": ("scratch", lambda r: gigabytes(r["scratch_bytes"])),
+    "dense": ("/ dense", lambda r: number(r["time_to_dense"])),
+    "share": ("GEMM share", lambda r: share(r["gemm_share"])),
+    "rate": ("TFLOP/s", lambda r: number(r["gflops"] / 1e3)),
+    "value": ("value err", _error("logprob_max_abs", "kl_max_abs", "loss_per_nat")),
+    "dx": ("dX err", _error("dhidden_rel")),
+    "dw": ("dW err", _error("dweight_rel")),
+    "cpu": ("CPU share", lambda r: share(r.get("cpu_share"))),
+}
+TIMES = ("both", "spread", "forward", "backward")
+STANDARD = (*TIMES, "peak", "predicted", "scratch", "dense", "share", "rate", "value", "dx", "dw")
+
+
+def rows(records: Iterable[Record], columns: Sequence[str] = STANDARD) -> str:
+    """One line per row; one that failed shows its formula's memory and why."""
+    head = ["case", "provider", *(COLUMNS[c][0] for c in columns), ""]
     lines = []
-    for r in result["rows"]:
+    for r in records:
         if r["error"]:
-            lines.append([r["case"], r["provider"], *["-"] * (len(head) - 3), r["error"][:60]])
-            continue
-        e = r["errors"]
-        span = f"{seconds(r['both_s']['p20'])} - {seconds(r['both_s']['p80'])}"
-        times = [seconds(r[k]["median"]) for k in ("forward_s", "backward_s")]
-        memory = ["-" if r[k] is None else f"{r[k] / 1e9:.2f} GB" for k in ("peak_extra_bytes", "scratch_bytes")]
-        share = "-" if r["gemm_share"] is None else f"{r['gemm_share']:.0%}"
-        found = [number(e.get(k), 2) for k in ("logprob_max_abs", "dhidden_rel", "dweight_rel")]
-        mark = "WRONG" if r["wrong"] else ""
-        both, ratio, rate = seconds(r["both_s"]["median"]), number(r["time_to_dense"]), number(r["gflops"] / 1e3)
-        lines.append([r["case"], r["provider"], both, span, *times, *memory, ratio, share, rate, *found, mark])
+            cells = [gigabytes(r.get("predicted_bytes")) if c == "predicted" else "-" for c in columns]
+            lines.append([r["case"], r["provider"], *cells, r["error"][:70]])
+        else:
+            mark = "WRONG" if r["wrong"] else ""
+            lines.append([r["case"], r["provider"], *(COLUMNS[c][1](r) for c in columns), mark])
+    if not any(line[-1] for line in lines):
+        head, lines = head[:-1], [line[:-1] for line in lines]
     return table(head, lines)
 
 
-def targets(judged: Sequence[dict[str, Any]]) -> str:
+def lengths(records: Iterable[Record]) -> str:
+    """What meeting new sequence lengths cost."""
+    lines = []
+    for r in records:
+        if r.get("lengths"):
+            met = r["lengths"]
+            times = f"{seconds(min(met['both_s']))} - {seconds(max(met['both_s']))}"
+            lines.append([r["case"], r["provider"], *(str(met[k]) for k in ("count", "triton", "dynamo")), times])
+    head = ["case", "provider", "new lengths", "Triton compilations", "torch.compile graphs", "their calls"]
+    return table(head, lines) if lines else ""
+
+
+def targets(judged: Sequence[Record]) -> str:
     words = {True: "yes", False: "NO", None: "not measured"}
     lines = [[t["what"], f"<= {t['limit']:.3g}", number(t["value"]), words[t["holds"]], t["why"]] for t in judged]
     return table(["figure", "target", "measured", "holds", "why"], lines)
 
 
-def conditions(result: dict[str, Any]) -> str:
+def device_name(result: Record) -> str:
     device = result["device"]
-    where = device.get("gpu") or f"{device['cpu']}, {device['threads']} threads, {device['cpu_capability']}"
+    return device.get("gpu") or f"{device['cpu']}, {device['threads']} threads, {device['cpu_capability']}"
+
+
+def conditions(result: Record) -> str:
     libraries = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     shapes = {r["case"]: r["label"] for r in result["rows"]}
     entropy = {r["case"]: r["entropy_nats"] for r in result["rows"] if r["entropy_nats"]}
-    lines = [f"{result['suite']} on {where}", libraries, f"commit {result['commit']}, {result['date']}"]
-    lines.append(result["command"])
+    lines = [f"{result['suite']} on {device_name(result)}", libraries]
+    lines += [f"commit {result['commit']}, {result['date']}", result["command"]]
     for name, label in shapes.items():
         e = entropy.get(name)
         peaks = f"; entropy 10/50/90 %: {e['p10']:.2g} / {e['p50']:.2g} / {e['p90']:.2g} nats" if e else ""
@@ -68,18 +117,25 @@ def conditions(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *result["notes"]])
 
 
-def render(result: dict[str, Any]) -> str:
-    parts = [conditions(result), rows(result)]
+def render(result: Record) -> str:
+    parts = [conditions(result), rows(result["rows"]), lengths(result["rows"])]
     if result.get("targets"):
         parts.append(targets(result["targets"]))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from bench import plots
+
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Print a result as Markdown tables.")
     parser.add_argument("result", type=Path, nargs="+")
-    for path in parser.parse_args(arguments).result:
-        print(render(json.loads(path.read_text())), end="\n\n")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw it there, too (needs matplotlib)")
+    args = parser.parse_args(arguments)
+    for path in args.result:
+        result = json.loads(path.read_text())
+        print(render(result), end="\n\n")
+        if args.plots:
+            print("\n".join(str(p) for p in plots.draw(result, args.plots)))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,16 @@
-"""Named runs and the figures they must reach: which rows are measured, and what is claimed of them."""
+"""Named runs: which rows are measured, and what is claimed of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
-from bench.registry import Case
-from bench.run import Row, bf16_products
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of a result: a field of a row, spreads by their median."""
-
-    case: str
-    provider: str
-    field: str = "both_s"
-
-    def of(self, result: dict[str, Any]) -> tuple[float | None, str]:
-        """-> (value, "") or (None, why there is none)."""
-        for row in result["rows"]:
-            if (row["case"], row["provider"]) == (self.case, self.provider):
-                break
-        else:
-            return None, f"{self.provider} on {self.case} is not in the run"
-        if row["error"]:
-            return None, f"{self.provider} on {self.case}: {row['error']}"
-        value = row.get(self.field, row["errors"].get(self.field))
-        if isinstance(value, dict):
-            value = value["median"]
-        return (value, "") if value is not None else (None, f"{self.field} of {self.provider} was not measured")
-
-    def wrong(self, result: dict[str, Any]) -> bool:
-        return any(r["wrong"] for r in result["rows"] if (r["case"], r["provider"]) == (self.case, self.provider))
-
-
-@dataclass(frozen=True)
-class Target:
-    """`figure`, or `figure` / `base`, or (`figure` - `base`) / `unit`, must be at most `limit`."""
-
-    what: str
-    limit: float
-    figure: Figure
-    base: Figure | None = None
-    unit: float | None = None
-
-    @property
-    def reads(self) -> set[tuple[str, str]]:
-        """(case, provider) of the rows it needs."""
-        return {(f.case, f.provider) for f in (self.figure, self.base) if f is not None}
-
-    def judge(self, result: dict[str, Any]) -> dict[str, Any]:
-        """-> value and holds; holds is None when not measured. A wrong result cannot hold, however fast."""
-        value, why = self.figure.of(result)
-        if self.base is not None and value is not None:
-            below, why = self.base.of(result)
-            if below is None:
-                value = None
-            elif self.unit is not None:
-                value = (value - below) / self.unit
-            else:
-                value = value / below if below > 0 else float("inf")
-        holds = None if value is None else bool(value <= self.limit)
-        if holds and self.figure.wrong(result):
-            holds, why = False, f"{self.figure.provider} on {self.figure.case} disagrees with fp64"
-        return {"what": self.what, "limit": self.limit, "value": value, "holds": holds, "why": why}
+from bench.document import bf16_products
+from bench.registry import MODELS, PROVIDERS, Case
+from bench.run import Row
+from bench.targets import Figure, Target
 
 
 @dataclass(frozen=True)
@@ -75,30 +19,44 @@ class Suite:
     cases: dict[str, Case]
     rows: list[Row]
     targets: list[Target] = field(default_factory=list)
+    together: bool = False  # one process per case rather than per row and round
+    repeats: int = 1  # samples of a row in each of its processes
+    memory: float | None = None  # bytes a process on a CPU may take
+    predict: bool = True  # leave out what would not fit by its formula, rather than let it try
+    limit_s: float = math.inf
 
 
 def rows(case: str, providers: str, rounds: int) -> list[Row]:
     return [Row(case, provider, rounds) for provider in providers.split()]
 
 
+def able(cases: dict[str, Case], providers: str, rounds: int) -> list[Row]:
+    """Every provider on each of the cases that it has."""
+    return [
+        Row(name, provider, rounds)
+        for name, case in cases.items()
+        for provider in providers.split()
+        if PROVIDERS[provider].takes(case)
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------------- quick
 
 
 def quick() -> Suite:
-    small = Case(N=512, H=128, V=8000, T=128)
-    cases = {
-        "fwd": replace(small, op="logprobs_fwd"),
-        "fwd_bwd": replace(small, op="logprobs_fwd_bwd"),
-        "grpo": small,
-        "grpo bf16": replace(small, N=128, dtype="bf16"),
+    small = Case(N=256, H=128, V=8000, T=64)
+    cases = {op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    cases |= {
+        "bf16": replace(small, N=128, dtype="bf16"),
+        "padded": replace(small, density=0.5),
+        "frozen": replace(small, op="dpo", frozen_head=True),
     }
     return Suite(
         "every op and provider at a small shape, to see that all is well: the times say little",
         cases,
-        rows("fwd", "dense ours trl", 1)
-        + rows("fwd_bwd", "dense ours", 1)
-        + rows("grpo", "gemm-blocked dense ours-one_pass ours-two_phase trl liger", 1)
-        + rows("grpo bf16", "dense ours-one_pass", 1),
+        able(cases, "gemm-blocked dense trl liger ours ours-two_phase", 2) + rows("logprobs_fwd_bwd", "torch-lce", 2),
+        together=True,
+        limit_s=110,
     )
 
 
@@ -160,6 +118,101 @@ def foundation() -> Suite:
         + rows("bf16", f"{'dense ' if bf16_products() else ''}dense-fp32 {one} {one}-rounded", 1)
         + rows("long", one, 1),
         targets,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- objectives
+
+
+def objectives() -> Suite:
+    """Two sequences of 8192 tokens at the head of a 0.5B model: an objective needs memory for its gradients and little
+    else, whatever it compares. `dpo short` is where the others fit, too."""
+    long = Case(op="dpo", N=16384, T=8192)
+    cases = {
+        "dpo": long,
+        "dpo frozen": replace(long, frozen_head=True),
+        "grpo": replace(long, op="grpo"),
+        "grpo frozen": replace(long, op="grpo", frozen_head=True),
+        "dpo short": replace(long, N=2048, T=512),
+    }
+    ours = {"dpo": "ours-two_phase", "dpo frozen": "ours", "grpo": "ours-one_pass", "grpo frozen": "ours"}
+    return Suite(
+        "DPO and GRPO over two sequences of 8192 tokens, and DPO where the others fit",
+        cases,
+        [row for case, provider in ours.items() for row in rows(case, provider, 1)]
+        + rows("grpo", "gemm-blocked liger dense trl", 1)
+        + rows("dpo", "liger dense torch-lce trl", 1)
+        + rows("dpo short", "ours-two_phase gemm-blocked liger dense torch-lce trl", 2),
+        [
+            Target(f"{case}: extra memory of {provider}, bytes", 1.3e9, Figure(case, provider, "peak_extra_bytes"))
+            for case, provider in ours.items()
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- matrix
+
+PEERS = "gemm-blocked dense torch-lce trl liger"
+OURS = "ours ours-one_pass ours-two_phase"
+
+
+def matrix() -> Suite:
+    """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in a quarter of an hour."""
+    base = Case(N=1024, H=512, V=32768, T=128)
+    dpo = replace(base, op="dpo")
+    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    sweeps = {
+        **{f"N={n}": replace(base, N=n) for n in (256, 4096, 8192)},
+        **{f"V={v}": replace(base, V=v) for v in (8192, 131072)},
+        **{f"H={h}": replace(base, H=h) for h in (128, 2048)},
+        **{f"T={t}": replace(base, T=t) for t in (32, 512)},
+        **{f"density={d}": replace(base, density=d) for d in (0.5, 0.25)},
+        "frozen": replace(base, frozen_head=True),
+        **{f"dpo T={t}": replace(dpo, T=t) for t in (32, 512)},
+        "dpo density=0.25": replace(dpo, density=0.25),
+        "dpo frozen": replace(dpo, frozen_head=True),
+    }
+    silent = {f"zero={z}": replace(base, beta=0.0, zero_rows=z) for z in (0.0, 0.5, 0.9)}
+    narrow = {f"{op} bf16": replace(base, op=op, dtype="bf16") for op in ("grpo", "kl")}
+    models = {name: _model(name, 256) for name in ("qwen3-0.6b", "gemma3-1b")}
+    return Suite(
+        "every op and provider, and sweeps over N, V, H, T, padding, zero gradients, a frozen head and bf16",
+        {**ops, **sweeps, **silent, **narrow, **models},
+        able(ops, f"{PEERS} {OURS}", 2)
+        + able({n: c for n, c in sweeps.items() if n[0] in "VH"}, "gemm-blocked", 1)
+        + able(sweeps, "dense trl liger ours-one_pass ours-two_phase", 1)
+        + able(silent, "dense trl ours-one_pass ours-two_phase", 1)
+        + able(narrow, "gemm-blocked dense dense-fp32 trl ours-one_pass ours-one_pass-rounded", 1)
+        + able({"kl bf16": narrow["kl bf16"]}, "ours", 1)
+        + able(models, "gemm-blocked dense trl ours-one_pass", 1),
+        repeats=3,
+    )
+
+
+def _model(name: str, N: int, **changes: object) -> Case:
+    return replace(Case(N=N, T=128, H=MODELS[name].H, V=MODELS[name].V), **changes)  # type: ignore[arg-type]
+
+
+def models() -> Suite:
+    """The heads of published models, few tokens each."""
+    cases = {name: _model(name, 256) for name in MODELS}
+    return Suite("heads of published models", cases, able(cases, "gemm-blocked dense ours-one_pass ours-two_phase", 1))
+
+
+# --------------------------------------------------------------------------------------------------------------- long
+
+
+def long(device: str = "cpu") -> Suite:
+    """One update at growing length, dense against ours: dense is let run until its memory is refused."""
+    base = Case(H=64) if device == "cpu" else Case(H=4096, dtype="bf16")
+    cases = {f"T={t}k": replace(base, N=1024 * t, T=1024 * t) for t in (1, 4, 16, 64)}
+    return Suite(
+        "one sequence of 1k to 64k tokens, V=151936: dense until it dies, and ours",
+        cases,
+        rows("T=1k", "gemm-blocked", 1) + [row for name in cases for row in rows(name, "dense ours-one_pass", 1)],
+        together=device == "cuda",
+        memory=12e9,
+        predict=False,
     )
 
 
@@ -236,9 +289,39 @@ def gpu(scale: int = 1) -> Suite:
     )
 
 
+def gpu_objectives(scale: int = 1) -> Suite:
+    """What suite `gpu` has no time for: the other objectives, padding, new lengths, the heads of published models."""
+    main = Case(
+        N=8192 // scale, H=max(4096 // scale, 32), V=max(151936 // scale, 1000), T=max(1024 // scale, 8), dtype="bf16"
+    )
+    ops = {op: replace(main, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "dpo", "ppo", "kl")}
+    more = {
+        "padded": replace(main, density=0.5),
+        "lengths": replace(main, N=4 * main.T, lengths=8),
+        "dpo frozen": replace(main, op="dpo", frozen_head=True),
+    }
+    heads = {name: _model(name, 8192 // scale, dtype="bf16") for name in (MODELS if scale == 1 else ())}
+    providers = "gemm dense torch-lce trl liger liger-flce cce cce-exact verl"
+    return Suite(
+        "the GPU figures of the other objectives and heads",
+        {**ops, **more, **heads},
+        able(ops, f"{providers} {OURS}", 10)
+        + able(more, f"dense trl liger {OURS}", 5)
+        + able(heads, "gemm trl ours-one_pass ours-two_phase", 5),
+        together=True,
+    )
+
+
 SUITES: dict[str, Callable[[], Suite]] = {
     "quick": quick,
     "foundation": foundation,
+    "objectives": objectives,
+    "matrix": matrix,
+    "models": models,
+    "long": long,
     "gpu": gpu,
     "gpu-tiny": partial(gpu, 128),
+    "gpu-objectives": gpu_objectives,
+    "gpu-objectives-tiny": partial(gpu_objectives, 128),
+    "gpu-long": partial(long, "cuda"),
 }

@@ -6,34 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fused_rlhf.objectives import CORRECTIONS, KL_ESTIMATORS, LEVELS, PRESETS, PolicyLoss
-from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
+from fused_rlhf.trainers.config import require, require_at_least
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 
-Names = tuple[str, ...]
 OBJECTIVES, ESTIMATORS = tuple(PRESETS), tuple(KL_ESTIMATORS)
 LEVEL_NAMES, CORRECTION_NAMES = ("default", *LEVELS), ("none", *CORRECTIONS)
 
 
 @dataclass(frozen=True)
-class Config(TrainConfig):
+class Config(RolloutConfig):
     """Options of a GRPO run. Raises ValueError or TypeError for values out of range or at odds with each other."""
 
     output: str = "runs/grpo"
     """Folder for metrics, curves, samples, checkpoints and the model."""
-    task: Literal["arithmetic", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
-    """arithmetic: generated sums and differences. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
-    gsm8k: its whole questions. prompts: your own rows with prompt and answer, and maybe images."""
-    data: str | None = None
-    """Folder with GSM8K's train.jsonl and test.jsonl; for prompts also a .jsonl or .parquet file or a hub id."""
-    max_operand: int = 99
-    """Largest operand of an arithmetic prompt or a calculator step; steps beyond it are left out."""
-
-    rewards: Names = ()
-    """exact_match, numeric_answer, regex=PATTERN, length=N, model=FOLDER_OR_ID (a sequence classifier with one label) or
-    your own module:function; several are added up. Default: the task's own."""
-    reward_weights: tuple[float, ...] = ()
-    """One weight for each reward. Default: 1 each."""
-    reward_timeout: float = 0.0
-    """Seconds that one call of a reward may take; 0: as many as it likes."""
     baseline: Literal["mean", "leave_one_out", "length_weighted"] = "mean"
     """What a reward is compared with: the group's mean; that of its others (RLOO); weighted by lengths (OPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -41,27 +26,10 @@ class Config(TrainConfig):
     combine_rewards: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Several rewards: normalise their sum, or sum what each is when normalised alone (GDPO)."""
 
-    warmup_steps: int = 0
-    """Supervised steps on the training answers before GRPO, at most."""
-    warmup_accuracy: float = 1.0
-    """End the warm-up once this share of 256 training prompts is answered right, greedily."""
-    warmup_batch_size: int = 256
-    """Samples in a supervised step."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the supervised steps."""
-
     steps: int = 200
     """GRPO steps: rollouts, each followed by its updates."""
-    prompts_per_step: int = 32
-    """Prompts in a rollout, over all processes."""
     num_generations: int = 8
     """Completions of each prompt: the group."""
-    max_new_tokens: int = 128
-    """Longest completion, in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature; the log-probabilities are taken at the same."""
-    rollout_batch_size: int = 0
-    """Completions sampled together by one process; 0: all of its own."""
     mask_truncated: bool = False
     """Leave completions that reached max_new_tokens without an EOS out of the loss."""
 
@@ -83,8 +51,6 @@ class Config(TrainConfig):
     """How the KL is estimated from the log-probs of the tokens sampled."""
     use_bias_correction_kl: bool = False
     """Multiply the KL by the ratio."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
     top_entropy_quantile: float = 1.0
     """Share of the tokens, of highest entropy, that keep their part of the objective."""
     off_policy_mask_threshold: float | None = None
@@ -100,29 +66,17 @@ class Config(TrainConfig):
 
     num_iterations: int = 1
     """Passes over each rollout."""
-    num_minibatches: int = 1
-    """Optimiser updates in a pass: the steps taken per generation."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW. The small model wants about 3e-4."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "prompts_per_step", "max_new_tokens", "num_iterations", "num_minibatches")
-        require_at_least(self, 0, "warmup_steps", "rollout_batch_size", "reward_timeout", "router_aux_loss_coef")
-        require_positive(self, "temperature", "warmup_learning_rate", "warmup_batch_size", "max_operand")
+        require_at_least(self, 1, "num_iterations")
+        require_at_least(self, 0, "router_aux_loss_coef")
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2, to compare")
-        rows, weights = self.prompts_per_step * self.num_generations, self.reward_weights
+        rows = self.prompts_per_step * self.num_generations
         whole = f"a divisor of prompts_per_step x num_generations = {rows}"
         require(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, whole)
-        require(len(weights) in (0, len(self.rewards)), "reward_weights", weights, f"one for each of {self.rewards}")
-        require(0 < self.warmup_accuracy <= 1, "warmup_accuracy", self.warmup_accuracy, "above 0 and at most 1")
-        idle = self.warmup_accuracy < 1 and self.warmup_steps == 0
-        require(not idle, "warmup_steps", 0, f"at least 1 when warmup_accuracy is given ({self.warmup_accuracy})")
-        adapters = self.lora_r > 0 and self.warmup_steps > 0
-        require(not adapters, "warmup_steps", self.warmup_steps, "0 with LoRA, whose reference is the model as loaded")
-        generated = self.task == "arithmetic"
-        require(not (generated and self.data), "data", self.data, "none for the task 'arithmetic', which is generated")
-        require(generated or self.data is not None, "data", self.data, f"where the task {self.task!r} is read from")
         self.loss()
 
     @property

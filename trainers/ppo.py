@@ -146,17 +146,13 @@ def prepare(
         config.task, config.data, max_operand=config.max_operand, seed=config.seed, answers=answers
     )
     data.check(task, answers)
-    functions = list(reward_functions or map(rewards.resolve, config.rewards or (task.reward,))) if named else []
-    if config.reward_weights:
-        require(len(config.reward_weights) == len(functions), "reward_weights", config.reward_weights, "one per reward")
-    if functions:
-        rewards.dry_run(functions, task.train, config.reward_timeout)
+    functions: list[rewards.Reward] = []
+    if named:
+        functions = rewards.choose(
+            reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
+        )
     loaded = models.load_for(config, model, tokenizer)
-    longest = 0
-    for name, samples in (("train", task.train), ("test", task.test)):
-        prompts = [encode_prompt(loaded.tokenizer, loaded.processor, s, config.chat_template) for s in samples]
-        rollout.check_lengths(name, prompts, loaded.model, config.max_new_tokens)
-        longest = max(longest, *(len(prompt.ids) for prompt in prompts))
+    longest = rollout.longest_prompt(loaded, task, config, config.max_new_tokens)
     if config.stop_token is not None:
         ends = rollout.eos_ids(loaded.model, loaded.tokenizer)
         loaded.model.generation_config.eos_token_id = [*ends, stop_id(config.stop_token, loaded.tokenizer)]
@@ -167,9 +163,6 @@ def prepare(
     placed = Engine(config, accelerator, trained, config.steps * config.num_ppo_epochs * config.num_minibatches)
     reference = None if frozen is None else placed.frozen(frozen)
     reward_model = None if judge is None else placed.frozen(judge.eval())
-    for function in functions:
-        if isinstance(function, rewards.RewardModel):
-            function.model.to(accelerator.device)
     kl = KLController(config.kl_coef, config.target_kl, config.kl_horizon)
     return State(config, task, functions, loaded, placed, reference, reward_model, kl, Run(placed), longest)
 
@@ -279,8 +272,7 @@ def collect(state: State, number: int) -> Batch:
     """Sample and score the completions of this process's prompts; what was expected, and what to learn from them."""
     config, n = state.config, state.config.prompts_per_step
     prompts = data.batch_at(state.task.train, config.seed, (number - 1) * n, n)
-    # A share of every mini-batch, so that the updates see what those of a single process would.
-    own = [i for mini in minibatches(config, n) for i in state.engine.mine(range(mini.start, mini.stop))]
+    own = rollout.own_rows(state.engine, n, config.num_minibatches)
     samples = [prompts[i] for i in own]
     drawn = rollout.uniforms(config.seed, number, n, config.max_new_tokens)[own]
     completions = sample_completions(state, samples, uniforms=drawn)
@@ -324,13 +316,10 @@ def sample_completions(state: State, samples: Sequence[Sample], uniforms: Tensor
 
 def score(state: State, completions: Completions, samples: Sequence[Sample]) -> Tensor:
     """(B,) fp32: weighted sum of the rewards, plus the reward model's; NaN where none of them could score."""
-    config, columns, error = state.config, [], None
+    config, columns = state.config, []
     if state.rewards:
-        try:
-            columns.append(rewards.score(state.rewards, completions.texts, samples, config.reward_timeout))
-        except rewards.RewardError as found:
-            error = found
-    state.engine.agree(error)
+        timeout = config.reward_timeout
+        columns.append(evaluation.score_together(state.engine, state.rewards, completions, samples, timeout))
     if state.reward_model is not None:
         with state.reward_model.whole() as module:
             rows = slices(slice(0, len(samples)), config.micro_batch_size)

@@ -1,0 +1,120 @@
+"""What is asked: an op, a shape and what the batch looks like. Nothing here computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from bench.ops import OPS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Shape(NamedTuple):
+    """Of a model's head."""
+
+    H: int
+    V: int
+
+
+# hidden_size and vocab_size of the published configurations.
+MODELS = {
+    "qwen2.5-0.5b": Shape(896, 151936),
+    "qwen3-0.6b": Shape(1024, 151936),
+    "qwen3-8b": Shape(4096, 151936),
+    "qwen3-32b": Shape(5120, 151936),
+    "llama3-8b": Shape(4096, 128256),
+    "gemma3-1b": Shape(1152, 262144),
+    "gemma3-27b": Shape(5376, 262208),
+    "deepseek-v3": Shape(7168, 129280),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: N tokens in sequences of T, hidden size H, vocabulary V."""
+
+    op: str = "grpo"
+    N: int = 2048
+    H: int = 896
+    V: int = 151936
+    T: int = 256
+    dtype: str = "fp32"
+    beta: float = 0.04  # grpo: weight of the KL to the reference; 0 leaves the reference out
+    density: float = 1.0  # share of the positions that are completion tokens; the others are padding at the end
+    zero_rows: float = 0.0  # share of the tokens, scattered, whose advantage or upstream gradient is exactly zero
+    frozen_head: bool = False
+    lengths: int = 1  # how many sequence lengths are met for the first time before the timed rounds
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ValueError(f"op must be one of {sorted(OPS)}, got {self.op!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if min(self.N, self.H, self.V, self.T) < 1 or self.N % self.T:
+            raise ValueError(f"N, H, V, T must be positive and T divide N, got {self.N}, {self.H}, {self.V}, {self.T}")
+        if self.op == "dpo" and self.N // self.T % 2:
+            raise ValueError(f"dpo needs an even number of sequences, got N / T = {self.N // self.T}")
+        if not 0 < self.density <= 1 or not 0 <= self.zero_rows < 1:
+            raise ValueError(
+                f"density must be in (0, 1] and zero_rows in [0, 1), got {self.density} and {self.zero_rows}"
+            )
+        if self.zero_rows and (self.op in ("dpo", "ppo") or (self.op == "grpo" and self.beta)):
+            raise ValueError(
+                f"zero_rows must be 0 where a zero advantage leaves a gradient, got {self.zero_rows} with {self.op}"
+            )
+        if not 1 <= self.lengths <= self.T:
+            raise ValueError(f"lengths must be in [1, T], got {self.lengths}")
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Matrix products of 2 N V H operations that the op cannot do without, forward and backward."""
+        op = OPS[self.op]
+        return op.heads, (1 if self.frozen_head else 2) if op.backward else 0
+
+    @property
+    def rows(self) -> tuple[float, float]:
+        """Rows that the products cannot do without, forward and backward."""
+        tokens = self.density * self.N
+        return tokens, tokens * (1 - self.zero_rows)
+
+    @property
+    def flops(self) -> float:
+        return sum(p * n for p, n in zip(self.products, self.rows)) * 2 * self.V * self.H
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of hidden and, unless frozen, weight."""
+        if not OPS[self.op].backward:
+            return 0
+        return (self.N + (0 if self.frozen_head else self.V)) * self.H * self.itemsize
+
+    @property
+    def least_bytes(self) -> int:
+        """Operands and vectors read once, gradients written once."""
+        op = OPS[self.op]
+        operands = op.heads * (self.N + self.V) * self.H * self.itemsize
+        return operands + self.gradient_bytes + self.N * (8 + 4 * op.vectors)
+
+    @property
+    def input_bytes(self) -> int:
+        """What building the inputs takes; the head is drawn in fp32."""
+        heads = self.V * self.H * (4 if self.itemsize == 4 else 4 + self.itemsize)
+        return heads + 2 * self.N * self.H * self.itemsize
+
+    @property
+    def label(self) -> str:
+        extra = [f"T={self.T}"] if self.op in ("dpo", "grpo") else []
+        extra += [f"beta={self.beta:g}"] if self.op == "grpo" else []
+        extra += [f"{self.density:.0%} of the positions"] if self.density < 1 else []
+        extra += [f"{self.zero_rows:.0%} zero gradients"] if self.zero_rows else []
+        extra += ["frozen head"] if self.frozen_head else []
+        extra += [f"{self.lengths} lengths"] if self.lengths > 1 else []
+        return ", ".join([f"{self.op} N={self.N} H={self.H} V={self.V} {self.dtype}", *extra])

@@ -1,0 +1,62 @@
+"""Two results of the same suite side by side: which rows became slower, larger or less accurate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.report import gigabytes, number, seconds, table
+
+SLOWER = 1.10  # and the spreads (20 - 80 %) do not overlap
+LARGER, LARGER_BYTES = 1.05, 32e6
+LESS_ACCURATE, FLOOR = 2.0, 1e-6
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, list[str]]:
+    """-> a table of the rows that both have, and a line for each that became worse.
+
+    Times are compared over those of `dense` in the same run where both have them, for runs on a busy machine.
+    """
+    before = {(r["case"], r["provider"]): r for r in old["rows"]}
+    worse, lines = [], []
+    for r in new["rows"]:
+        was = before.get((r["case"], r["provider"]))
+        if was is None or was["shape"] != {key: r["shape"].get(key) for key in was["shape"]}:
+            continue
+        found = _worse(was, r)
+        worse += [f"{r['case']} {r['provider']}: {what}" for what in found]
+        lines.append([r["case"], r["provider"], *_cells(was), *_cells(r), ", ".join(found)])
+    columns = ["time", "/ dense", "peak extra", "dX err"]
+    head = ["case", "provider", *(f"{c} (old)" for c in columns), *columns, "worse"]
+    conditions = [f"{name}: commit {r['commit']}, {r['date']}" for name, r in (("old", old), ("new", new))]
+    return "\n".join([*conditions, "", table(head, lines), "", *(worse or ["nothing became worse"])]), worse
+
+
+def _cells(r: dict[str, Any]) -> list[str]:
+    if r["error"]:
+        return [r["error"][:30], "-", "-", "-"]
+    return [
+        seconds(r["both_s"]["median"]),
+        number(r["time_to_dense"]),
+        gigabytes(r["peak_extra_bytes"]),
+        number(r["errors"].get("dhidden_rel"), 2),
+    ]
+
+
+def _worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    if new["error"] or old["error"]:
+        return [f"fails: {new['error']}"] if new["error"] and not old["error"] else []
+    found = []
+    relative = old["time_to_dense"] and new["time_to_dense"] and new["provider"] != "dense"
+    ratio = new["both_s"]["median"] / old["both_s"]["median"]
+    if relative:
+        ratio = new["time_to_dense"] / old["time_to_dense"]
+    apart = new["both_s"]["p20"] / new["both_s"]["median"] * ratio > old["both_s"]["p80"] / old["both_s"]["median"]
+    if ratio > SLOWER and apart:
+        found.append(f"slower, {ratio:.2f}x{' over dense' if relative else ''}")
+    was, now = old["peak_extra_bytes"], new["peak_extra_bytes"]
+    if was is not None and now is not None and now > LARGER * was + LARGER_BYTES:
+        found.append(f"larger, {gigabytes(was)} -> {gigabytes(now)}")
+    for key, error in new["errors"].items():
+        if error > LESS_ACCURATE * old["errors"].get(key, error) + FLOOR:
+            found.append(f"less accurate, {key} {old['errors'][key]:.2g} -> {error:.2g}")
+    return [*found, *(["wrong now"] if new["wrong"] and not old["wrong"] else [])]

@@ -1,0 +1,218 @@
+"""The tensors of a case, and their fp64 truth.
+
+The logits of a trained model are peaked on most tokens and flat on some; random hidden states give neither, and flatter
+whatever skips small probabilities. Here W has rows of norm about 1 and each hidden state is a combination of candidate
+rows of W, so that the candidates' logits are (to within the overlap of random rows) the numbers below:
+
+    60 % peaked      one candidate at 25, seven in [6, 14]
+    25 % uncertain   eight candidates in [22, 25]: where rounded logits hurt most
+    15 % flat        eight candidates in [8, 12]: the other tokens together hold most of the mass
+
+and, in every row, four more tokens at -25. Targets are drawn from the candidates' softmax. The reference model has the
+same head and hidden states that differ by noise which moves every logit by about 0.1. Rows beyond `BASE_ROWS` repeat
+earlier ones in random order, so that one fp64 reference serves every N. The entropy is recorded beside the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.cases import DTYPES, Case
+
+BASE_ROWS = 2048
+COLUMNS = 8192  # of W in fp64 at a time
+
+
+class Base(NamedTuple):
+    """The operands of the base rows."""
+
+    weight: Tensor  # (V, H)
+    hidden: Tensor  # (base, H)
+    ref_hidden: Tensor  # (base, H)
+    targets: Tensor  # (base,)
+
+
+class Reference(NamedTuple):
+    """fp64 results of the base rows, (base,) each, from the very operands the providers get."""
+
+    logprobs: Tensor
+    lse: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor
+    ref_lse: Tensor
+    kl: Tensor  # of the policy to the reference
+
+
+@dataclass
+class Inputs:
+    """What every provider gets; the vectors are fp32, (N,)."""
+
+    case: Case
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H), of the reference too
+    ref_hidden: Tensor | None  # (N, H), for the ops that compare with a reference's hidden states
+    targets: Tensor  # int64
+    mask: Tensor  # bool: completion tokens
+    advantages: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None  # grpo: None when beta is 0
+    upstream: Tensor  # of the values, for the ops without an objective
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,): targets, -100 outside the mask."""
+        return self.targets.masked_fill(~self.mask, -100)
+
+    def sequences(self, rows: Tensor) -> Tensor:
+        """(N, ...) -> (B, T, ...)"""
+        return rows.view(-1, self.case.T, *rows.shape[1:])
+
+    def shorter(self, length: int) -> Inputs:
+        """The same head and sequences, of each the first tokens only."""
+        count = self.case.N // self.case.T
+
+        def cut(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else self.sequences(rows.detach())[:, :length].flatten(0, 1)
+
+        case = replace(self.case, N=count * length, T=length, lengths=1)
+        vectors = (self.targets, self.mask, self.advantages, self.old_logprobs, self.ref_logprobs, self.upstream)
+        hidden = cut(self.hidden)
+        assert hidden is not None
+        return Inputs(case, hidden.requires_grad_(), self.weight, cut(self.ref_hidden), *map(cut, vectors))  # type: ignore[arg-type]
+
+
+def base_rows(case: Case, device: str) -> Base:
+    """The recipe of the module docstring."""
+    rng = torch.Generator(device).manual_seed(case.seed)
+    randn = partial(torch.randn, generator=rng, device=device)
+    rand = partial(torch.rand, generator=rng, device=device)
+    base = min(case.N, BASE_ROWS)
+    weight = randn(case.V, case.H).mul_(case.H**-0.5)
+
+    kind = rand(base, 1)
+    peaked, uncertain = kind < 0.60, (kind >= 0.60) & (kind < 0.85)
+    u = rand(base, 8)
+    logits = torch.where(peaked, 6 + 8 * u, torch.where(uncertain, 22 + 3 * u, 8 + 4 * u))
+    logits[:, :1] = torch.where(peaked, 25.0, logits[:, :1])
+    wanted = torch.cat([logits, torch.full((base, 4), -25.0, device=device)], 1)
+    tokens = torch.randint(case.V, wanted.shape, generator=rng, device=device)
+    hidden = torch.zeros(base, case.H, device=device)
+    for k in range(wanted.shape[1]):  # one candidate at a time: (base, 12, H) would be large
+        row = weight[tokens[:, k]]
+        hidden += wanted[:, k : k + 1] * row / row.square().sum(1, keepdim=True)
+    gumbel = -(-rand(base, 8).clamp_min(1e-9).log()).log()
+    targets = tokens.gather(1, (logits + gumbel).argmax(1, keepdim=True)).squeeze(1)
+    reference = hidden + 0.1 * randn(base, case.H)
+    dtype = DTYPES[case.dtype]
+    return Base(weight.to(dtype), hidden.to(dtype), reference.to(dtype), targets)
+
+
+def blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows in fp64) of W."""
+    for start in range(0, len(weight), COLUMNS):
+        yield start, weight[start : start + COLUMNS].double()
+
+
+class _Running:
+    """logsumexp, and means under the softmax, over blocks of columns."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.peak = torch.full((len(like),), -torch.inf, dtype=torch.float64, device=like.device)
+        self.total = torch.zeros_like(self.peak)
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, z: Tensor, **weighted: Tensor) -> None:
+        higher = torch.maximum(self.peak, z.amax(1))
+        p = (z - higher[:, None]).exp_()
+        shrink = (self.peak - higher).exp()
+        self.total = self.total * shrink + p.sum(1)
+        for name, values in weighted.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(shrink)) * shrink + (p * values).sum(1)
+        self.peak = higher
+
+    @property
+    def lse(self) -> Tensor:
+        return self.peak + self.total.log()
+
+    def mean(self, name: str) -> Tensor:
+        return self.sums[name] / self.total
+
+
+def fp64_reference(case: Case, device: str) -> Reference:
+    base = base_rows(case, device)
+    x, x_ref = base.hidden.double(), base.ref_hidden.double()
+    policy, reference = _Running(x), _Running(x)
+    target, ref_target = torch.zeros_like(policy.peak), torch.zeros_like(policy.peak)
+    for start, w in blocks(base.weight):
+        z, z_ref = x @ w.T, x_ref @ w.T
+        here = (base.targets >= start) & (base.targets < start + len(w))
+        column = (base.targets - start).clamp(0, len(w) - 1)[:, None]
+        target = torch.where(here, z.gather(1, column).squeeze(1), target)
+        ref_target = torch.where(here, z_ref.gather(1, column).squeeze(1), ref_target)
+        policy.add(z, logit=z, gap=z - z_ref)
+        reference.add(z_ref)
+    lse, ref_lse = policy.lse, reference.lse
+    return Reference(
+        logprobs=target - lse,
+        lse=lse,
+        entropy=lse - policy.mean("logit"),
+        ref_logprobs=ref_target - ref_lse,
+        ref_lse=ref_lse,
+        kl=policy.mean("gap") - lse + ref_lse,
+    )
+
+
+def order(case: Case, device: str) -> Tensor:
+    """(N,): which base row each row is; the first ones in order, then at random, so that no two sequences are alike."""
+    base = min(case.N, BASE_ROWS)
+    rng = torch.Generator(device).manual_seed(case.seed + 2)
+    rest = torch.randint(base, (case.N - base,), generator=rng, device=device)
+    return torch.cat([torch.arange(base, device=device), rest])
+
+
+def completion_mask(case: Case, device: str) -> Tensor:
+    """(N,) bool: sequences between half and one and a half times the mean length, from the first token on."""
+    count = case.N // case.T
+    longest = min(1.5, 1 / case.density)
+    spread = torch.linspace(2 - longest, longest, count) if count > 1 else torch.ones(1)
+    lengths = (case.density * case.T * spread).round().clamp(min=1)
+    return (torch.arange(case.T) < lengths[:, None]).flatten().to(device)
+
+
+def build(case: Case, device: str, reference: Reference) -> Inputs:
+    """Old log-probs are the exact ones plus noise; so are grpo's of the reference, dpo's come from its hidden states."""
+    base = base_rows(case, device)
+    index = order(case, device)
+    rng = torch.Generator(device).manual_seed(case.seed + 1)
+    noise = partial(torch.randn, generator=rng, device=device)
+    exact = reference.logprobs[index].float()
+    per_sequence = noise(case.N // case.T).repeat_interleave(case.T)
+    advantages = noise(case.N) if case.op == "ppo" else per_sequence
+    upstream = noise(case.N) / case.N
+    silent = torch.randperm(case.N, generator=rng, device=device)[: round(case.zero_rows * case.N)]
+    advantages[silent] = upstream[silent] = 0.0
+    mask = completion_mask(case, device)
+    old_logprobs = exact + 0.1 * noise(case.N)  # off-policy: some of the tokens are clipped
+    ref_logprobs = None
+    if case.op == "dpo":
+        ref_logprobs = reference.ref_logprobs[index].float()
+    elif case.op == "grpo" and case.beta:
+        ref_logprobs = exact + 0.1 * noise(case.N)
+    return Inputs(
+        case,
+        hidden=base.hidden[index].requires_grad_(),
+        weight=base.weight.requires_grad_(not case.frozen_head),
+        ref_hidden=base.ref_hidden[index] if case.op in ("kl", "dpo") else None,
+        targets=base.targets[index],
+        mask=mask,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        upstream=upstream.masked_fill(~mask, 0.0),
+    )

@@ -1,0 +1,263 @@
+"""One measurement: clocks, memory, errors.
+
+Times: `forward_s` ends with the loss (or the log-probs), `backward_s` with the gradients, `both_s` is their sum.
+Memory: `peak_extra_bytes` is the peak of the resident set (CPU) or of the allocator (GPU) over what the inputs took
+before, the resulting gradients included; `scratch_bytes` leaves those gradients out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.accuracy import errors
+from bench.cases import Case
+from bench.inputs import Inputs, Reference, build
+from bench.ops import OPS
+from bench.provider import Output
+from bench.registry import PROVIDERS
+
+WARM_ROWS = 16
+TIMES = ("forward_s", "backward_s", "both_s")
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as m: ...`, then `m.extra`: bytes over the level at entry; None if it cannot be read."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.extra: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # freed heap that is still resident would hide what comes next
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts again from here
+                self._before = _status_bytes("VmRSS")
+            except OSError:
+                self._before = None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            self.extra = torch.cuda.max_memory_allocated() - (self._before or 0)
+        elif self._before is not None:
+            self.extra = max(_status_bytes("VmHWM") - self._before, 0)
+
+
+class Clock:
+    """Marks in time: `perf_counter` on a CPU, events on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def spans(self) -> list[float]:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:])]
+        return [b - a for a, b in zip(self.marks, self.marks[1:])]
+
+
+def _clear(inputs: Inputs) -> None:
+    inputs.hidden.grad = inputs.weight.grad = None
+
+
+@cache
+def _busy_buffer() -> torch.Tensor:
+    return torch.empty(1 << 26, dtype=torch.uint8, device="cuda")
+
+
+def _keep_busy() -> None:
+    """About a millisecond of GPU work, so that launches are queued ahead as in training; it also clears the cache."""
+    for _ in range(50):
+        _busy_buffer().zero_()
+
+
+def sample(provider: str, inputs: Inputs) -> tuple[dict[str, Any], Output]:
+    """One forward (and backward): its times and memory, and its result, gradients left in `.grad`."""
+    device = inputs.hidden.device.type
+    _clear(inputs)
+    step = PROVIDERS[provider].step(inputs)
+    backward = OPS[inputs.case.op].backward
+    if device == "cuda":
+        _busy_buffer()
+    clock, cpu = Clock(device), time.process_time()
+    with PeakMemory(device) as memory:
+        if device == "cuda":
+            _keep_busy()
+        with torch.set_grad_enabled(backward):
+            clock.mark()
+            output = step()
+            clock.mark()
+        if backward:
+            assert output.backward is not None or output.loss is not None
+            (output.backward or output.loss.backward)()  # type: ignore[union-attr]
+            clock.mark()
+        spans = clock.spans()
+    found: dict[str, Any] = dict(zip(TIMES, [*spans, *([] if backward else [0.0]), sum(spans)]))
+    if device == "cpu":  # below 1: the machine was busy with something else, or one thread worked alone
+        found["cpu_share"] = (time.process_time() - cpu) / (sum(spans) * torch.get_num_threads())
+    found["peak_extra_bytes"] = memory.extra
+    if memory.extra is not None:
+        grads = [t.grad for t in (inputs.hidden, inputs.weight) if t.grad is not None]
+        found["scratch_bytes"] = max(memory.extra - sum(g.numel() * g.element_size() for g in grads), 0)
+    return found, output
+
+
+def measure(
+    case: Case,
+    providers: Sequence[str],
+    device: str,
+    reference: Reference,
+    rounds: int,
+    warmup: int = 1,
+    check: bool = True,
+    save: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, dict[str, Any]]:
+    """Provider -> {"samples": [...], "errors": {...}} or {"error": why not}; interleaved, all in this process.
+
+    `save` gets what there is so far after every round. A provider that leaves the GPU unusable ends the measurement and
+    is marked {"fatal": True}.
+    """
+    reference = Reference(*(r.to(device) for r in reference))
+    inputs = build(case, device, reference)
+    found: dict[str, dict[str, Any]] = {n: {"samples": [], "entropy_nats": entropy(reference)} for n in providers}
+
+    # On a CPU a few rows wake threads and libraries; on a GPU the full shape compiles what has to be compiled.
+    warm = inputs.shorter(max(1, WARM_ROWS * case.T // case.N)) if device == "cpu" else inputs
+
+    def warm_up(name: str) -> None:
+        sample(name, warm)
+
+    def meet(name: str) -> None:
+        found[name]["lengths"] = new_lengths(name, inputs)
+
+    def once(name: str) -> None:
+        figures, output = sample(name, inputs)
+        if check and "errors" not in found[name] and not PROVIDERS[name].roof:
+            found[name]["errors"] = errors(inputs, reference, output.loss, output.found)
+        found[name]["samples"].append(figures)
+
+    gc.collect()
+    gc.freeze()  # what the imports made need not be looked at again before every sample
+    try:
+        for body in [warm_up] * warmup + [meet] * (case.lengths > 1) + [once] * rounds:
+            for name in providers:
+                if "error" in found[name]:
+                    continue
+                try:
+                    body(name)
+                except Exception as e:  # whatever it is, it is that provider's result
+                    traceback.print_exc()
+                    found[name]["error"] = _why(e)
+                _clear(inputs)
+                if "error" in found[name] and not _usable(device):
+                    found[name]["fatal"] = True
+                    return found
+            save(found)
+        return found
+    finally:
+        gc.unfreeze()
+
+
+def _why(error: Exception) -> str:
+    """One line."""
+    refused = re.search(r"tried to allocate (\d+) bytes", str(error))
+    if refused:
+        return f"out of memory: {int(refused[1]) / 1e9:.2f} GB more were refused"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def new_lengths(provider: str, inputs: Inputs) -> dict[str, Any]:
+    """Meets `case.lengths` shorter sequence lengths, each once: how much was compiled, and how long the calls took."""
+    case, calls = inputs.case, []
+    with Compilations() as compiled:
+        for i in range(case.lengths):
+            shorter = inputs.shorter(case.T - i)
+            calls.append(sample(provider, shorter)[0]["both_s"])
+            _clear(shorter)
+    return {"count": case.lengths, "triton": compiled.triton, "dynamo": compiled.dynamo, "both_s": calls}
+
+
+class Compilations:
+    """Counts what is compiled inside the `with`: specialisations of Triton kernels, and graphs of torch.compile."""
+
+    triton = dynamo = 0
+
+    def __enter__(self) -> Compilations:
+        self._graphs = _graphs()
+        self._runtime: Any = None
+        with contextlib.suppress(ImportError):
+            from triton import knobs
+
+            self._runtime, self._hook = knobs.runtime, knobs.runtime.jit_post_compile_hook
+            knobs.runtime.jit_post_compile_hook = self._count
+        return self
+
+    def _count(self, **_: Any) -> None:
+        self.triton += 1
+
+    def __exit__(self, *exception: object) -> None:
+        self.dynamo = _graphs() - self._graphs
+        if self._runtime is not None:
+            self._runtime.jit_post_compile_hook = self._hook
+
+
+def _graphs() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _usable(device: str) -> bool:
+    """Whether the device still works after an error; frees what the failed provider left."""
+    gc.collect()
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
+
+
+def entropy(reference: Reference) -> dict[str, float]:
+    """What the inputs are like: entropy of the base rows, in nats."""
+    values = reference.entropy.double().cpu()
+    quantiles = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+    return dict(zip(("p10", "p50", "p90"), quantiles.tolist())) | {"mean": values.mean().item()}

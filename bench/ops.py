@@ -1,0 +1,100 @@
+"""What is computed: an op is one `Op` line at the end of this file, and its loss above it.
+
+A provider gives per-token values of `Op.values` ("logprobs", or the "kl" of two heads) and, where the op asks, the
+entropy; `Op.loss` maps them to the scalar that is differentiated. The same function, in fp64, is the truth. A provider
+with a loss of its own returns that instead.
+
+Operations are counted in matrix products of 2 N V H; those an op cannot do without are one per head forward, one for dX,
+and one for dW unless the head is frozen. Rows outside the mask need none, rows without a gradient none backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bench.inputs import Inputs
+
+EPSILON = 0.2  # the clip range of grpo and ppo
+ENTROPY_COEF = 0.01  # of ppo
+DPO_BETA = 0.1
+
+
+class Values(NamedTuple):
+    """Per token, (N,): what a provider computed, or the truth in fp64."""
+
+    values: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """`loss` is None where nothing is differentiated. `vectors`: fp32 numbers per token that are read or written."""
+
+    name: str
+    about: str
+    loss: Callable[[Values, Inputs], Tensor] | None
+    vectors: int
+    values: str = "logprobs"
+    entropy: bool = False
+
+    @property
+    def backward(self) -> bool:
+        return self.loss is not None
+
+    @property
+    def heads(self) -> int:
+        return 2 if self.values == "kl" else 1
+
+
+def weighted_sum(found: Values, inputs: Inputs) -> Tensor:
+    return (found.values * inputs.upstream).sum()
+
+
+def clipped(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    ratio = (logprobs - inputs.old_logprobs).exp()
+    return -torch.minimum(ratio * inputs.advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * inputs.advantages)
+
+
+def grpo(found: Values, inputs: Inputs) -> Tensor:
+    """Clipped surrogate + beta k3, mean over the tokens of each sequence, then over sequences."""
+    loss = clipped(found.values, inputs)
+    if inputs.ref_logprobs is not None:
+        difference = inputs.ref_logprobs - found.values
+        loss = loss + inputs.case.beta * (difference.exp() - difference - 1)
+    loss, mask = inputs.sequences(loss), inputs.sequences(inputs.mask)
+    return ((loss * mask).sum(1) / mask.sum(1)).mean()
+
+
+def ppo(found: Values, inputs: Inputs) -> Tensor:
+    """Clipped surrogate with an advantage per token, less an entropy bonus, mean over tokens."""
+    assert found.entropy is not None
+    loss = clipped(found.values, inputs) - ENTROPY_COEF * found.entropy
+    return (loss * inputs.mask).sum() / inputs.mask.sum()
+
+
+def dpo(found: Values, inputs: Inputs) -> Tensor:
+    """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first."""
+    assert inputs.ref_logprobs is not None
+    ratios = inputs.sequences((found.values - inputs.ref_logprobs) * inputs.mask).sum(1)
+    chosen, rejected = ratios.chunk(2)
+    return -F.logsigmoid(DPO_BETA * (chosen - rejected)).mean()
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("logprobs_fwd", "log-probs, no gradient", None, vectors=1),
+        Op("logprobs_fwd_bwd", "log-probs and their backward", weighted_sum, vectors=2),
+        Op("grpo", "GRPO's loss and gradients", grpo, vectors=5),
+        Op("dpo", "DPO's loss and gradients, reference log-probs given", dpo, vectors=3),
+        Op("ppo", "PPO's loss with an entropy bonus, and gradients", ppo, vectors=5, entropy=True),
+        Op("kl", "exact KL(policy || reference) of two heads, and gradients", weighted_sum, vectors=2, values="kl"),
+    )
+}

@@ -1,0 +1,80 @@
+"""What a provider is. The providers themselves are in providers/, one file per library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bench.accuracy import Tolerance
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.ops import OPS, Values
+
+
+class Output(NamedTuple):
+    """Of one forward. `backward` defaults to `loss.backward`."""
+
+    loss: Tensor | None = None
+    found: Values | None = None
+    backward: Callable[[], object] | None = None
+
+
+Step = Callable[[], "Tensor | Values | Output"]
+
+# Ours: the numerics contract, and a gradient of a few roundings to its dtype. In fp32 those are of the logits: the KL of
+# two close distributions has a gradient of the differences of theirs, which are a hundred times smaller.
+CONTRACT = {"fp32": Tolerance(5e-5, 5e-4), "bf16": Tolerance(5e-5, 1e-2)}
+# fp32 logits in another library: torch's own log-softmax over 152k columns is off by 1e-4 in fp32.
+FP32_LOGITS = {"fp32": Tolerance(5e-4, 1e-3), "bf16": Tolerance(5e-4, 1e-2)}
+# bf16 resolves 0.125 at a logit of 25; a log-prob that far off also carries some tokens across the clip.
+ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5)}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`setup(inputs)` imports what it needs and returns the forward: (N,) values, or an `Output` with the loss.
+
+    `memory(case, device)`: the peak in bytes over the inputs, gradients included, that its algorithm implies.
+    """
+
+    name: str
+    setup: Callable[[Inputs], Step]
+    packages: tuple[str, ...] = ("torch",)
+    ops: tuple[str, ...] = tuple(OPS)
+    where: Callable[[Case], bool] = lambda case: True  # which cases of these ops it has
+    tolerance: dict[str, Tolerance] = field(default_factory=lambda: CONTRACT)
+    roof: bool = False  # bare matrix products: a yardstick, nothing to check
+    memory: Callable[[Case, str], float] | None = None
+
+    def takes(self, case: Case) -> bool:
+        return case.op in self.ops and self.where(case)
+
+    def step(self, inputs: Inputs) -> Callable[[], Output]:
+        if not self.takes(inputs.case):
+            raise ValueError(f"{self.name} does not have this case: {inputs.case.label}")
+        compute, loss = self.setup(inputs), OPS[inputs.case.op].loss
+
+        def run() -> Output:
+            result = compute()
+            if isinstance(result, Output):
+                return result
+            found = result if isinstance(result, Values) else Values(result)
+            return Output(None if loss is None else loss(found, inputs), found)
+
+        return run
+
+
+PROVIDERS: dict[str, Provider] = {}
+
+
+def provider(name: str, **fields: object) -> Callable[[Callable[[Inputs], Step]], Callable[[Inputs], Step]]:
+    """Registers a setup function; the fields are those of `Provider`."""
+
+    def register(setup: Callable[[Inputs], Step]) -> Callable[[Inputs], Step]:
+        PROVIDERS[name] = Provider(name, setup, **fields)  # type: ignore[arg-type]
+        return setup
+
+    return register

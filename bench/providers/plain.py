@@ -1,0 +1,131 @@
+"""Plain torch: dense logits, torch's own chunked cross entropy, and the bare products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.ops import OPS, Values
+from bench.provider import FP32_LOGITS, ROUNDED, Output, Step, provider
+
+
+def dense_memory(case: Case, device: str) -> float:
+    """Counted in fp32 buffers of N V: how many are alive at once."""
+    logits = 4.0 * case.N * case.V
+    if not OPS[case.op].backward:
+        return 2 * logits  # logits, log-softmax
+    alive = {"ppo": 5, "kl": 6}.get(case.op, 3)  # log-softmax, the gradient by it, the gradient by the logits
+    narrow = logits * case.itemsize / 4 if case.itemsize < 4 else 0.0  # which the products take rounded again
+    return max(alive * logits, logits + narrow + case.gradient_bytes)
+
+
+def log_softmax_values(logits: Tensor, ref_logits: Tensor | None, inputs: Inputs) -> Tensor | Values:
+    """What the op wants of (N, V) fp32 logits."""
+    op = OPS[inputs.case.op]
+    if op.values == "kl":
+        assert ref_logits is not None
+        log_p = logits.log_softmax(1)
+        return (log_p.exp() * (log_p - ref_logits.log_softmax(1))).sum(1)
+    if op.entropy:
+        log_p = logits.log_softmax(1)
+        return Values(log_p.gather(1, inputs.targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1))
+    return -F.cross_entropy(logits, inputs.labels, reduction="none")
+
+
+@provider("dense", tolerance=ROUNDED, memory=dense_memory)
+def dense(inputs: Inputs) -> Step:
+    """The best plain torch has in the operands' dtype."""
+
+    def run() -> Tensor | Values:
+        ref = None
+        if inputs.case.op == "kl":
+            assert inputs.ref_hidden is not None
+            ref = (inputs.ref_hidden @ inputs.weight.detach().T).float()
+        return log_softmax_values((inputs.hidden @ inputs.weight.T).float(), ref, inputs)
+
+    return run
+
+
+def converted_memory(case: Case, device: str) -> float:
+    copies = 4.0 * (case.N + case.V) * case.H if case.itemsize < 4 else 0.0
+    return dense_memory(case, device) + OPS[case.op].heads * copies
+
+
+@provider("dense-fp32", tolerance=FP32_LOGITS, memory=converted_memory)
+def dense_fp32(inputs: Inputs) -> Step:
+    """Dense torch with fp32 logits: the operands are converted first."""
+
+    def run() -> Tensor | Values:
+        ref = None
+        if inputs.case.op == "kl":
+            assert inputs.ref_hidden is not None
+            ref = inputs.ref_hidden.float() @ inputs.weight.detach().float().T
+        return log_softmax_values(inputs.hidden.float() @ inputs.weight.float().T, ref, inputs)
+
+    return run
+
+
+LOGPROB_OPS = tuple(op.name for op in OPS.values() if op.values == "logprobs" and not op.entropy)
+
+
+@provider("torch-lce", tolerance=ROUNDED, ops=LOGPROB_OPS)
+def torch_lce(inputs: Inputs) -> Step:
+    """`F.linear_cross_entropy` (torch 2.13), chunked as it chooses, per-token results; it recomputes in the backward."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    labels = inputs.labels
+    return lambda: (
+        -F.linear_cross_entropy(
+            inputs.hidden, inputs.weight, labels, reduction="none", ignore_index=-100, options=options
+        )
+    )
+
+
+def whole_products_memory(case: Case, device: str) -> float:
+    return case.N * case.V * case.itemsize + case.gradient_bytes
+
+
+@provider("gemm", roof=True, memory=whole_products_memory)
+def gemm(inputs: Inputs) -> Step:
+    """The bare products, whole, into buffers made beforehand: X W^T, then dZ W and dZ^T X. No softmax, nothing else."""
+    return bare_products(inputs, len(inputs.hidden))
+
+
+ROWS = 512
+
+
+def blocked_products_memory(case: Case, device: str) -> float:
+    d_weight = case.V * case.H if OPS[case.op].backward and not case.frozen_head else 0
+    return (min(ROWS, case.N) * (case.V + case.H) + d_weight) * case.itemsize
+
+
+@provider("gemm-blocked", roof=True, memory=blocked_products_memory)
+def gemm_blocked(inputs: Inputs) -> Step:
+    """The same products, 512 rows at a time: on a CPU faster than whole ones, and possible at any N."""
+    return bare_products(inputs, ROWS)
+
+
+def bare_products(inputs: Inputs, rows: int) -> Step:
+    """One product per head forward, and those of the backward, in blocks of rows."""
+    blocks, w = inputs.hidden.detach().split(rows), inputs.weight.detach()
+    z, dx = blocks[0].new_empty(len(blocks[0]), len(w)), torch.empty_like(blocks[0])
+    trainable = OPS[inputs.case.op].backward and not inputs.case.frozen_head
+    dw = torch.empty_like(w) if trainable else None
+
+    def backward() -> None:
+        for number, block in enumerate(blocks):
+            torch.mm(z[: len(block)], w, out=dx[: len(block)])
+            if dw is not None and number == 0:
+                torch.mm(z[: len(block)].T, block, out=dw)
+            elif dw is not None:
+                dw.addmm_(z[: len(block)].T, block)
+
+    def run() -> Output:
+        for block in blocks:
+            for _ in range(OPS[inputs.case.op].heads):
+                torch.mm(block, w.T, out=z[: len(block)])
+        return Output(backward=backward)
+
+    return run

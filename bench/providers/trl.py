@@ -1,0 +1,63 @@
+"""TRL: the chunked functions its trainers call, and the objective in torch, as there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.ops import OPS, Values
+from bench.provider import ROUNDED, Step, provider
+
+ROWS, COLUMNS = 4096, 32768
+
+
+def memory(case: Case, device: str) -> float:
+    """One tile of logits, and fp32 sums of both gradients, cast at the end. Without Triton the softmax of a tile takes
+    fp32 tiles more: three forward (logits, their distance from the maximum, its exponential), seven backward (scaled
+    logits twice, log p, p, the gradient, its two terms), eight with an entropy."""
+    tile = float(min(case.N, ROWS) * min(case.V, COLUMNS))
+    wide = 4 * (case.N + (0 if case.frozen_head else case.V)) * case.H
+    if not OPS[case.op].backward:
+        return tile * (case.itemsize + (0 if device == "cuda" else 12))
+    if OPS[case.op].values == "kl":
+        return tile * (8 if device == "cuda" else 44) + wide
+    working = tile * (case.itemsize + (0 if device == "cuda" else 32 if OPS[case.op].entropy else 28)) + wide
+    return max(working, wide + case.gradient_bytes) if case.itemsize < 4 else working
+
+
+@provider("trl", packages=("trl", "torch"), tolerance=ROUNDED, memory=memory)
+def trl(inputs: Inputs) -> Step:
+    """Tiles of 4096 rows by 32768 columns; only the completion's rows on a GPU, all of them elsewhere, as its trainers do."""
+    op = OPS[inputs.case.op]
+    if op.values == "kl":
+        return divergence(inputs)
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    options = (1.0, COLUMNS, None, 1.0, ("entropy",) if op.entropy else ())  # temperature, columns, softcap, scale
+    mask, compact = inputs.mask, inputs.hidden.is_cuda and inputs.case.density < 1
+
+    def run() -> Values:
+        x, y = (inputs.hidden[mask], inputs.targets[mask]) if compact else (inputs.hidden, inputs.targets)
+        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(x, inputs.weight, None, y, *options)
+        return Values(whole(logprobs), whole(entropy) if op.entropy else None)
+
+    def whole(rows: Tensor) -> Tensor:
+        if not compact:
+            return rows.masked_fill(~mask, 0.0) if inputs.case.density < 1 else rows
+        return torch.zeros_like(mask, dtype=rows.dtype).masked_scatter(mask, rows)
+
+    return run
+
+
+def divergence(inputs: Inputs) -> Step:
+    """Its distillation trainer's: 1.0 makes it KL(student || teacher). It computes the entropy along."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def run() -> Tensor:
+        return ChunkedDivergenceFunction.apply(
+            inputs.hidden, inputs.weight, None, inputs.ref_hidden, inputs.weight.detach(), None, 1.0
+        )[0]
+
+    return run

@@ -1,0 +1,316 @@
+"""Running: processes, memory limits, suites, targets, the command line and the stages of a GPU machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.__main__ import main
+from bench.cases import Case
+from bench.document import bf16_products, summarise
+from bench.inputs import fp64_reference
+from bench.measure import Compilations, PeakMemory, measure
+from bench.ops import OPS
+from bench.provider import Provider
+from bench.registry import PROVIDERS
+from bench.run import Plan, Row, run
+from bench.suites import SUITES
+from bench.targets import Figure, Target
+
+TINY = Case(N=48, H=64, V=1003, T=12)
+
+
+def row_of(result: dict, provider: str) -> dict:
+    return next(r for r in result["rows"] if r["provider"] == provider)
+
+
+def _result(**rows) -> dict:
+    base = {"case": "c", "error": None, "wrong": False, "errors": {}}
+    return {"rows": [{**base, "provider": name, **fields} for name, fields in rows.items()]}
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "holds"),
+    [
+        (Target("", 2.0, Figure("c", "a")), 2.0, True),
+        (Target("", 1.9, Figure("c", "a")), 2.0, False),
+        (Target("", 0.5, Figure("c", "a"), Figure("c", "b")), 0.5, True),
+        (Target("", 0.49, Figure("c", "a"), Figure("c", "b")), 0.5, False),
+        (Target("", 1.0, Figure("c", "b", "bytes"), Figure("c", "a", "bytes"), unit=10.0), 0.9, True),
+        (Target("", 1.0, Figure("c", "a", "logprob_max_abs")), 1e-6, True),
+        (Target("", 1.0, Figure("c", "nobody")), None, None),
+        (Target("", 1.0, Figure("c", "a"), Figure("other", "b")), None, None),
+        (Target("", 1.0, Figure("c", "b", "logprob_max_abs")), None, None),
+        (Target("", 1.0, Figure("c", "failed")), None, None),
+    ],
+)
+def test_targets(target, value, holds):
+    result = _result(
+        a={"both_s": {"median": 2.0, "p20": 0.0}, "bytes": 1.0, "errors": {"logprob_max_abs": 1e-6}},
+        b={"both_s": {"median": 4.0}, "bytes": 10.0},
+        failed={"error": "out of memory"},
+    )
+    judged = target.judge(result)
+    assert judged["holds"] is holds
+    assert judged["value"] == (None if value is None else pytest.approx(value))
+    assert bool(judged["why"]) == (holds is None)
+
+
+def test_a_wrong_result_reaches_no_target():
+    result = _result(off={"both_s": {"median": 1.0}, "wrong": True})
+    judged = Target("fast", 1e9, Figure("c", "off")).judge(result)
+    assert judged["holds"] is False
+    assert judged["why"] == "off on c disagrees with fp64"
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_measure_what_their_targets_read(name):
+    suite = SUITES[name]()
+    known = {(row.case, row.provider) for row in suite.rows}
+    assert len(known) == len(suite.rows)
+    if not bf16_products():
+        known.add(("bf16", "dense"))  # left out on purpose, and its target reported as not measured
+    for row in suite.rows:
+        assert PROVIDERS[row.provider].takes(suite.cases[row.case]), row
+    for target in suite.targets:
+        assert target.reads <= known, target
+    assert set(suite.cases) == {row.case for row in suite.rows}
+
+
+@pytest.mark.parametrize("name", ["quick", "matrix"])
+def test_suites_of_everything_have_every_op_and_peer(name):
+    suite = SUITES[name]()
+    assert {case.op for case in suite.cases.values()} == set(OPS)
+    assert {"dense", "torch-lce", "trl", "liger", "ours"} <= {row.provider for row in suite.rows}
+
+
+def test_ratios_are_of_the_same_run():
+    def samples(forward, backward, memory):
+        times = {"forward_s": forward, "backward_s": backward, "both_s": forward + backward}
+        return {"samples": [{**times, "peak_extra_bytes": memory, "scratch_bytes": memory // 2}]}
+
+    cases = {
+        "a": TINY,
+        "longer": replace(TINY, N=96),
+        "fwd": replace(TINY, op="logprobs_fwd"),
+        "half": replace(TINY, density=0.5),
+        "kl": replace(TINY, op="kl"),
+    }
+    figures = {
+        Row("a", "gemm"): samples(1.0, 2.0, 10),
+        Row("a", "dense"): samples(2.0, 4.0, 100),
+        Row("a", "ours"): samples(1.0, 3.0, 25),
+        Row("longer", "ours"): samples(6.0, 6.0, 30),
+        Row("fwd", "ours"): samples(2.0, 0.0, 5),
+        Row("half", "ours"): samples(1.0, 2.0, 5),
+        Row("kl", "ours"): samples(4.0, 4.0, 5),
+    }
+    rows = summarise(Plan("test", cases, list(figures)), figures)["rows"]
+    gemm, _, ours, longer, forward, half, kl = rows
+    assert gemm["recompute_s"]["median"] == 4.0
+    assert ours["time_to_dense"] == pytest.approx(4 / 6)
+    assert ours["memory_to_dense"] == pytest.approx(0.25)
+    assert ours["gemm_share"] == pytest.approx(3 / 4)
+    assert longer["gemm_share"] == pytest.approx(6 / 12)
+    assert longer["time_to_dense"] is None
+    assert forward["gemm_share"] == pytest.approx(1 / 2)
+    assert half["gemm_share"] == pytest.approx(1.5 / 3)
+    assert kl["gemm_share"] == pytest.approx(4 / 8)  # a product per head, then two
+    assert ours["predicted_bytes"] > 0
+    assert ours["gflops"] == pytest.approx(TINY.flops / 4 / 1e9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_what_was_freed_again():
+    with PeakMemory("cpu") as memory:
+        torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory.extra is not None
+    assert 60e6 < memory.extra < 90e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory")
+def test_a_run_in_fresh_processes(tmp_path, monkeypatch):
+    out = tmp_path / "folder" / "result.json"
+    plan = Plan(
+        "test",
+        {"case": TINY, "large": replace(TINY, N=4096, T=4096, V=100003)},
+        [Row("case", "dense", 1), Row("case", "ours-triton-one_pass", 1), Row("large", "dense", 1)],
+        out=out,
+        memory=2e9,
+        predict=False,  # the large case is let try, and is refused memory
+        targets=[Target("a minute", 60.0, Figure("case", "dense"))],
+    )
+    result = run(plan)
+    assert json.loads(out.read_text()) == result
+    dense, triton, large = result["rows"]
+    assert dense["rounds"] == 1
+    assert dense["errors"]
+    assert dense["entropy_nats"]["p90"] > dense["entropy_nats"]["p10"]
+    assert "needs tensors on a GPU" in triton["error"]  # an explicit backend never falls back
+    assert large["error"].startswith("out of memory: 1.64 GB more")
+    assert result["targets"][0]["holds"] is True
+    assert {"suite", "command", "commit", "date", "device", "versions", "rows", "targets"} <= set(result)
+    assert {"cpu", "threads", "cpu_capability"} <= set(result["device"])
+    assert result["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_would_not_fit_is_not_started(monkeypatch, capsys):
+    monkeypatch.setattr("bench.run._call", lambda *arguments: pytest.fail("started a process"))
+    huge = replace(TINY, op="dpo", N=65536, T=32768, V=151936)
+    (row,) = run(Plan("test", {"case": huge}, [Row("case", "liger")], memory=20e9))["rows"]
+    assert row["error"].startswith("not started: needs")
+    assert row["predicted_bytes"] > 100e9
+    assert "not started" in capsys.readouterr().err
+
+
+def test_a_disturbed_sample_is_taken_again(monkeypatch):
+    def samples(seconds, share):
+        times = {"forward_s": seconds, "backward_s": 0.0, "both_s": seconds}
+        return [{**times, "cpu_share": share, "peak_extra_bytes": 1, "scratch_bytes": 1}]
+
+    waiting = [samples(9.0, 0.4), samples(5.0, 0.9), samples(0.1, 0.4)]
+    monkeypatch.setattr("bench.run._spawn", lambda *arguments: {"dense": {"samples": waiting.pop(0)}})
+    (row,) = run(Plan("test", {"case": TINY}, [Row("case", "dense", 2)]))["rows"]
+    assert [s["both_s"] for s in row["samples"]] == [5.0, 0.1]
+    assert row["samples"][0]["taken_twice"]
+    assert not waiting
+
+
+def test_a_run_past_its_limit_reports_it():
+    result = run(Plan("test", {"case": TINY}, [Row("case", "dense")], limit_s=0.0))
+    assert result["rows"][0]["error"] == "stopped after 1 s"
+
+
+@pytest.mark.parametrize(("row", "word"), [(Row("case", "nobody"), "provider"), (Row("nowhere", "dense"), "case")])
+def test_unknown_rows_are_refused(row, word):
+    with pytest.raises(ValueError, match=f"{word} must be one of"):
+        run(Plan("test", {"case": TINY}, [row]))
+
+
+def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypatch):
+    """One process per case: when a provider makes the GPU unusable, the others run again without it."""
+    monkeypatch.setattr("bench.measure._usable", lambda device: False)
+
+    def broken(inputs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setitem(PROVIDERS, "broken", Provider("broken", broken))
+    tries = []
+
+    def here(plan, scratch, case, providers, rounds, check, until):
+        tries.append(list(providers))
+        found = measure(case, providers, "cpu", fp64_reference(case, "cpu"), rounds, warmup=0)
+        return {
+            name: found[name] if found[name]["samples"] else {"error": "stopped", **found[name]} for name in providers
+        }
+
+    monkeypatch.setattr("bench.run._spawn", here)
+    rows = [Row("case", "ours"), Row("case", "broken"), Row("case", "dense")]
+    result = run(Plan("test", {"case": TINY}, rows, together=True))
+    assert tries == [["ours", "broken", "dense"], ["ours", "dense"]]
+    assert row_of(result, "broken")["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert row_of(result, "ours")["error"] is row_of(result, "dense")["error"] is None
+
+
+def test_new_lengths_are_met_before_the_rounds():
+    case = replace(TINY, lengths=3)
+    found = measure(case, ["dense", "ours"], "cpu", fp64_reference(case, "cpu"), rounds=2, warmup=0)
+    for name in ("dense", "ours"):
+        assert len(found[name]["samples"]) == 2
+        met = found[name]["lengths"]
+        assert (met["count"], met["triton"], met["dynamo"]) == (3, 0, 0)
+        assert len(met["both_s"]) == 3
+
+
+def test_compilations_are_counted():
+    def doubled(x):
+        return x * 2
+
+    with Compilations() as before:
+        doubled(torch.ones(3))
+    assert before.dynamo == 0
+    with Compilations() as compiled:
+        torch.compile(doubled, backend="eager")(torch.ones(3))
+    assert compiled.dynamo == 1
+
+
+def test_command_line(capsys):
+    assert main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(word in listed for word in [*SUITES, *OPS, *PROVIDERS, "qwen3-8b"])
+    with pytest.raises(SystemExit, match="no such row"):
+        main(["--quick", "--only", "nothing"])
+
+
+def test_one_case_from_the_command_line(monkeypatch, capsys):
+    seen = {}
+
+    def fake(plan):
+        seen["plan"] = plan
+        return {**_result(), "suite": "custom", "device": {"gpu": "x"}, "versions": {}, "notes": []} | {
+            "commit": "c",
+            "date": "d",
+            "command": plan.command,
+        }
+
+    monkeypatch.setattr("bench.__main__.run", fake)
+    arguments = "--model qwen3-8b --op dpo --N 512 --providers ours trl --dtype bf16 --frozen_head --memory 3"
+    assert main(arguments.split()) == 0
+    plan = seen["plan"]
+    assert plan.cases["case"] == Case(op="dpo", N=512, H=4096, V=151936, dtype="bf16", frozen_head=True)
+    assert [row.provider for row in plan.rows] == ["ours", "trl"]
+    assert plan.memory == 3e9
+    assert main(["--long"]) == 0
+    assert seen["plan"].name == "long"
+    assert not seen["plan"].predict
+    assert main(["--long", "--device", "cuda"]) == 0
+    assert seen["plan"].cases["T=64k"].H == 4096
+
+
+def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
+    planned = gpu.stages(tmp_path, "cuda", "gpu", tmp_path, None)
+    assert sum(stage.limit_s for stage in planned) < gpu.LIMIT_S == 9 * 60
+    named = {word for stage in planned for word in stage.command}
+    assert set(SUITES["gpu"]().cases) <= named
+    assert gpu.main([str(tmp_path), "--dry-run"]) == 0
+    assert "pytest -m gpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--wheels", str(tmp_path), "--dry-run"])
+
+
+@pytest.mark.slow
+def test_gpu_stages_survive_each_other(tmp_path):
+    python = sys.executable
+    real = next(s for s in gpu.stages(tmp_path, "cpu", "gpu-tiny", None, "abc") if s.name == "forward")
+    planned = [
+        gpu.Stage("fails", [python, "-c", "raise SystemExit(3)"], 5),
+        gpu.Stage("hangs", [python, "-c", "import time; time.sleep(600)"], 0, result=tmp_path / "never.json"),
+        gpu.Stage("absent", ["/no/such/program"], 1),
+        real,
+    ]
+    # What earlier stages leave over belongs to the later ones, so the hanging one must have nothing left to take.
+    planned[0] = replace(planned[0], limit_s=0)
+    out = tmp_path / "out"
+    result = gpu.carry_out(planned, out, tmp_path, SUITES["gpu-tiny"]().targets)
+    assert [s["ended"].split(":")[0] for s in result["stages"]] == [
+        "exit status 3",
+        "stopped after 1 s",
+        "did not start",
+        "ok",
+    ]
+    assert {r["case"] for r in result["rows"]} == {"forward"}
+    assert row_of(result, "ours")["error"] is None
+    assert result["commit"] == "abc"
+    judged = {t["what"]: t["holds"] for t in result["targets"]}
+    assert judged["forward only / one bare GEMM"] is not None
+    assert judged["one-pass / TRL"] is None
+    assert json.loads((out / "summary.json").read_text()) == result
+    assert "hangs" in (out / "summary.txt").read_text()
+    assert sorted(p.name for p in out.iterdir()) == ["bench.log", "summary.json", "summary.txt"]

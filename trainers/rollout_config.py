@@ -1,0 +1,67 @@
+"""What can be chosen about any run that learns from its own samples: task, rewards, warm-up, rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
+
+
+@dataclass(frozen=True)
+class RolloutConfig(TrainConfig):
+    """Options that GRPO and PPO share. Raises ValueError for values out of range or at odds with each other."""
+
+    task: Literal["arithmetic", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
+    """arithmetic: generated sums and differences. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
+    gsm8k: its whole questions. prompts: your own rows with prompt and answer, and maybe images."""
+    data: str | None = None
+    """Folder with GSM8K's train.jsonl and test.jsonl; for prompts also a .jsonl or .parquet file or a hub id."""
+    max_operand: int = 99
+    """Largest operand of an arithmetic prompt or a calculator step; steps beyond it are left out."""
+
+    rewards: tuple[str, ...] = ()
+    """exact_match, numeric_answer, regex=PATTERN, length=N, model=FOLDER_OR_ID (a sequence classifier with one label that
+    reads texts) or your own module:function; several are added up. Default: the task's own."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight for each reward. Default: 1 each."""
+    reward_timeout: float = 0.0
+    """Seconds that one call of a reward may take; 0: as many as it likes."""
+
+    warmup_steps: int = 0
+    """Supervised steps on the training answers before the run's own, at most."""
+    warmup_accuracy: float = 1.0
+    """End the warm-up once this share of 256 training prompts is answered right, greedily."""
+    warmup_batch_size: int = 256
+    """Samples in a supervised step."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the supervised steps."""
+
+    prompts_per_step: int = 32
+    """Prompts in a rollout, over all processes."""
+    max_new_tokens: int = 128
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities are taken at the same."""
+    rollout_batch_size: int = 0
+    """Completions sampled together by one process; 0: all of its own."""
+    num_minibatches: int = 1
+    """Optimiser updates in a pass over a rollout."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "prompts_per_step", "max_new_tokens", "num_minibatches")
+        require_at_least(self, 0, "warmup_steps", "rollout_batch_size", "reward_timeout")
+        require_positive(self, "temperature", "warmup_learning_rate", "warmup_batch_size", "max_operand")
+        weights = self.reward_weights
+        require(len(weights) in (0, len(self.rewards)), "reward_weights", weights, f"one for each of {self.rewards}")
+        require(0 < self.warmup_accuracy <= 1, "warmup_accuracy", self.warmup_accuracy, "above 0 and at most 1")
+        idle = self.warmup_accuracy < 1 and self.warmup_steps == 0
+        require(not idle, "warmup_steps", 0, f"at least 1 when warmup_accuracy is given ({self.warmup_accuracy})")
+        adapters = self.lora_r > 0 and self.warmup_steps > 0
+        require(not adapters, "warmup_steps", self.warmup_steps, "0 with LoRA, whose reference is the model as loaded")
+        generated = self.task == "arithmetic"
+        require(not (generated and self.data), "data", self.data, "none for the task 'arithmetic', which is generated")
+        require(generated or self.data is not None, "data", self.data, f"where the task {self.task!r} is read from")
