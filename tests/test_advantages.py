@@ -193,6 +193,13 @@ def test_whiten_over_ranks_is_whiten_over_the_whole():
     torch.testing.assert_close(torch.cat(got), whiten(values, mask), atol=1e-13, rtol=0)
 
 
+def test_moments_over_the_mask():
+    values, _, mask = ragged()
+    mean, variance = advantages.moments(poisoned(values, mask), mask)
+    torch.testing.assert_close(mean, values[mask].mean(), atol=1e-14, rtol=0)
+    torch.testing.assert_close(variance, values[mask].var(), atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_reinforce_pp_by_loops(gamma):
     _, kl, mask = ragged()
