@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= bench/results/gpu
+JOBS ?= 2
 # The type checker follows folders, not __path__: the package as a wheel lays it out.
 TYPED := .cache/types/fused_rlhf
 
@@ -23,13 +24,15 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/fused-rlhf demo
 
+# The regression cases read clocks: alone, after the others.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/test_regression.py
+	$(BIN)/python -m pytest -q tests/test_regression.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p $(TYPED)
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
 	ln -sfn $(CURDIR)/fused_rlhf/* $(CURDIR)/kernels $(CURDIR)/trainers $(TYPED)/
 	MYPYPATH=.cache/types $(BIN)/mypy -p fused_rlhf
 

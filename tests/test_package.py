@@ -1,6 +1,7 @@
 """The package as an artefact: who imports whom, what a wheel holds, what an import pulls in."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -123,7 +124,9 @@ import fused_rlhf.kernels.interface, fused_rlhf.trainers.cli
 
 @pytest.mark.slow
 def test_wheel_holds_the_tree(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    tree = tmp_path / "tree"  # a copy: setuptools would take up what an earlier build left in the checkout
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "runs"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
