@@ -1,0 +1,127 @@
+"""What can be chosen about a DPO run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import fused_rlhf as fr
+from fused_rlhf.preferences import PREFERENCES
+from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
+from fused_rlhf.trainers.pairs import Truncate
+
+SORTED = {"aot", "aot_unpaired"}  # they compare all pairs of a call with each other
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """Options of a DPO run. Raises ValueError or TypeError for values out of range or at odds with each other."""
+
+    output: str = "runs/dpo"
+    """Folder for metrics, curves, samples, checkpoints and the model."""
+    task: Literal["pairs", "gsm8k-solutions"] = "pairs"
+    """pairs: your own rows with chosen and rejected, and maybe prompt and images; texts or lists of messages.
+    gsm8k-solutions: correct solutions of GSM8K's example_model_solutions.jsonl against wrong ones."""
+    data: str | None = None
+    """A .jsonl or .parquet file, a folder with train and test files, or a hub id; GSM8K's folder."""
+    num_test: int = 500
+    """Pairs held out for the evaluation where the data has no test split, a fifth of them at most; whole prompts."""
+
+    vocab_size: int = 0
+    """Built model: size of a byte-pair vocabulary learned from the training pairs; 0: one token a character."""
+    max_length: int | None = None
+    """Longest prompt with completion, in tokens. None: a pair beyond the model's context is an error."""
+    truncate: Truncate = "prompt_start"
+    """What goes where a pair is longer: the prompt's beginning (then the completion's end); the completion's end; the
+    pair. Pairs with images are never cut."""
+    packing: bool = False
+    """Put the sequences of a micro-batch into one row instead of padding them; for models that tell them apart."""
+
+    warmup_steps: int = 0
+    """Supervised steps on the completions, chosen and rejected, before DPO; the reference is the model after them."""
+    warmup_batch_size: int = 32
+    """Pairs in a supervised step, over all processes."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the supervised steps."""
+
+    ref_model: str | None = None
+    """Folder or hub id of the reference. None: the model as the DPO steps begin with (LoRA: its adapters off)."""
+    precompute_ref: bool = False
+    """Take the reference's log-probs once, for all pairs, before the steps; it is not kept in memory then."""
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    """sigmoid (DPO), hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
+    discopop, sft, sigmoid_norm; without a reference cpo, simpo, orpo. Several are added up."""
+    loss_weights: tuple[float, ...] = ()
+    """One weight for each loss. Default: 1 each."""
+    beta: float = 0.1
+    """How hard the policy is held to its reference."""
+    rpo_alpha: float = 0.0
+    """Weight of the chosen completions' NLL, added to the loss (RPO; with cpo and orpo: the NLL of their papers)."""
+    label_smoothing: float | None = None
+    """Share of pairs whose labels are wrong, in [0, 0.5). None: the loss's own default."""
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """The divergence whose penalty the policy is under (f-DPO)."""
+    f_alpha: float | None = None
+    """Alpha of the alpha divergence."""
+    ld_alpha: float | None = None
+    """Weight of the tokens beyond the pair's shorter completion, in [0, 1] (LD-DPO). None: 1."""
+    use_weighting: bool = False
+    """Weigh each pair by how likely its completions are under the policy (WPO)."""
+    discopop_tau: float | None = None
+    """Temperature of discopop. None: 0.05."""
+    gamma: float | None = None
+    """Margin of simpo. None: 0.5."""
+    alpha: float | None = None
+    """Shape of simpo's reward (AlphaPO). None: 0, the mean log-prob itself."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the auxiliary loss of a mixture of experts; 0 leaves it out."""
+
+    batch_size: int = 32
+    """Pairs in an update, over all processes."""
+    micro_batch_size: int = 32
+    """Sequences, two to a pair, in one forward and backward of one process; leaves the result as it is."""
+    sample_tokens: int = 64
+    """Longest sample completion, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "batch_size", "warmup_batch_size", "sample_tokens")
+        require_at_least(self, 0, "num_test", "warmup_steps", "rpo_alpha", "router_aux_loss_coef")
+        require_positive(self, "warmup_learning_rate", "beta")
+        micro, longest = self.micro_batch_size, self.max_length
+        require(micro % 2 == 0, "micro_batch_size", micro, "an even number: chosen and rejected go together")
+        require(longest is None or longest >= 2, "max_length", longest, "at least 2, or None")
+        built = self.model is None
+        require(built or self.vocab_size == 0, "vocab_size", self.vocab_size, f"0 with model={self.model!r}")
+        require(self.vocab_size == 0 or self.vocab_size > 258, "vocab_size", self.vocab_size, "0, or more than 258")
+        for name in self.loss_type:
+            paired = [key for key, loss in PREFERENCES.items() if loss.paired]
+            require(name in paired, "loss_type", name, f"one of {paired}")
+        count = len(self.loss_weights)
+        require(
+            count in (0, len(self.loss_type)), "loss_weights", self.loss_weights, f"one for each of {self.loss_type}"
+        )
+        whole = not SORTED & set(self.loss_type) or micro >= 2 * self.batch_size
+        require(
+            whole, "micro_batch_size", micro, f"at least 2 x batch_size for {self.loss_type}, which compare all pairs"
+        )
+        asked, needed = self.ref_model is not None or self.precompute_ref, self.loss().needs_reference
+        given = (self.ref_model, self.precompute_ref)
+        require(
+            needed or not asked, "ref_model, precompute_ref", given, f"none for {self.loss_type}: no reference there"
+        )
+
+    def loss(self) -> fr.PreferenceLoss:
+        given = {name: getattr(self, name) for name in ("label_smoothing", "discopop_tau", "gamma", "alpha")}
+        return fr.DPO(
+            self.loss_type,
+            self.loss_weights or None,
+            beta=self.beta,
+            sft_weight=self.rpo_alpha,
+            f_divergence=self.f_divergence,
+            f_alpha=self.f_alpha,
+            ld_alpha=self.ld_alpha,
+            use_weighting=self.use_weighting,
+            **{name: value for name, value in given.items() if value is not None},
+        )

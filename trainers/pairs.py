@@ -1,0 +1,400 @@
+"""Preference data: rows as people write them, their token ids, and the batches that a step takes.
+
+    row         prompt, chosen, rejected: texts or lists of messages. Without a prompt it is the beginning that chosen
+                and rejected share; two conversations may hold it all the same. images (or image): those of the prompt.
+                ref_chosen_logps, ref_rejected_logps: summed log-probs of a reference, where they are known
+    Preference  a row that has been checked
+    Pair        its token ids
+    Batch       P pairs: the P chosen sequences, then the P rejected ones in the same order
+
+A completion is tokenised as the continuation of its prompt, unless a token would span the boundary: the prompt's ids are
+those that the model sees when it is to answer. A text ends with EOS, a conversation as its chat template ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers.data import Sample, read_jsonl, read_splits, require_columns
+from fused_rlhf.trainers.inputs import Message
+
+Truncate = Literal["prompt_start", "completion_end", "drop"]
+Text = str | list[Message]
+
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A checked row: all texts, or all lists of messages."""
+
+    where: str  # file and row, for messages
+    prompt: Text | None  # None: the beginning that chosen and rejected, two texts, share
+    chosen: Text
+    rejected: Text
+    images: tuple[Any, ...] = ()
+    ref: tuple[float, float] | None = None  # summed log-probs of chosen and rejected
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What to train on, what is held out, and where it all comes from."""
+
+    train: Sequence[Preference]
+    test: Sequence[Preference]
+    note: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def load(task: str, source: str, num_test: int, seed: int) -> Preferences:
+    """The pairs of a file, a folder or a hub id, as `data.read_splits` reads it, or those of `gsm8k_solutions`.
+
+    Raises FileNotFoundError, or ValueError naming row and field.
+    """
+    if task == "gsm8k-solutions":
+        train, test = gsm8k_solutions(source), []
+    else:
+        splits = read_splits(source, ("chosen", "rejected"))
+        train, test = (check(rows, f"{source}, {name}row") for rows, name in zip(splits, ("", "test "), strict=True))
+    if not test:
+        train, test = hold_out(train, num_test, seed)
+    return Preferences(train, test, f"pairs of {source}: {len(train)} to train on, {len(test)} held out")
+
+
+def gsm8k_solutions(source: str | Path) -> list[Preference]:
+    """Every correct solution against every wrong one to the same question, among those of four models.
+
+    `source`: GSM8K's example_model_solutions.jsonl, or the folder it lies in.
+    """
+    path = Path(source).expanduser()
+    path = path / "example_model_solutions.jsonl" if path.is_dir() else path
+    rows = []
+    for number, row in enumerate(read_jsonl(path, ("question", *SOLVERS)), 1):
+        prompt = f"Question: {row['question']}\nAnswer:"
+        solutions = [row[solver] for solver in SOLVERS]
+        right, wrong = ([f" {s['solution']}" for s in solutions if s["is_correct"] is is_so] for is_so in (True, False))
+        made = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen in right for rejected in wrong]
+        rows += [check_row(sample, f"{path}, row {number}") for sample in made]
+    return rows
+
+
+def hold_out(pairs: Sequence[Preference], num_test: int, seed: int) -> tuple[list[Preference], list[Preference]]:
+    """The rest, and all pairs of as many prompts as make `num_test` pairs, or a fifth of them if that is less."""
+    by_prompt: dict[str, list[Preference]] = defaultdict(list)
+    for pair in pairs:
+        prompt = pair.where if pair.prompt is None else pair.prompt
+        by_prompt[json.dumps([prompt, pair.images], default=repr)].append(pair)
+    groups = list(by_prompt.values())
+    random.Random(seed).shuffle(groups)
+    test: list[Preference] = []
+    while len(test) < min(num_test, len(pairs) // 5) and len(groups) > 1:
+        test += groups.pop()
+    return [pair for group in groups for pair in group], test
+
+
+def check(rows: Sequence[Sample], name: str) -> list[Preference]:
+    """`check_row` of each, called `name` and its number."""
+    return [check_row(row, f"{name} {number}") for number, row in enumerate(rows, 1)]
+
+
+def check_row(row: Sample, where: str) -> Preference:
+    """A row as a `Preference`; a text among messages becomes one.
+
+    Raises ValueError naming row and field: a missing column, something that is neither text nor messages, an empty
+    prompt or completion, a chosen equal to the rejected, images in a completion.
+    """
+    require_columns(row, ("chosen", "rejected"), where)
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not (name == "prompt" and value is None):
+            _check_text(value, where, name)
+    if chosen == rejected:
+        raise ValueError(f"{where}: chosen and rejected are equal: {_short(chosen)}")
+    conversations = isinstance(chosen, list) and isinstance(rejected, list)
+    shared = common_start(chosen, rejected) if conversations else 0
+    if conversations and _holds(chosen[:shared], prompt):
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    elif isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
+        if prompt is None:
+            raise ValueError(f"{where}: without a prompt, chosen and rejected must be two texts or two conversations")
+        prompt = _messages(prompt, "user")
+        chosen, rejected = _messages(chosen, "assistant"), _messages(rejected, "assistant")
+    for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if value == []:
+            what = "no message is shared" if name == "prompt" else "no message is left beyond those shared"
+            raise ValueError(f"{where}: {name} is empty: {what} by chosen and rejected")
+        if name != "prompt" and any(part["type"] != "text" for part in _parts(value)):
+            raise ValueError(f"{where}: {name}: expected text alone; images belong to the prompt")
+    inside = [part["image"] for part in _parts(prompt) if part["type"] == "image" and part.get("image") is not None]
+    if any(name in row for name in REFERENCE):
+        require_columns(row, REFERENCE, where)
+    ref = (float(row[REFERENCE[0]]), float(row[REFERENCE[1]])) if REFERENCE[0] in row else None
+    return Preference(where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), ref)
+
+
+def _check_text(value: Any, where: str, name: str) -> None:
+    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    if not (isinstance(value, str) or messages):
+        raise ValueError(
+            f"{where}: {name}: expected a text or a list of messages with role and content, got {_short(value)}"
+        )
+    last: Any = value if isinstance(value, str) else value[-1] if value else {"content": ""}
+    content = last if isinstance(last, str) else last["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] or "" if part["type"] == "text" else part["type"] for part in content)
+    calls = isinstance(last, dict) and last.get("tool_calls")
+    if not (content or "").strip() and not calls:
+        raise ValueError(f"{where}: {name} is empty: {_short(value)}")
+
+
+def _holds(messages: Sequence[Message], prompt: Text | None) -> bool:
+    """Whether the prompt is their beginning, or a user's message among them."""
+    if isinstance(prompt, str):
+        return any(m["role"] == "user" and m["content"] == prompt for m in messages)
+    return prompt is None or list(messages[: len(prompt)]) == prompt
+
+
+def _messages(value: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _parts(value: Text | None) -> list[dict[str, Any]]:
+    """The parts of those messages whose content is in parts."""
+    messages = value if isinstance(value, list) else []
+    return [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+
+
+def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their beginnings on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ----------------------------------------------------------------------------------------------------------- token ids
+
+
+@dataclass
+class Pair:
+    """Token ids of a prompt and of its two completions."""
+
+    where: str
+    text: str  # the prompt, as it is tokenised
+    prompt: list[int]  # empty while `images` wait to be loaded: see `Encoder.with_images`
+    chosen: list[int]
+    rejected: list[int]
+    images: tuple[Any, ...] = ()
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the processor makes of the images
+    ref: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """From `Preference` to `Pair`, for one model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
+    context: int | None  # the model's longest sequence
+    chat_template: bool = False  # texts are a user's message and an assistant's
+    max_length: int | None = None  # longest prompt with completion; None: longer than `context` is an error
+    truncate: Truncate = "prompt_start"
+
+    def pairs(self, preferences: Sequence[Preference]) -> list[Pair]:
+        """All of them but those that are too long where truncate is "drop"; images wait for `with_images`.
+
+        Raises ValueError naming row and field: no chat template, images that the model does not take, a prompt or
+        completion that does not fit, completions equal once tokenised or cut.
+        """
+        made = [self._pair(preference) for preference in preferences]
+        return [pair for pair in made if self._fit(pair)]
+
+    def with_images(self, pair: Pair) -> Pair:
+        """The pair with its images loaded. Raises ValueError where it is too long then: it cannot be cut."""
+        if not pair.images:
+            return pair
+        encoded = inputs.encode(self.tokenizer, self.processor, pair.text, pair.images)
+        limit, length = self.max_length or self.context, len(encoded.ids) + max(len(pair.chosen), len(pair.rejected))
+        if limit and length > limit:
+            raise ValueError(f"{pair.where}: images: with them it has {length} tokens; expected at most {limit}")
+        return dataclasses.replace(pair, prompt=list(encoded.ids), extras=encoded.extras)
+
+    def _pair(self, preference: Preference) -> Pair:
+        p = preference
+        if p.images and self.processor is None:
+            raise ValueError(f"{p.where}: images: the model takes none, got {len(p.images)}")
+        if isinstance(p.prompt, list) or self.chat_template:
+            text, chosen, rejected = self._rendered(p)
+            end = []
+        elif p.prompt is None:
+            return self._shared(p)
+        else:
+            text, chosen, rejected = p.prompt, str(p.chosen), str(p.rejected)
+            end = [self.tokenizer.eos_token_id]
+        prompt = [] if p.images else list(self.tokenizer(text)["input_ids"])
+        first, second = (self._continuation(text, prompt, completion, end) for completion in (chosen, rejected))
+        return Pair(p.where, text, prompt, first, second, p.images, ref=p.ref)
+
+    def _rendered(self, p: Preference) -> tuple[str, str, str]:
+        """Prompt and completions by the chat template; a completion begins where the prompt's own rendering ends."""
+        if p.prompt is None:
+            raise ValueError(f"{p.where}: prompt: expected one with chat_template, got a row without")
+        prompt = inputs.with_images(_messages(p.prompt, "user"), len(p.images))
+        both = [_messages(completion, "assistant") for completion in (p.chosen, p.rejected)]
+        renderer = self.processor or self.tokenizer
+        try:
+            start = inputs.render(renderer, self._contents(prompt))
+            whole = [inputs.render(renderer, self._contents(prompt + end), False) for end in both]
+        except Exception as error:  # a template may raise anything
+            raise ValueError(f"{p.where}: the chat template cannot render it: {error}") from error
+        cut = min(common_start(start, text) for text in whole)  # some templates end a prompt as no answer begins
+        return start[:cut], whole[0][cut:], whole[1][cut:]
+
+    def _contents(self, messages: Sequence[Message]) -> list[Message]:
+        """As templates expect them: in parts for a processor, texts for a tokenizer."""
+        made = []
+        for message in messages:
+            content = message["content"]
+            if self.processor and isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            elif self.processor and isinstance(content, list):
+                content = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
+            elif isinstance(content, list):
+                content = "".join(part["text"] for part in content)
+            made.append({**message, "content": content})
+        return made
+
+    def _continuation(self, text: str, prompt: list[int], completion: str, end: list[int]) -> list[int]:
+        """Ids of a completion; `end` after them, unless that is how they end."""
+        ids = list(self.tokenizer(text + completion)["input_ids"]) if prompt else []
+        if prompt and ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        else:
+            ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
+        return ids if ids[-1:] == end else ids + end
+
+    def _shared(self, p: Preference) -> Pair:
+        """Two texts that begin alike: the prompt is the tokens they share."""
+        end = self.tokenizer.eos_token_id
+        chosen, rejected = ([*self.tokenizer(str(text))["input_ids"], end] for text in (p.chosen, p.rejected))
+        shared = common_start(chosen, rejected)
+        if shared == 0:
+            raise ValueError(f"{p.where}: prompt: expected one, or a beginning that chosen and rejected share")
+        text = str(self.tokenizer.decode(chosen[:shared]))
+        return Pair(p.where, text, chosen[:shared], chosen[shared:], rejected[shared:], ref=p.ref)
+
+    def _fit(self, pair: Pair) -> bool:
+        """Cut a pair to its longest length, in place; -> whether it is kept."""
+        limit, completion = self.max_length or self.context, max(len(pair.chosen), len(pair.rejected))
+        if limit and not pair.images and len(pair.prompt) + completion > limit:
+            if self.max_length is None:
+                raise ValueError(
+                    f"{pair.where}: prompt of {len(pair.prompt)} tokens, chosen of {len(pair.chosen)}, rejected of "
+                    f"{len(pair.rejected)}: beyond the model's context of {limit}; max_length cuts or drops such rows"
+                )
+            if self.truncate == "drop":
+                return False
+            if self.truncate == "prompt_start":
+                pair.prompt = self._end_of(pair.prompt, max(limit - completion, 1))
+            room = limit - len(pair.prompt)
+            if room < 1:
+                raise ValueError(
+                    f"{pair.where}: prompt of {len(pair.prompt)} tokens: expected fewer than max_length={limit}; "
+                    "truncate='prompt_start' keeps its end, 'drop' leaves the row out"
+                )
+            pair.chosen, pair.rejected = pair.chosen[:room], pair.rejected[:room]
+        if pair.chosen == pair.rejected:
+            cut = f", cut to max_length={limit}" if completion > len(pair.chosen) else ""
+            raise ValueError(f"{pair.where}: chosen and rejected are equal as tokens{cut}: {pair.chosen[:8]} ...")
+        for name, ids in (
+            ("prompt", pair.prompt or list(pair.images)),
+            ("chosen", pair.chosen),
+            ("rejected", pair.rejected),
+        ):
+            if not ids:
+                raise ValueError(f"{pair.where}: {name}: expected at least one token")
+        return True
+
+    def _end_of(self, prompt: list[int], count: int) -> list[int]:
+        """The last `count` ids; BOS stays, as models are used to it."""
+        first = prompt[:1] if count > 1 and prompt[0] == self.tokenizer.bos_token_id else []
+        return first + prompt[len(prompt) - count + len(first) :]
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """P pairs as S = 2 P sequences: padded (S, T), or packed into one row (1, N)."""
+
+    input_ids: Tensor  # (S, T) or (1, N) int64
+    completion_mask: Tensor  # bool, alike
+    lengths: Tensor  # (S,) tokens of each completion
+    model_inputs: dict[str, Any]  # attention_mask (padded) or position_ids (packed); what belongs to images
+    cu_seqlens: Tensor | None  # (S + 1,) of the packed sequences among input_ids[:, 1:]
+    ref_logprobs: Tensor | None  # (S,) summed, fp32
+    num_tokens: int  # with the prompts, without padding
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.lengths) // 2
+
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        moved["model_inputs"] = {name: x.to(device) for name, x in self.model_inputs.items()}
+        return dataclasses.replace(self, **moved)
+
+
+def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> Batch:
+    """The chosen sequences, then the rejected ones, each after its prompt.
+
+    Padding is on the right; packed, the sequences are told apart by position_ids that begin anew.
+
+    Raises ValueError where pairs with images are to be packed.
+    """
+    completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    prompts = [pair.prompt for pair in pairs] * 2
+    rows = [torch.tensor(prompt + ids) for prompt, ids in zip(prompts, completions, strict=True)]
+    masks = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    sizes = torch.tensor([len(row) for row in rows])
+    cu_seqlens = None
+    if packing:
+        if any(pair.extras for pair in pairs):
+            raise ValueError("packing: expected pairs without images; their positions are not one number a token")
+        input_ids, completion_mask = torch.cat(rows)[None], torch.cat(masks)[None]
+        model_inputs = {"position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None]}
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0) - 1])
+    else:
+        pad = torch.nn.utils.rnn.pad_sequence
+        input_ids, completion_mask = pad(rows, True, pad_token_id), pad(masks, True, False)
+        T = input_ids.shape[1]
+        model_inputs = {"attention_mask": (torch.arange(T) < sizes[:, None]).long()}
+        model_inputs |= inputs.collate([pair.extras for pair in pairs] * 2, T)
+    known = [pair.ref for pair in pairs if pair.ref is not None]
+    return Batch(
+        input_ids=input_ids,
+        completion_mask=completion_mask,
+        lengths=torch.tensor([len(ids) for ids in completions]),
+        model_inputs=model_inputs,
+        cu_seqlens=cu_seqlens,
+        ref_logprobs=torch.tensor(known).T.flatten() if len(known) == len(pairs) else None,
+        num_tokens=int(sizes.sum()),
+    )
