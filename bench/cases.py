@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from bench import objectives
 from bench.ops import OPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,6 +38,7 @@ class Case:
     """One problem: N tokens in sequences of T, hidden size H, vocabulary V."""
 
     op: str = "grpo"
+    objective: str = ""  # grpo and dpo: another objective of the library in its place, by its registered name
     N: int = 2048
     H: int = 896
     V: int = 151936
@@ -52,6 +54,10 @@ class Case:
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"op must be one of {sorted(OPS)}, got {self.op!r}")
+        if self.objective and self.objective not in objectives.names(self.op):
+            raise ValueError(
+                f"objective must be one of {objectives.names(self.op)} with {self.op}, got {self.objective!r}"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
         if min(self.N, self.H, self.V, self.T) < 1 or self.N % self.T:
@@ -117,4 +123,4 @@ class Case:
         extra += [f"{self.zero_rows:.0%} zero gradients"] if self.zero_rows else []
         extra += ["frozen head"] if self.frozen_head else []
         extra += [f"{self.lengths} lengths"] if self.lengths > 1 else []
-        return ", ".join([f"{self.op} N={self.N} H={self.H} V={self.V} {self.dtype}", *extra])
+        return ", ".join([f"{self.objective or self.op} N={self.N} H={self.H} V={self.V} {self.dtype}", *extra])

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import objectives
+
 if TYPE_CHECKING:
     from bench.inputs import Inputs
 
@@ -63,7 +65,9 @@ def clipped(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def grpo(found: Values, inputs: Inputs) -> Tensor:
-    """Clipped surrogate + beta k3, mean over the tokens of each sequence, then over sequences."""
+    """Clipped surrogate + beta k3, mean over the tokens of each sequence, then over sequences; or the case's objective."""
+    if inputs.case.objective:
+        return objectives.loss(found.values, inputs)
     loss = clipped(found.values, inputs)
     if inputs.ref_logprobs is not None:
         difference = inputs.ref_logprobs - found.values
@@ -80,7 +84,12 @@ def ppo(found: Values, inputs: Inputs) -> Tensor:
 
 
 def dpo(found: Values, inputs: Inputs) -> Tensor:
-    """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first."""
+    """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first.
+
+    Or the objective that the case names.
+    """
+    if inputs.case.objective:
+        return objectives.loss(found.values, inputs)
     assert inputs.ref_logprobs is not None
     ratios = inputs.sequences((found.values - inputs.ref_logprobs) * inputs.mask).sum(1)
     chosen, rejected = ratios.chunk(2)

@@ -26,6 +26,7 @@ from fused_rlhf.divergence import Kind
 from fused_rlhf.objectives import Count, PolicyLoss
 from fused_rlhf.policy_metrics import policy_metrics
 from fused_rlhf.preferences import PreferenceLoss, preference_metrics
+from fused_rlhf.segments import precise
 
 
 class LogProbs(NamedTuple):
@@ -308,7 +309,7 @@ def linear_preference_loss(
     bound = objective.bind(
         sequences=rows.sequences,
         ref_logprobs=per_token,
-        ref_sums=None if sums is None else sums.detach().to(wide).contiguous(),
+        ref_sums=None if sums is None else precise(sums.detach()).contiguous(),
         labels=None if labels is None else labels.bool(),
         kl=None if kl is None else kl.detach().to(wide),
         num_pairs=(max(count // 2, 1) if objective.paired else max(count, 1)) if num_pairs is None else num_pairs,

@@ -559,14 +559,25 @@ class BoundPolicyLoss(BoundPolicy):
 @torch.no_grad()
 def high_entropy(entropy: Tensor, share: float) -> Tensor:
     """(N,) bool: the tokens whose entropy reaches the (1 - share) quantile over the tokens of all ranks."""
-    everyone = entropy
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, entropy.cpu())
-        everyone = torch.cat(parts).to(entropy.device)
+    everyone = _of_all_ranks(entropy)
     if everyone.numel() == 0:
         return torch.zeros_like(entropy, dtype=torch.bool)
     return entropy >= quantile(everyone, 1 - share)
+
+
+def _of_all_ranks(values: Tensor) -> Tensor:
+    """(N,) of each rank -> all of them, one after the other; every rank must call, with however few."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    world = torch.distributed.get_world_size()
+    count = torch.tensor([values.numel()], device=values.device)
+    counts = [torch.zeros_like(count) for _ in range(world)]
+    torch.distributed.all_gather(counts, count)
+    sizes = torch.cat(counts).tolist()
+    padded = torch.nn.functional.pad(values, (0, max(sizes) - values.numel()))
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
 def quantile(values: Tensor, q: float) -> Tensor:

@@ -25,8 +25,8 @@ from torch.nn.functional import logsigmoid
 
 from fused_rlhf.kernels.interface import BoundPreference, TokenGrads
 from fused_rlhf.objectives import Count
-from fused_rlhf.registry import check_number, differentiated, keywords, options_of, registered, snake_case
-from fused_rlhf.segments import Sequences
+from fused_rlhf.registry import check_number, differentiated, keywords, options_of, registered
+from fused_rlhf.segments import Sequences, precise
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -52,7 +52,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a loss over pairs knows."""
+    """What a loss over pairs knows, in fp64."""
 
     chosen: Side
     rejected: Side
@@ -375,7 +375,7 @@ class PreferenceLoss:
         """
         weights = None if self.ld_alpha is None else self._token_weights(sequences, dtype)
         if ref_logprobs is not None:
-            ref_sums = sequences.sum(ref_logprobs if weights is None else ref_logprobs * weights)
+            ref_sums = sequences.sum(precise(ref_logprobs) if weights is None else precise(ref_logprobs) * weights)
         return BoundPreferenceLoss(
             losses=self.losses,
             weights=self.weights,
@@ -431,7 +431,8 @@ class BoundPreferenceLoss(BoundPreference):
         return Side(*chosen), Side(*rejected)
 
     def per_sequence(self, logprobs: Tensor) -> Tensor:
-        """(P,) losses of the pairs, or (S,) of the completions."""
+        """(P,) losses of the pairs, or (S,) of the completions; summed and compared in fp64."""
+        logprobs = precise(logprobs)
         if not self.objective.paired:
             assert self.ref_sums is not None
             assert self.labels is not None
@@ -456,7 +457,11 @@ class BoundPreferenceLoss(BoundPreference):
 
     def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
         """-> loss (P,), of the pairs (so that one without tokens counts too), and its derivatives (N,)."""
-        return differentiated(lambda lp, _: self.pair_weight * self.per_sequence(lp), logprobs, None, by_entropy=False)
+
+        def of_pairs(lp: Tensor, _: Tensor | None) -> Tensor:
+            return (self.pair_weight * self.per_sequence(lp)).to(lp.dtype)
+
+        return differentiated(of_pairs, logprobs, None, by_entropy=False)
 
 
 def divergence(log_ratio: Tensor, name: str, alpha: float | None) -> Tensor:
@@ -497,7 +502,7 @@ def preset(name: str, *losses: str, source: str, **defaults: Any) -> Callable[..
     chosen completions, added to the loss (RPO, CPO, ORPO). Other keywords: the fields of `PreferenceLoss` and the
     options of the losses.
     """
-    PRESETS[snake_case(name)] = construct
+    PRESETS[name.lower()] = construct
     return construct
 
 
@@ -526,7 +531,7 @@ def preference_metrics(
     """
     sequences, paired = bound.sequences, bound.objective.paired
     weighted = logprobs if bound.token_weights is None else logprobs * bound.token_weights
-    total = sequences.sum(weighted)
+    total = sequences.sum(precise(weighted))
     if PREFERENCES[bound.losses[0]].averaged:
         total = total / sequences.lengths.clamp(min=1)
     against = total if bound.ref_sums is None else total - bound.ref_sums
@@ -556,5 +561,5 @@ def preference_metrics(
     if is_top1 is not None:
         metrics["mean_token_accuracy"] = mean(is_top1.to(logprobs.dtype), sequences.spread(chosen))
     if not paired:
-        metrics["kl"] = reward.new_zeros(()) if bound.kl is None else bound.kl.to(reward.dtype)
-    return metrics
+        metrics["kl"] = reward.new_zeros(()) if bound.kl is None else bound.kl
+    return {name: value.to(logprobs.dtype) for name, value in metrics.items()}

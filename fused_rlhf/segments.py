@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def precise(values: Tensor) -> Tensor:
+    """In fp64 where the device has it: a sum over thousands of tokens may cancel against another one."""
+    return values if values.device.type == "mps" else values.double()
+
+
 @dataclass(frozen=True)
 class Sequences:
     """S sequences of N tokens side by side; a sequence may be empty."""

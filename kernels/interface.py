@@ -184,7 +184,7 @@ class BoundPreference:
     beta: float
     options: dict[str, Any]
     offsets: Tensor  # (2 P + 1,) int64
-    ref_sums: Tensor | None  # (2 P,) fp32, weighted as the policy's sums are; None: no reference
+    ref_sums: Tensor | None  # (2 P,) fp64, weighted as the policy's sums are; None: no reference
     token_weights: Tensor | None  # (N,) fp32: what a token counts in its sum; None: 1
     pair_weight: Tensor | float
     plain: bool  # pairs, reverse KL, no weighting by the policy

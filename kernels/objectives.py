@@ -242,20 +242,20 @@ def launch_policy(objective: BoundPolicy, logprobs: Tensor) -> tuple[Tensor, Ten
 
 @triton.jit
 def completion_score(logprobs_ptr, token_weights_ptr, ref_sums_ptr, offsets_ptr, sequence, BLOCK: tl.constexpr):
-    """u of a completion, and its tokens."""
+    """u of a completion, and its tokens. Summed in fp64: over thousands of tokens both sums are large, u is not."""
     start = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float64)
     for at in range(start, end, BLOCK):
         offs = at + tl.arange(0, BLOCK)
-        part = tl.load(logprobs_ptr + offs, mask=offs < end, other=0.0)
+        part = tl.load(logprobs_ptr + offs, mask=offs < end, other=0.0).to(tl.float64)
         if token_weights_ptr is not None:
             part *= tl.load(token_weights_ptr + offs, mask=offs < end, other=0.0)
         total += part
     score = tl.sum(total, 0)
     if ref_sums_ptr is not None:
         score -= tl.load(ref_sums_ptr + sequence)
-    return score, tl.maximum(end - start, 1).to(tl.float32)
+    return score.to(tl.float32), tl.maximum(end - start, 1).to(tl.float32)
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def store_slopes(slope_ptr, token_weights_ptr, offsets_ptr, sequence, slope, BLO
 def pair_kernel(
     logprobs_ptr,  # (N,) fp32
     token_weights_ptr,  # (N,) fp32, or None: 1
-    ref_sums_ptr,  # (2 P,) fp32, or None: 0
+    ref_sums_ptr,  # (2 P,) fp64, or None: 0
     offsets_ptr,  # (2 P + 1,) int64: the chosen completions, then the rejected ones
     loss_ptr,  # (P,)
     slope_ptr,  # (N,) dloss / dlogprob

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -183,3 +184,42 @@ def test_a_run_that_has_to_stop_is_one_line_and_status_1(tmp_path, capsys, monke
     )
     assert "step-00000001" in error
     assert cli.main(["grpo", *flags, "--output", str(tmp_path / "run"), "--resume"]) == 0
+
+
+NEW_OBJECTIVE = '''
+from fused_rlhf import objectives
+
+
+@objectives.surrogate
+def triangle(logprob, old, advantage, *, width: float = 1.0):
+    """-A max(0, 1 - |r - 1| / width)"""
+    return -advantage * (1 - ((logprob - old).exp() - 1).abs() / width).clamp(min=0)
+
+
+objectives.preset("Triangle", "triangle", "token_mean", width=0.5)
+
+import sys
+
+from fused_rlhf.trainers.cli import main
+
+sys.exit(main())
+'''
+
+
+@pytest.mark.slow
+def test_a_new_objective_is_one_function_from_the_command_line_to_the_metrics(tmp_path):
+    """Registered before the command line is read, it is among the choices, takes its options, and trains."""
+    script = tmp_path / "mine.py"
+    script.write_text(NEW_OBJECTIVE)
+    flags = {"--hidden-size": 16, "--num-layers": 1, "--max-operand": 30, "--steps": 2, "--prompts-per-step": 4}
+    flags |= {"--num-generations": 4, "--max-new-tokens": 2, "--num-iterations": 2, "--learning-rate": 0.01}
+    flags |= {"--eval-samples": 4, "--output": tmp_path / "run", "--threads": 1}
+    command = [sys.executable, script, "grpo", *(str(part) for flag in flags.items() for part in flag)]
+    chosen = [*command, "--objective", "triangle", "--objective-options", "width", "0.25"]
+    done = subprocess.run(chosen, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("ratio_mean" in row for row in rows) == 2
+    refused = subprocess.run([*command, "--overwrite", "--objective", "square"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "triangle" in refused.stderr

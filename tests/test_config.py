@@ -29,13 +29,11 @@ def test_a_configuration_is_yaml_and_comes_back():
         ({"learning_rate": float("nan")}, "learning_rate: expected more than 0; got nan"),
         ({"mixed_precision": "fp8"}, "mixed_precision: expected one of"),
         ({"dtype": "int8"}, "dtype: expected one of"),
-        ({"lora_r": 4}, "lora_r: expected 0 without a model"),
         ({"model": "x/y", "lora_r": 4, "lora_dropout": 1.0}, "lora_dropout: expected at least 0 and below 1"),
         ({"overwrite": True, "resume": True}, "overwrite, resume: expected at most one"),
         ({"fsdp": True, "mixed_precision": "fp16"}, "mixed_precision: expected 'no' or 'bf16' with fsdp"),
         ({"fsdp": True, "deepspeed": "ds.json"}, "fsdp, deepspeed: expected at most one"),
         ({"model": "x/y", "hidden_size": 64}, "hidden_size, num_layers: expected left alone with model='x/y'"),
-        ({"chat_template": True}, "chat_template: expected false"),
     ],
 )
 def test_contradictory_options_are_refused(changes, message):

@@ -70,7 +70,11 @@ def policy():
 
 BAD_POLICY = [
     ({"objective": "grpo"}, TypeError, "objective must be a PolicyLoss"),
-    ({"objective": fr.GRPO(beta=0.1)}, ValueError, "ref_logprobs or ref_hidden must be given when beta is not 0, got neither"),
+    (
+        {"objective": fr.GRPO(beta=0.1)},
+        ValueError,
+        "ref_logprobs or ref_hidden must be given when beta is not 0, got neither",
+    ),
     (
         {"advantages": torch.ones(N + 1)},
         ValueError,

@@ -84,6 +84,15 @@ def test_dropout_is_off_even_in_training_mode(tmp_path):
     assert torch.equal(model(ids).logits, model.eval()(ids).logits)
 
 
+def test_a_model_given_as_an_object_may_have_adapters_and_a_built_one_may_not(tmp_path):
+    for changes, message in (({"lora_r": 4}, "lora_r: expected 0 without"), ({"chat_template": True}, "chat_template")):
+        with pytest.raises(ValueError, match=message):
+            models.load_for(options(tmp_path, model=None, **changes))
+    given = models.build(16, 1)
+    loaded = models.load_for(options(tmp_path, model=None, lora_r=4), *given)
+    assert any("lora_A" in name for name, _ in loaded.model.named_parameters())
+
+
 def test_adapters_are_on_all_linear_layers_but_the_head(tmp_path):
     config = options(tmp_path, lora_r=3, lora_alpha=6.0)
     loaded = models.load_for(config)

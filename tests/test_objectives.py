@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +11,8 @@ import fused_rlhf as fr
 from fused_rlhf import objectives
 from fused_rlhf.segments import Sequences
 from tests.helpers import dense, inputs, relative, worst
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def vectors(n=50, seed=0):
@@ -414,3 +420,28 @@ def test_the_reference_computed_in_the_call_equals_the_one_given():
 def test_contradictory_arguments_raise(change, objective, message):
     with pytest.raises(ValueError, match=message):
         fr.linear_policy_loss(**(batch() | change), objective=objective)
+
+
+RANKS = """
+import sys, torch
+from fused_rlhf.objectives import high_entropy
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+entropy = torch.load(f"{folder}/entropy.pt")[rank]
+torch.save(high_entropy(entropy, 0.3), f"{folder}/keep{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_entropy_threshold_is_that_of_all_ranks(tmp_path):
+    """Three processes with 7, 0 and 20 tokens choose the tokens that one process would."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.rand(27, generator=generator, dtype=torch.float64)
+    torch.save(whole.split([7, 0, 20]), tmp_path / "entropy.pt")
+    command = [sys.executable, "-c", RANKS]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    running = [subprocess.Popen([*command, str(r), str(tmp_path)], env=environment) for r in range(3)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    found = torch.cat([torch.load(tmp_path / f"keep{rank}.pt") for rank in range(3)])
+    assert torch.equal(found, objectives.high_entropy(whole, 0.3))
+    assert 0 < found[:7].sum() < 7

@@ -98,8 +98,6 @@ class TrainConfig:
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
         built = self.model is None
-        require(not (built and self.chat_template), "chat_template", True, "false: the small model has none")
-        require(not (built and self.lora_r), "lora_r", self.lora_r, "0 without a model: adapters need a trained one")
         sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)
         require(built or sizes == default, "hidden_size, num_layers", sizes, f"left alone with model={self.model!r}")
         require(not (self.fsdp and self.deepspeed), "fsdp, deepspeed", (True, self.deepspeed), "at most one of them")

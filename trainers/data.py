@@ -140,7 +140,8 @@ def read_splits(source: str | Path, columns: Sequence[str]) -> tuple[list[Sample
     """-> training and test rows (the latter maybe none) of a folder with train.jsonl and test.jsonl (or .parquet), a
     .jsonl or .parquet file, or a hub data set's id.
 
-    Raises FileNotFoundError, or ValueError naming file, row and columns where a row lacks one of `columns`.
+    Raises FileNotFoundError, or ValueError naming file, row and columns where a row lacks one of `columns`, or where a
+    hub set has no training split.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -153,6 +154,8 @@ def read_splits(source: str | Path, columns: Sequence[str]) -> tuple[list[Sample
     from datasets import load_dataset  # slow to import, and only parquet files and the hub need it
 
     splits = load_dataset(str(source))
+    if "train" not in splits:
+        raise ValueError(f"data: the set {source} has no split 'train'; it has {sorted(splits)}")
     train, test = list(splits["train"]), list(splits["test"]) if "test" in splits else []
     for name, rows in (("train", train), ("test", test)):
         for number, row in enumerate(rows, 1):

@@ -138,6 +138,9 @@ def load_for(
     """The model that `config` asks for, or the one given with its tokenizer (or processor), ready to be trained."""
     require((model is None) == (tokenizer is None), "model, tokenizer", (model, tokenizer), "both or neither")
     dtype = getattr(torch, config.dtype)
+    if model is None and config.model is None:
+        require(not config.chat_template, "chat_template", True, "false: the small model has none")
+        require(not config.lora_r, "lora_r", config.lora_r, "0 without a model: adapters need a trained one")
     if model is None or tokenizer is None:
         sizes = config.hidden_size, config.num_layers
         model, tokenizer = load(config.model, dtype) if config.model else build(*sizes)

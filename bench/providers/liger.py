@@ -28,7 +28,7 @@ def memory(case: Case, device: str) -> float:
     "liger",
     packages=PACKAGES,
     ops=("grpo", "dpo"),
-    where=lambda case: not case.zero_rows,  # it takes one advantage per sequence
+    where=lambda case: not (case.zero_rows or case.objective),  # it takes one advantage per sequence
     tolerance=ROUNDED,
     memory=memory,
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from bench import objectives
 from bench.cases import DTYPES, Case
 from bench.inputs import Inputs
 from bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, Values
@@ -31,15 +32,18 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
         "ref_logprobs": None if inputs.ref_logprobs is None else inputs.sequences(inputs.ref_logprobs),
     }
     function: Callable[..., Any] = fr.linear_preference_loss if case.op == "dpo" else fr.linear_policy_loss
+    if case.objective:
+        batch["objective"] = objectives.of(case)
     if case.op == "dpo":
-        batch["objective"] = fr.DPO(beta=DPO_BETA)
+        batch.setdefault("objective", fr.DPO(beta=DPO_BETA))
+        if not batch["objective"].needs_reference:
+            batch["ref_logprobs"] = None
     else:
         batch["advantages"] = inputs.sequences(inputs.advantages)
         batch["old_logprobs"] = inputs.sequences(inputs.old_logprobs)
         clip = {"epsilon_low": EPSILON, "epsilon_high": EPSILON}
-        batch["objective"] = (
-            fr.GRPO(beta=case.beta, **clip) if case.op == "grpo" else fr.PPO(entropy_coef=ENTROPY_COEF, **clip)
-        )
+        usual = fr.GRPO(beta=case.beta, **clip) if case.op == "grpo" else fr.PPO(entropy_coef=ENTROPY_COEF, **clip)
+        batch.setdefault("objective", usual)
     hidden, targets = inputs.sequences, inputs.sequences(inputs.targets)
 
     def run() -> Output:
@@ -109,6 +113,8 @@ def has(case: Case, *, backend: str, mode: str, rounded: bool) -> bool:
         return mode == "auto" and not rounded and backend != "triton"
     if case.op not in OBJECTIVES:
         return mode == "auto"
+    if case.objective and case.op == "grpo" and mode == "one_pass" and not case.frozen_head:
+        return objectives.of(case).tokenwise  # type: ignore[union-attr]
     # A pair's loss needs both completions before the first gradient, so one pass serves a frozen head alone.
     return mode != "one_pass" or case.op != "dpo" or case.frozen_head
 

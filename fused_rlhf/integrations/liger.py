@@ -31,7 +31,7 @@ from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
 from fused_rlhf.objectives import PRESETS, Count, PolicyLoss
 from fused_rlhf.preferences import PREFERENCES, PreferenceLoss, log1mexp
 from fused_rlhf.registry import keywords
-from fused_rlhf.segments import Sequences
+from fused_rlhf.segments import Sequences, precise
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -117,7 +117,7 @@ def _loss(
     bound = objective.bind(
         sequences=sequences,
         ref_logprobs=None,
-        ref_sums=scored.reduce(scored.ref_logprobs, average) if objective.needs_reference else None,
+        ref_sums=precise(scored.reduce(scored.ref_logprobs, average)) if objective.needs_reference else None,
         labels=labels,
         kl=kl,
         num_pairs=max(sequences.count // (2 if objective.paired else 1), 1),
