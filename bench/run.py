@@ -192,8 +192,10 @@ def run(plan: Plan) -> dict[str, Any]:
         for rows, answer in _answers(plan, Path(folder), found):
             for row in rows:
                 part = answer[row.provider]
-                found[row] |= {**part, "samples": found[row]["samples"] + part["samples"]}
                 print(f"[{time.time() - started:5.0f} s] {_progress(plan, row, part)}", file=sys.stderr, flush=True)
+                if found[row]["samples"] and time.time() >= started + plan.limit_s:
+                    part.pop("error", None)  # the time was up, nothing else is wrong: its earlier rounds stand
+                found[row] |= {**part, "samples": found[row]["samples"] + part["samples"]}
             result = summarise(plan, found)
             result["seconds"] = round(time.time() - started, 1)
             if plan.out is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -186,6 +187,25 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch):
 def test_a_run_past_its_limit_reports_it():
     result = run(Plan("test", {"case": TINY}, [Row("case", "dense")], limit_s=0.0))
     assert result["rows"][0]["error"] == "stopped after 1 s"
+
+
+def test_rounds_before_the_limit_stand(monkeypatch):
+    """The second round meets the end of the time: what the first measured is the row's result."""
+    rounds = []
+
+    def once(plan, scratch, case, providers, repeats, check, until):
+        rounds.append(check)
+        if len(rounds) == 1:
+            return {"dense": measure(case, providers, "cpu", fp64_reference(case, "cpu"), 1, warmup=0)["dense"]}
+        time.sleep(max(until - time.time(), 0))
+        return {"dense": {"samples": [], "error": "stopped after 1 s"}}
+
+    monkeypatch.setattr("bench.run._spawn", once)
+    result = run(Plan("test", {"case": TINY}, [Row("case", "dense", rounds=2)], limit_s=2.0))
+    (row,) = result["rows"]
+    assert len(rounds) == 2
+    assert (row["error"], row["rounds"]) == (None, 1)
+    assert row["both_s"]["median"] > 0
 
 
 @pytest.mark.parametrize(("row", "word"), [(Row("case", "nobody"), "provider"), (Row("nowhere", "dense"), "case")])
