@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shape": asdict(shape),
         "device": device_info(shape.device, shape.threads),
         "versions": versions({"torch", "transformers"}),
-        "rows": rows,
+        "sides": rows,
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

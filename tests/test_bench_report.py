@@ -104,8 +104,10 @@ def test_plots(tmp_path):
 @pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_plots_of_committed_results(path, tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = plots.draw(json.loads(path.read_text()), tmp_path)
-    assert drawn
+    result = json.loads(path.read_text())
+    drawn = plots.draw(result, tmp_path)
+    done = [row["case"] for row in result["rows"] if row["error"] is None]
+    assert bool(drawn) == any(done.count(case) > 1 for case in done)  # there is something to compare
     assert all(p.stat().st_size < 80_000 for p in drawn)
 
 

@@ -25,7 +25,7 @@ def test_both_sides_compute_the_same_loss_and_gradients():
 def test_a_run_writes_both_sides(tmp_path):
     assert step.main([*TINY, "--out", str(tmp_path / "step.json")]) == 0
     result = json.loads((tmp_path / "step.json").read_text())
-    dense, ours = result["rows"]
+    dense, ours = result["sides"]
     assert (dense["side"], ours["side"]) == ("dense", "ours")
     assert ours["loss"] == pytest.approx(dense["loss"], rel=1e-5)
     assert result["shape"]["tokens"] == 48
