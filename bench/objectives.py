@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fused_rlhf import objectives, preferences
-from fused_rlhf.objectives import PolicyLoss
-from fused_rlhf.preferences import PreferenceLoss
-from fused_rlhf.segments import Sequences
-
 if TYPE_CHECKING:
     from bench.cases import Case
     from bench.inputs import Inputs
+    from fused_rlhf.objectives import PolicyLoss
+    from fused_rlhf.preferences import PreferenceLoss
 
 
 def names(op: str) -> list[str]:
     """What `Case.objective` may be beside "": presets for policies, and for pairs presets and single losses."""
+    from fused_rlhf import objectives, preferences
+
     if op == "grpo":
         return sorted(objectives.PRESETS)
     pairs = {name for name, make in preferences.PRESETS.items() if make().paired}
@@ -33,6 +32,8 @@ def names(op: str) -> list[str]:
 
 def of(case: Case) -> PolicyLoss | PreferenceLoss:
     """The objective that a case names."""
+    from fused_rlhf import objectives, preferences
+
     if case.op == "grpo":
         length = {"max_completion_length": case.T} if case.objective == "dr_grpo" else {}
         return objectives.PRESETS[case.objective](beta=case.beta, **length)
@@ -43,6 +44,9 @@ def of(case: Case) -> PolicyLoss | PreferenceLoss:
 
 def loss(values: Tensor, inputs: Inputs) -> Tensor:
     """The objective of (N,) log-probs, differentiable in them."""
+    from fused_rlhf.objectives import PolicyLoss
+    from fused_rlhf.segments import Sequences
+
     objective, mask, count = of(inputs.case), inputs.mask.bool(), inputs.case.N // inputs.case.T
     index = torch.arange(count, device=mask.device).repeat_interleave(inputs.case.T)[mask]
     sequences, lp = Sequences.of(index, count), values[mask]

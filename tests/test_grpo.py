@@ -523,7 +523,6 @@ def test_several_weighted_rewards(tmp_path):
         ({"data": "x"}, "data: expected none for the task 'arithmetic'"),
         ({"task": "gsm8k"}, "data: expected where the task 'gsm8k' is read from; got None"),
         ({"task": "chess"}, "task: expected one of"),
-        ({"chat_template": True}, "chat_template: expected false"),
         ({"model": "some/model"}, "hidden_size, num_layers: expected left alone with model='some/model'"),
         ({"beta": -0.1}, "beta"),
         ({"objective": "unheard"}, "objective: expected one of"),

@@ -350,7 +350,7 @@ class Batch:
     lengths: Tensor  # (S,) tokens of each completion
     model_inputs: dict[str, Any]  # attention_mask (padded) or position_ids (packed); what belongs to images
     cu_seqlens: Tensor | None  # (S + 1,) of the packed sequences among input_ids[:, 1:]
-    ref_logprobs: Tensor | None  # (S,) summed, fp32
+    ref_logprobs: Tensor | None  # (S,) summed, fp64
     num_tokens: int  # with the prompts, without padding
 
     @property
@@ -395,6 +395,6 @@ def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> 
         lengths=torch.tensor([len(ids) for ids in completions]),
         model_inputs=model_inputs,
         cu_seqlens=cu_seqlens,
-        ref_logprobs=torch.tensor(known).T.flatten() if len(known) == len(pairs) else None,
+        ref_logprobs=torch.tensor(known, dtype=torch.float64).T.flatten() if len(known) == len(pairs) else None,
         num_tokens=int(sizes.sum()),
     )
