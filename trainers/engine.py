@@ -113,6 +113,13 @@ def _set_up(wrapper: Any) -> None:
     wrapper.reshard()
 
 
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Between modules of one architecture, placed alike."""
+    for its, mine in zip(source.parameters(), target.parameters(), strict=True):
+        mine.copy_(its)
+
+
 class Placed:
     """A module where the engine wants it; `placed(function, *args)` is `function(module, *args)` inside its forward.
 
@@ -158,9 +165,7 @@ class Placed:
 
     def copy_parameters(self, other: Placed) -> None:
         """Take over the parameters of a module of the same architecture, placed alike."""
-        with torch.no_grad():
-            for mine, its in zip(self.module.parameters(), other.module.parameters(), strict=True):
-                mine.copy_(its)
+        copy_parameters(other.module, self.module)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as a controller: a reference that is not the model as it was loaded."""

@@ -34,12 +34,12 @@ from fused_rlhf.trainers import data, engine, evaluation, loop, planning, reward
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
-from fused_rlhf.trainers.engine import Engine, Placed
+from fused_rlhf.trainers.engine import Engine, Placed, copy_parameters
 from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions, slices
-from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, copy_parameters, reward_of, rewards_of, value_of
+from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, reward_of, rewards_of, value_of
 from fused_rlhf.value_loss import value_loss, value_metrics
 
 __all__ = ["Config", "KLController", "Result", "State", "fit", "plan", "prepare", "train"]

@@ -141,10 +141,3 @@ def rewards_of(model: nn.Module, completions: Completions) -> Tensor:
     numbers = model(completions.input_ids, completions.attention_mask, **completions.model_inputs())
     last = completions.attention_mask.sum(dim=1, keepdim=True) - 1
     return numbers.gather(1, last).squeeze(1)
-
-
-@torch.no_grad()
-def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Between modules of one architecture, placed alike."""
-    for its, mine in zip(source.parameters(), target.parameters(), strict=True):
-        mine.copy_(its)
