@@ -166,6 +166,7 @@ def matrix() -> Suite:
         **{f"V={v}": replace(base, V=v) for v in (8192, 131072)},
         **{f"H={h}": replace(base, H=h) for h in (128, 2048)},
         **{f"T={t}": replace(base, T=t) for t in (32, 512)},
+        **{f"T={t // 1024}k": replace(base, N=t, T=t, H=64) for t in (8192, 32768, 131072)},
         **{f"density={d}": replace(base, density=d) for d in (0.5, 0.25)},
         "frozen": replace(base, frozen_head=True),
         **{f"dpo T={t}": replace(dpo, T=t) for t in (32, 512)},

@@ -132,6 +132,13 @@ def test_a_frozen_copy_takes_over_parameters(tmp_path):
     assert not torch.equal(first, next(iter(reference.module.parameters())))
 
 
+def test_a_process_leaves_its_group():
+    engine.leave()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    engine.leave()
+    assert not torch.distributed.is_initialized()
+
+
 def test_deepspeed_needs_its_file(tmp_path):
     with pytest.raises(ValueError, match=r"deepspeed: expected a DeepSpeed configuration file; got '.*gone\.json'"):
         engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "gone.json")))

@@ -429,6 +429,7 @@ rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
 entropy = torch.load(f"{folder}/entropy.pt")[rank]
 torch.save(high_entropy(entropy, 0.3), f"{folder}/keep{rank}.pt")
+torch.distributed.destroy_process_group()  # waits for the threads that still hold its tensors
 """
 
 

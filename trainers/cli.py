@@ -22,7 +22,7 @@ import tyro
 
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, read_yaml
-from fused_rlhf.trainers.engine import NonFiniteLoss
+from fused_rlhf.trainers.engine import NonFiniteLoss, leave
 from fused_rlhf.trainers.rewards import RewardError
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.yaml"))}
@@ -74,16 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             state = found.prepare(config)
         except (ValueError, TypeError, OSError) as error:
             return refuse(error, 2)
-        if dry_run:
-            print(found.plan(state))
-            return 0
-        result = found.fit(state)
+        text = found.plan(state) if dry_run else found.closing(config, found.fit(state))
     except (RewardError, NonFiniteLoss, CheckpointError) as error:
         return refuse(error, 1)
     except KeyboardInterrupt:
         return 130
-    if text := found.closing(config, result):
+    if text:
         print(text)
+    leave()
     return 0
 
 

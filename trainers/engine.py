@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -75,6 +76,15 @@ def start(config: TrainConfig) -> Accelerator:
         stage = accelerator.state.deepspeed_plugin.zero_stage
         require(stage < 3, "zero_optimization.stage", stage, "0, 1 or 2 (to shard the weights too, use fsdp)")
     return accelerator
+
+
+def leave() -> None:
+    """Leave the group of processes, if there is one: the last thing a process does that ends well."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        # Gloo's threads let go of a collective's tensors after it has returned, and abort the process if Python is shutting
+        # down by then. They end with the group, but DDP never lets go of that.
+        time.sleep(0.2)
 
 
 class _Wrapper(nn.Module):

@@ -311,6 +311,6 @@ def fit(run: Run, verbs: Verbs) -> Result:
         left = f"; the last checkpoint is {last}" if last else ""
         raise type(error)(f"step {done + 1} ({verbs.batch(done + 1)}): {error}{left}") from error
     run.say(f"after {verbs.name}: {verbs.describe(after)}; {run.seconds():.0f} s in all")
-    if config.report_to:
-        engine.accelerator.end_training()
+    for tracker in engine.accelerator.trackers:
+        tracker.finish()
     return Result(before, after, run.seconds(), run.model_path, run.metrics)
