@@ -276,12 +276,14 @@ class _LowRank(torch.autograd.Function):
         hidden, a = ctx.saved_tensors
         H, r = hidden.shape[1], len(a)
         d_a = torch.zeros_like(a, dtype=ctx.wide)
-        d_hidden = torch.empty_like(hidden)
-        for some, at, out in zip(*(x.split(_LOW_RANK_ROWS) for x in (hidden, upstream, d_hidden))):
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(hidden), _LOW_RANK_ROWS):
+            rows = slice(i, i + _LOW_RANK_ROWS)
             # One part stands for their sum: each has the gradient of the sum.
-            d_t = ctx.scale * at[:, H : H + r].to(ctx.wide)
-            d_a += d_t.T @ some.to(ctx.wide)
-            out.copy_(at[:, :H] + d_t @ a.to(ctx.wide))
+            d_t = ctx.scale * upstream[rows, H : H + r].to(ctx.wide)
+            d_a += d_t.T @ hidden[rows].to(ctx.wide)
+            if d_hidden is not None:
+                d_hidden[rows] = upstream[rows, :H] + d_t @ a.to(ctx.wide)
         return d_hidden, d_a.to(a.dtype), None, None
 
 

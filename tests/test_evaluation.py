@@ -1,8 +1,9 @@
 import torch
 
 from fused_rlhf.trainers import evaluation
+from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.inputs import encode
-from fused_rlhf.trainers.rewards import exact_match
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests import tiny
 
 
@@ -24,5 +25,6 @@ def test_correct_compares_the_greedy_answer(tmp_path):
         loaded.model, loaded.tokenizer, [encode(loaded.tokenizer, None, "1+1=")], max_new_tokens=3
     )
     samples = [{"prompt": "1+1=", "answer": greedy.texts[0]}, {"prompt": "1+1=", "answer": greedy.texts[0] + "1"}]
-    right = evaluation.correct(own, loaded, samples, exact_match, max_new_tokens=3, batch_size=1)
+    config = RolloutConfig(max_new_tokens=3, micro_batch_size=1)
+    right = evaluation.correct(own, loaded, Task([], samples, "exact_match"), config, samples)
     assert right.tolist() == [1.0, 0.0]

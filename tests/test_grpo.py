@@ -139,7 +139,7 @@ def share_of(state, batch, rows, num_sequences, num_tokens):
 
 def test_on_policy_the_ratio_is_exactly_one(state):
     batch = grpo.collect(state, 1, SEVEN[:4])
-    for mini in grpo.minibatches(state.config, 24):
+    for mini in grpo.minibatches(24, state.config):
         for rows in grpo.slices(mini, 5):
             own = batch.completions.completion_mask[rows].sum()
             _, metrics = share_of(state, batch, rows, 12, own)

@@ -290,7 +290,7 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(state
 
 def test_before_the_first_update_the_ratio_is_exactly_one(state):
     batch = one(state)
-    for mini in ppo.minibatches(state.config, 24):
+    for mini in ppo.minibatches(24, state.config):
         for rows in slices(mini, 5):
             _, metrics = ppo.ppo_loss(state.engine.module, state.config, batch[rows], batch.mask[rows].sum())
             assert metrics["val/ratio"].item() == 1.0

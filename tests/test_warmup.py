@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from fused_rlhf.trainers import warmup
+from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.loop import Run
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests import tiny
 
 SAMPLES = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "9*9=", "answer": 81}]
@@ -27,16 +29,23 @@ def test_the_loss_is_the_mean_over_answer_tokens(tmp_path):
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_it_ends_when_told_and_in_micro_batches_all_the_same(tmp_path):
+def test_it_ends_when_told_and_in_micro_batches_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(warmup, "correct", lambda *_: torch.tensor([0.9, 1.0]))
     losses = []
     for size in (256, 1):
         own, loaded = tiny.build(tmp_path, micro_batch_size=size, overwrite=True)
         run = Run(own)
         run.open()
-        plan = warmup.Plan(steps=60, batch_size=2, learning_rate=1e-2, evaluate=lambda: 0.9, until=0.9)
-        warmup.warm_up(run, loaded, SAMPLES, plan)
+        config = RolloutConfig(
+            warmup_steps=60,
+            warmup_batch_size=2,
+            warmup_learning_rate=1e-2,
+            warmup_accuracy=0.9,
+            micro_batch_size=size,
+        )
+        warmup.warm_up(run, loaded, Task(SAMPLES, [], "exact_match"), config)
         assert [row["step"] for row in run.metrics] == list(range(1, 26))  # the first time that it evaluates
-        assert run.metrics[-1]["accuracy"] == 0.9
+        assert run.metrics[-1]["accuracy"] == pytest.approx(0.95)
         losses.append([row["loss"] for row in run.metrics])
         assert own.updates == 0
     assert losses[0][-1] < 0.5 * losses[0][0]

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_rlhf.trainers.data import Sample
+from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.model import Loaded
-from fused_rlhf.trainers.rewards import Reward, RewardError, score
+from fused_rlhf.trainers.rewards import Reward, RewardError, resolve, score
 from fused_rlhf.trainers.rollout import Completions, generate
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
 def score_together(
@@ -32,24 +33,19 @@ def score_together(
     return scores.to(engine.device)
 
 
-def correct(
-    engine: Engine,
-    loaded: Loaded,
-    samples: Sequence[Sample],
-    reward: Reward,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    chat_template: bool = False,
-) -> Tensor:
-    """The reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
+def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, samples: Sequence[Sample]) -> Tensor:
+    """The task's reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
     mine = engine.mine(samples) or samples[:1]  # nobody may stay away from what all do together
-    prompts = [encode_prompt(loaded.tokenizer, loaded.processor, sample, chat_template) for sample in mine]
+    prompts = [encode_prompt(loaded.tokenizer, loaded.processor, sample, config.chat_template) for sample in mine]
     with engine.whole():
         completions = generate(
-            loaded.model, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.micro_batch_size,
         )
-    right = score_together(engine, [reward], completions, mine)[:, 0].tolist()
+    right = score_together(engine, [resolve(task.reward)], completions, mine)[:, 0].tolist()
     return torch.tensor(engine.gather(right if engine.mine(samples) else []))
 
 

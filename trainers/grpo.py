@@ -33,7 +33,7 @@ from fused_rlhf.trainers.engine import Engine, Placed
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
-from fused_rlhf.trainers.rollout import Completions, Sampler, slices
+from fused_rlhf.trainers.rollout import Completions, Sampler, minibatches, slices
 
 __all__ = ["Config", "Result", "State", "fit", "plan", "prepare", "train"]
 
@@ -114,7 +114,7 @@ def prepare(
         reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
     )
     loaded = models.load_for(config, model, tokenizer)
-    longest = rollout.longest_prompt(loaded, task, config, config.max_new_tokens)
+    longest = rollout.longest_prompt(loaded, task, config)
     fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
     frozen = copy.deepcopy(loaded.model) if config.beta and not config.lora_r else None
     placed = Engine(config, accelerator, loaded.model, config.steps * config.num_iterations * config.num_minibatches)
@@ -162,16 +162,8 @@ def fit(state: State) -> Result:
 
 
 def warm(state: State) -> None:
-    config, train = state.config, state.task.train
-    some = data.batch_at(train, config.seed, 0, min(256, len(train)))
-    plan = warmup.Plan(
-        steps=config.warmup_steps,
-        batch_size=config.warmup_batch_size,
-        learning_rate=config.warmup_learning_rate,
-        until=config.warmup_accuracy,
-        evaluate=lambda: float(correct(state, some).mean()),
-    )
-    warmup.warm_up(state.run, state.loaded, train, plan)
+    """Supervised steps; the reference begins where they end."""
+    warmup.warm_up(state.run, state.loaded, state.task, state.config)
     if state.reference is not None:
         state.reference.copy_parameters(state.engine)
 
@@ -192,7 +184,7 @@ def step(state: State, number: int) -> Metrics:
 def collect(state: State, number: int, prompts: Sequence[Sample]) -> Batch:
     """Sample `num_generations` completions of this process's prompts, score them, take old and reference log-probs."""
     config, G = state.config, state.config.num_generations
-    own = rollout.own_rows(state.engine, len(prompts), config.num_minibatches)
+    own = rollout.own_rows(state.engine, len(prompts), config)
     samples = [prompts[i] for i in own for _ in range(G)]
     completions = sample_completions(state, number, prompts, own)
     scores = evaluation.score_together(state.engine, state.rewards, completions, samples, config.reward_timeout)
@@ -263,21 +255,17 @@ def logprobs(state: State, placed: Placed, completions: Completions) -> Tensor:
         ).logprobs
 
     result = torch.zeros(B, T - 1, device=completions.input_ids.device)
-    for rows in (micro for mini in minibatches(config, B) for micro in slices(mini, config.micro_batch_size)):
+    for rows in (micro for mini in minibatches(B, config) for micro in slices(mini, config.micro_batch_size)):
         some = completions[rows]
         result[rows, : some.input_ids.shape[1] - 1] = placed(of, some)
     return result
-
-
-def minibatches(config: Config, num_rows: int) -> list[slice]:
-    return slices(slice(0, num_rows), num_rows // config.num_minibatches)
 
 
 def update(state: State, batch: Batch) -> Metrics:
     """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
     config = state.config
     updates: list[Metrics] = []
-    for mini in minibatches(config, len(batch.samples)) * config.num_iterations:
+    for mini in minibatches(len(batch.samples), config) * config.num_iterations:
         rows = slices(mini, config.micro_batch_size)
         num_sequences = (mini.stop - mini.start) * state.engine.world
         num_tokens = state.engine.sum(batch.completions.completion_mask[mini].sum()).clamp(min=1)
@@ -367,17 +355,6 @@ def summary(state: State, batch: Batch) -> Metrics:
 
 def evaluate(state: State) -> Metrics:
     """Accuracies on the first `eval_samples` test samples."""
-    task, count = state.task, state.config.eval_samples or None
-    return evaluation.accuracies(correct(state, task.test[:count]), task.test[:count], task.train)
-
-
-def correct(state: State, samples: Sequence[Sample]) -> Tensor:
-    return evaluation.correct(
-        state.engine,
-        state.loaded,
-        samples,
-        rewards.resolve(state.task.reward),
-        max_new_tokens=state.config.max_new_tokens,
-        batch_size=state.config.micro_batch_size,
-        chat_template=state.config.chat_template,
-    )
+    task, samples = state.task, state.task.test[: state.config.eval_samples or None]
+    right = evaluation.correct(state.engine, state.loaded, task, state.config, samples)
+    return evaluation.accuracies(right, samples, task.train)

@@ -38,7 +38,7 @@ from fused_rlhf.trainers.engine import Engine, Placed, copy_parameters
 from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
 from fused_rlhf.trainers.ppo_config import Config
-from fused_rlhf.trainers.rollout import Completions, slices
+from fused_rlhf.trainers.rollout import Completions, minibatches, slices
 from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, reward_of, rewards_of, value_of
 from fused_rlhf.value_loss import value_loss, value_metrics
 
@@ -152,7 +152,7 @@ def prepare(
             reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
         )
     loaded = models.load_for(config, model, tokenizer)
-    longest = rollout.longest_prompt(loaded, task, config, config.max_new_tokens)
+    longest = rollout.longest_prompt(loaded, task, config)
     if config.stop_token is not None:
         ends = rollout.eos_ids(loaded.model, loaded.tokenizer)
         loaded.model.generation_config.eos_token_id = [*ends, stop_id(config.stop_token, loaded.tokenizer)]
@@ -215,20 +215,11 @@ def fit(state: State) -> Result:
 
 def warm(state: State) -> None:
     """Supervised steps; reference and values begin where they end."""
-    config, train = state.config, state.task.train
     trained: Any = state.engine.module
-    some = data.batch_at(train, config.seed, 0, min(256, len(train)))
-    plan = warmup.Plan(
-        steps=config.warmup_steps,
-        batch_size=config.warmup_batch_size,
-        learning_rate=config.warmup_learning_rate,
-        until=config.warmup_accuracy,
-        evaluate=lambda: float(correct(state, some).mean()),
-    )
-    warmup.warm_up(state.run, state.loaded, train, plan, loss=supervised_loss)
+    warmup.warm_up(state.run, state.loaded, state.task, state.config, loss=supervised_loss)
     if state.reference is not None:
         copy_parameters(state.loaded.model, state.reference.module)
-    if config.value_model == "copy":
+    if state.config.value_model == "copy":
         copy_parameters(state.loaded.model.base_model, trained.value.body)
 
 
@@ -272,7 +263,7 @@ def collect(state: State, number: int) -> Batch:
     """Sample and score the completions of this process's prompts; what was expected, and what to learn from them."""
     config, n = state.config, state.config.prompts_per_step
     prompts = data.batch_at(state.task.train, config.seed, (number - 1) * n, n)
-    own = rollout.own_rows(state.engine, n, config.num_minibatches)
+    own = rollout.own_rows(state.engine, n, config)
     samples = [prompts[i] for i in own]
     drawn = rollout.uniforms(config.seed, number, n, config.max_new_tokens)[own]
     completions = sample_completions(state, samples, uniforms=drawn)
@@ -280,7 +271,7 @@ def collect(state: State, number: int) -> Batch:
     mask = completions.completion_mask[:, 1:] & ~scores.isnan().unsqueeze(1)
     old_logprobs, kl, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     # Micro-batches as in the updates: the same shapes give the same bits, and a ratio of 1 before the first update.
-    for rows in (micro for mini in minibatches(config, len(own)) for micro in slices(mini, config.micro_batch_size)):
+    for rows in (micro for mini in minibatches(len(own), config) for micro in slices(mini, config.micro_batch_size)):
         some = completions[rows]
         width = some.input_ids.shape[1] - 1
         logprobs, values[rows, :width] = state.engine(policy_and_values, config, some)
@@ -345,14 +336,10 @@ def reference_logprobs(state: State, some: Completions) -> Tensor:
         return (state.reference or state.engine)(of)
 
 
-def minibatches(config: Config, num_rows: int) -> list[slice]:
-    return slices(slice(0, num_rows), num_rows // config.num_minibatches)
-
-
 def update(state: State, batch: Batch) -> Metrics:
     """`num_ppo_epochs` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
     config, updates = state.config, []
-    for mini in minibatches(config, len(batch.samples)) * config.num_ppo_epochs:
+    for mini in minibatches(len(batch.samples), config) * config.num_ppo_epochs:
         num_tokens = state.engine.sum(batch.mask[mini].sum()).clamp(min=1)
         pieces = [(config, batch[rows], num_tokens) for rows in slices(mini, config.micro_batch_size)]
         metrics = state.engine.update(ppo_loss, pieces)
@@ -436,19 +423,8 @@ def evaluate(state: State) -> Metrics:
     task = state.task
     samples = task.test[: state.config.eval_samples or None]
     if state.reward_model is None:
-        return evaluation.accuracies(correct(state, samples), samples, task.train)
+        right = evaluation.correct(state.engine, state.loaded, task, state.config, samples)
+        return evaluation.accuracies(right, samples, task.train)
     mine = state.engine.mine(samples)
     scores = score(state, sample_completions(state, mine, uniforms=None), mine).tolist() if mine else []
     return {"score": torch.tensor(state.engine.gather(scores)).nanmean().item()}
-
-
-def correct(state: State, samples: Sequence[Sample]) -> Tensor:
-    return evaluation.correct(
-        state.engine,
-        state.loaded,
-        samples,
-        rewards.resolve(state.task.reward),
-        max_new_tokens=state.config.max_new_tokens,
-        batch_size=state.config.micro_batch_size,
-        chat_template=state.config.chat_template,
-    )

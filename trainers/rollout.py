@@ -31,11 +31,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.inputs import Encoded, collate, encode_prompt
 from fused_rlhf.trainers.model import Loaded, base_of, max_positions
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 # An external sampler: prompts' ids -> completions' ids, EOS included, and the log-probs it gave them (or None).
 Sampler = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
@@ -225,24 +225,25 @@ def slices(rows: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
-def own_rows(engine: Placed, count: int, num_minibatches: int) -> list[int]:
+def minibatches(num_rows: int, config: RolloutConfig) -> list[slice]:
+    """The rows of each of the updates in a pass over a rollout."""
+    return slices(slice(0, num_rows), num_rows // config.num_minibatches)
+
+
+def own_rows(engine: Placed, count: int, config: RolloutConfig) -> list[int]:
     """Which of the `count` prompts of a step this process takes: its share of each of the mini-batches that they are cut
     into, so that an update of several processes sees what one of a single process would."""
     if engine.world == 1:
         return list(range(count))
-    return [
-        i
-        for mini in slices(slice(0, count), count // num_minibatches)
-        for i in engine.mine(range(mini.start, mini.stop))
-    ]
+    return [i for mini in minibatches(count, config) for i in engine.mine(range(mini.start, mini.stop))]
 
 
-def longest_prompt(loaded: Loaded, task: Task, config: TrainConfig, max_new_tokens: int) -> int:
+def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
     """Tokens of the longest prompt. Raises ValueError as `check_lengths`, for either split."""
     longest = 0
     for name, samples in (("train", task.train), ("test", task.test)):
         prompts = [encode_prompt(loaded.tokenizer, loaded.processor, s, config.chat_template) for s in samples]
-        check_lengths(name, prompts, loaded.model, max_new_tokens)
+        check_lengths(name, prompts, loaded.model, config.max_new_tokens)
         longest = max(longest, *(len(prompt.ids) for prompt in prompts))
     return longest
 

@@ -6,30 +6,22 @@ loss = -mean over answer tokens (EOS included) of log p(token)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 import fused_rlhf as fr
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.data import Sample, batch_at
+from fused_rlhf.trainers.data import Sample, Task, batch_at
+from fused_rlhf.trainers.evaluation import correct
 from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.loop import Run
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rollout import Completions, assemble, slices
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 
-
-@dataclass(frozen=True)
-class Plan:
-    """At most `steps` steps of AdamW; fewer where `evaluate()`, called every `eval_every` steps, reaches `until`."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    evaluate: Callable[[], float]
-    until: float = 1.0
-    eval_every: int = 25
+EVAL_SAMPLES = 256
+EVAL_STEPS = 25
 
 
 def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = False) -> Completions:
@@ -57,23 +49,27 @@ def supervised_loss(
 
 
 def warm_up(
-    run: Run, loaded: Loaded, samples: Sequence[Sample], plan: Plan, loss: Callable[..., Any] = supervised_loss
+    run: Run, loaded: Loaded, task: Task, config: RolloutConfig, loss: Callable[..., Any] = supervised_loss
 ) -> None:
-    """Train the engine's module on the samples' answers, by the `loss` that suits it."""
-    config, engine = run.config, run.engine
-    even = plan.batch_size % engine.world == 0
-    require(even, "warmup_batch_size", plan.batch_size, f"a multiple of {engine.world}, the processes")
-    ramp = max(min(50, plan.steps // 4), 1)
-    apart = engine.apart(plan.learning_rate, lambda update: min((update + 1) / ramp, 1.0))
-    for step in run.steps(plan.steps, "warm-up"):
-        batch = batch_at(samples, config.seed, (step - 1) * plan.batch_size, plan.batch_size)
-        some = encode(loaded, engine.mine(batch), config.chat_template)
-        num_tokens = engine.sum(some.completion_mask.sum())
-        rows = slices(slice(0, len(some.texts)), config.micro_batch_size)
-        metrics = apart.update(loss, [(some[micro], num_tokens, config.backend) for micro in rows])
+    """Train the engine's module on the training answers, by the `loss` that suits it.
+
+    At most `warmup_steps` steps; fewer where greedy answers reach `warmup_accuracy`.
+    """
+    engine, size, steps = run.engine, config.warmup_batch_size, config.warmup_steps
+    require(size % engine.world == 0, "warmup_batch_size", size, f"a multiple of {engine.world}, the processes")
+    some = batch_at(task.train, config.seed, 0, min(EVAL_SAMPLES, len(task.train)))
+    ramp = max(min(50, steps // 4), 1)
+    apart = engine.apart(config.warmup_learning_rate, lambda update: min((update + 1) / ramp, 1.0))
+    for step in run.steps(steps, "warm-up"):
+        batch = encode(
+            loaded, engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size)), config.chat_template
+        )
+        num_tokens = engine.sum(batch.completion_mask.sum())
+        rows = slices(slice(0, len(batch.texts)), config.micro_batch_size)
+        metrics = apart.update(loss, [(batch[micro], num_tokens, config.backend) for micro in rows])
         shown = {"loss": metrics["loss"]}
-        if step % plan.eval_every == 0 or step == plan.steps:
-            shown["accuracy"] = plan.evaluate()
+        if step % EVAL_STEPS == 0 or step == steps:
+            shown["accuracy"] = correct(engine, loaded, task, config, some).mean().item()
         run.log("warmup", step, shown, show=("loss", "accuracy"))
-        if shown.get("accuracy", 0.0) >= plan.until:
+        if shown.get("accuracy", 0.0) >= config.warmup_accuracy:
             break
