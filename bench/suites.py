@@ -157,7 +157,7 @@ OURS = "ours ours-one_pass ours-two_phase"
 
 
 def matrix() -> Suite:
-    """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in a quarter of an hour."""
+    """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in 35 minutes."""
     base = Case(N=1024, H=512, V=32768, T=128)
     dpo = replace(base, op="dpo")
     ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}

@@ -246,7 +246,7 @@ def warm(state: State) -> None:
     if state.config.warmup_steps:
         supervise(state)
         if state.own_reference and state.reference:
-            state.reference.copy_parameters(state.engine)
+            engine.copy_parameters(state.engine.module, state.reference.module)
     if state.config.precompute_ref:
         for some in (state.train, state.test):
             precompute(state, some)

@@ -173,10 +173,6 @@ class Placed:
         """
         return dcp.get_model_state_dict(module or self.module, options=WHOLE)
 
-    def copy_parameters(self, other: Placed) -> None:
-        """Take over the parameters of a module of the same architecture, placed alike."""
-        copy_parameters(other.module, self.module)
-
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as a controller: a reference that is not the model as it was loaded."""
         return self.state()

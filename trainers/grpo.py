@@ -165,7 +165,7 @@ def warm(state: State) -> None:
     """Supervised steps; the reference begins where they end."""
     warmup.warm_up(state.run, state.loaded, state.task, state.config)
     if state.reference is not None:
-        state.reference.copy_parameters(state.engine)
+        engine.copy_parameters(state.engine.module, state.reference.module)
 
 
 def step(state: State, number: int) -> Metrics:

@@ -61,9 +61,8 @@ def warm_up(
     ramp = max(min(50, steps // 4), 1)
     apart = engine.apart(config.warmup_learning_rate, lambda update: min((update + 1) / ramp, 1.0))
     for step in run.steps(steps, "warm-up"):
-        batch = encode(
-            loaded, engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size)), config.chat_template
-        )
+        mine = engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size))
+        batch = encode(loaded, mine, config.chat_template)
         num_tokens = engine.sum(batch.completion_mask.sum())
         rows = slices(slice(0, len(batch.texts)), config.micro_batch_size)
         metrics = apart.update(loss, [(batch[micro], num_tokens, config.backend) for micro in rows])
