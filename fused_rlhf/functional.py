@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_rlhf import autograd, divergence
-from fused_rlhf.arguments import (
+from fused_rlhf.objectives import Count, PolicyLoss
+from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
+from fused_rlhf.objectives.preference import PreferenceLoss
+from fused_rlhf.op import autograd, divergence
+from fused_rlhf.op.arguments import (
     LoRA,
     Mode,
     Rows,
@@ -22,10 +25,7 @@ from fused_rlhf.arguments import (
     reference_head,
     shape,
 )
-from fused_rlhf.divergence import Kind
-from fused_rlhf.objectives import Count, PolicyLoss
-from fused_rlhf.policy_metrics import policy_metrics
-from fused_rlhf.preferences import PreferenceLoss, preference_metrics
+from fused_rlhf.op.divergence import Kind
 from fused_rlhf.segments import precise
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf.arguments import DTYPES, LoRA
 from fused_rlhf.functional import LogProbs, linear_logprobs
+from fused_rlhf.op.arguments import DTYPES, LoRA
 
 # 2^-30 ... 2^30 in steps of sqrt 2, both signs, and 0: slope and saturation of any sane head lie inside.
 _MAGNITUDES = 2.0 ** torch.arange(-30, 30.25, 0.5, dtype=torch.float64)

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_rlhf import objectives, preferences
-from fused_rlhf.arguments import Mode
 from fused_rlhf.functional import linear_policy_loss, linear_preference_loss
 from fused_rlhf.objectives import PolicyLoss
+from fused_rlhf.op.arguments import Mode
 from fused_rlhf.preferences import PreferenceLoss
 
 

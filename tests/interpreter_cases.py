@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 import fused_rlhf as fr
-from fused_rlhf import reference
+from fused_rlhf.backends import reference
 from fused_rlhf.kernels import objectives as twins
 from fused_rlhf.kernels import ops, tiles
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads
@@ -36,8 +36,8 @@ from fused_rlhf.objectives import (
     BoundPolicyLoss,
     PolicyLoss,
 )
+from fused_rlhf.objectives.registry import keywords
 from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
-from fused_rlhf.registry import keywords
 from fused_rlhf.segments import Sequences
 
 ALL = Needs(True, True, True)

@@ -3,21 +3,26 @@ from pathlib import Path
 import pytest
 
 import fused_rlhf as fr
-from fused_rlhf import catalogue, objectives, preferences
+from fused_rlhf import objectives, preferences
+from fused_rlhf.objectives import catalogue
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_holds_the_tables_of_the_registries():
-    """Run `python -m fused_rlhf.catalogue` and put what it prints between the README's markers."""
+    """Run `python -m fused_rlhf.objectives.catalogue` and put what it prints between the README's markers."""
     begin, end = "<!-- objectives -->\n", "\n<!-- /objectives -->"
     assert README.split(begin)[1].split(end)[0].strip() == catalogue.markdown()
 
 
 @pytest.fixture
-def _registries(monkeypatch):
-    for module, name in ((objectives, "SURROGATES"), (objectives, "PRESETS"), (preferences, "PREFERENCES")):
-        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+def _registries():
+    tables = (objectives.SURROGATES, objectives.PRESETS, preferences.PREFERENCES)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before):
+        table.clear()
+        table.update(kept)
 
 
 @pytest.mark.usefixtures("_registries")

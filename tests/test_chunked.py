@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fused_rlhf as fr
-from fused_rlhf import chunked
+from fused_rlhf.backends import chunked
 from fused_rlhf.kernels.interface import Head, Needs, TokenGrads
 from fused_rlhf.segments import Sequences
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, relative, worst

@@ -5,7 +5,8 @@ import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import fused_rlhf as fr
-from fused_rlhf import chunked, divergence
+from fused_rlhf.backends import chunked
+from fused_rlhf.op import divergence
 from tests.helpers import dense_logits, plausible_logits, relative, worst
 from tests.memory import peak_tensor_bytes
 

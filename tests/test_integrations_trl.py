@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf import autograd
+from fused_rlhf.op import autograd
 from tests import trl_configs
 from tests.helpers import dense, inputs, plausible_logits, relative, worst
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fused_rlhf import reference
+from fused_rlhf.backends import reference
 from fused_rlhf.kernels import linear_logprobs, ops, tiles
 from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads
 from fused_rlhf.objectives import DAPO, BoundPolicyLoss

@@ -155,7 +155,7 @@ def test_levels_compare_the_mean_or_the_sum_of_a_sequence():
 
 def test_clip_cov_drops_and_kl_cov_penalises_only_tokens_of_high_covariance():
     lp, old, _, adv = vectors(200)
-    batch = objectives.Batch(Sequences.of(torch.zeros(200, dtype=torch.int64), 1), None)
+    batch = objectives.Surroundings(Sequences.of(torch.zeros(200, dtype=torch.int64), 1), None)
     cov = (adv - adv.mean()) * (lp - lp.mean())
     plain = objectives.ppo_clip(lp, old, adv)
     dropped = objectives.clip_cov(lp, old, adv, batch, share=0.05, cov_low=0.1, cov_high=1.0) == 0

@@ -1,6 +1,6 @@
 import pytest
 
-from fused_rlhf import chunked
+from fused_rlhf.backends import chunked
 from fused_rlhf.trainers import planning
 from tests import tiny
 

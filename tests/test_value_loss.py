@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fused_rlhf.value_loss import value_loss, value_metrics
+from fused_rlhf.objectives.value import value_loss, value_metrics
 
 
 @pytest.mark.parametrize("clip", [0.2, None])

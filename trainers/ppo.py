@@ -30,6 +30,7 @@ import fused_rlhf as fr
 from fused_rlhf.advantages import at_last_token, gae, moments, weighted_sum, whiten
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.objectives import KL_ESTIMATORS
+from fused_rlhf.objectives.value import value_loss, value_metrics
 from fused_rlhf.trainers import data, engine, evaluation, loop, planning, rewards, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import require
@@ -40,7 +41,6 @@ from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions, minibatches, slices
 from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, reward_of, rewards_of, value_of
-from fused_rlhf.value_loss import value_loss, value_metrics
 
 __all__ = ["Config", "KLController", "Result", "State", "fit", "plan", "prepare", "train"]
 

@@ -69,7 +69,7 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float | None:
 def chunked_memory(case: Case, one_pass: bool) -> float:
     """Tiles that stay in cache; one pass and the divergence keep a block of whole rows. Both passes hold the rows'
     operands and gradients in fp32, and one pass under a bf16 head its dW."""
-    from fused_rlhf import chunked
+    from fused_rlhf.backends import chunked
 
     op, tokens = OPS[case.op], case.rows[0]
     tile = 4.0 * min(chunked.ROWS, case.N) * min(chunked.TILE, case.V)

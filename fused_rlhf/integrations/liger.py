@@ -25,12 +25,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf import autograd
-from fused_rlhf.arguments import Rows, check_head, check_mode, flat_sequences, reference_head, shape
 from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
 from fused_rlhf.objectives import PRESETS, Count, PolicyLoss
+from fused_rlhf.objectives.registry import keywords
+from fused_rlhf.op import autograd
+from fused_rlhf.op.arguments import Rows, check_head, check_mode, flat_sequences, reference_head, shape
 from fused_rlhf.preferences import PREFERENCES, PreferenceLoss, log1mexp
-from fused_rlhf.registry import keywords
 from fused_rlhf.segments import Sequences, precise
 
 __all__ = [

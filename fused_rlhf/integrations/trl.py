@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf import lm_head
-from fused_rlhf.arguments import LoRA
 from fused_rlhf.functional import LogProbs, linear_logprobs
+from fused_rlhf.op.arguments import LoRA
 
 try:
     import trl

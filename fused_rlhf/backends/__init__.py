@@ -11,8 +11,8 @@ from torch import Tensor
 
 BACKENDS = {
     "triton": "fused_rlhf.kernels.ops",
-    "chunked": "fused_rlhf.chunked",
-    "reference": "fused_rlhf.reference",
+    "chunked": "fused_rlhf.backends.chunked",
+    "reference": "fused_rlhf.backends.reference",
 }
 VARIABLE = "FUSED_RLHF_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fused_rlhf import autograd, backends
-from fused_rlhf.autograd import Maybe
-from fused_rlhf.divergence import KINDS, Comparison, Kind
+from fused_rlhf import backends
 from fused_rlhf.kernels.interface import OUTPUTS, Head, Stats
+from fused_rlhf.op import autograd
+from fused_rlhf.op.autograd import Maybe
+from fused_rlhf.op.divergence import KINDS, Comparison, Kind
 from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.segments import Sequences
 

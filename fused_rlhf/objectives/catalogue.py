@@ -1,4 +1,4 @@
-"""The objectives as Markdown tables, read from the registries: `python -m fused_rlhf.catalogue` prints them.
+"""The objectives as Markdown tables, read from the registries: `python -m fused_rlhf.objectives.catalogue` prints them.
 
 The README holds what this prints, and a test that the two agree.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fused_rlhf import objectives, preferences
-from fused_rlhf.registry import keywords
+from fused_rlhf.objectives.registry import keywords
 
 
 def formula(function: Callable[..., Any]) -> str:

@@ -33,8 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import relu
 
-from fused_rlhf import autograd, backends, chunked, reference
+from fused_rlhf import backends
+from fused_rlhf.backends import chunked, reference
 from fused_rlhf.kernels.interface import Grads, Head, Needs
+from fused_rlhf.op import autograd
 
 Kind = Literal["forward", "reverse", "jsd"]
 KINDS: tuple[Kind, ...] = ("forward", "reverse", "jsd")

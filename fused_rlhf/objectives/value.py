@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rlhf.objectives import Count
-from fused_rlhf.registry import check_number
+from fused_rlhf.objectives.registry import check_number
+from fused_rlhf.objectives.surrogates import Count
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

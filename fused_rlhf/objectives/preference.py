@@ -1,0 +1,273 @@
+"""Preference objectives: losses of `preference_losses` over the summed log-probs of whole completions.
+
+    loss = mean over pairs of  sum_k weight_k loss_k(pair),     lp = sum_t w_t logprob_t over the completion
+
+w_t is 1, or ld_alpha beyond the length of the shorter completion of the pair (LD-DPO, arXiv:2409.06411). With the
+log-ratio lr = lp - ref, u is lr itself or its image under another f-divergence (f-DPO, arXiv:2309.16240):
+
+    reverse_kl u = lr          js_divergence    u = log 2 + logsigmoid(lr)
+    forward_kl u = 1 - e^-lr   alpha_divergence u = (e^((a - 1) lr) - 1) / (a - 1)
+
+and d = u_chosen - u_rejected. A preset is a constructor: `DPO()` is `PreferenceLoss(("sigmoid",))`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from fused_rlhf.kernels.interface import BoundPreference, TokenGrads
+from fused_rlhf.objectives.preference_losses import PREFERENCES, Examples, Pairs, Side
+from fused_rlhf.objectives.registry import check_number, differentiated, keywords, options_of, registered
+from fused_rlhf.objectives.surrogates import Count
+from fused_rlhf.segments import Sequences, precise
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+PRESETS: dict[str, Callable[..., PreferenceLoss]] = {}
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """One preference objective, complete.
+
+    Args:
+        losses: names in `PREFERENCES`, all over pairs or all over single completions.
+        weights: one for each of them.
+        beta: > 0.
+        f_divergence: a name in `F_DIVERGENCES`: how log-ratios become the scores of the losses that use d.
+        f_alpha: a of the alpha divergence.
+        ld_alpha: in [0, 1]: weight of the tokens beyond the shorter completion; None: 1.
+        use_weighting: weight each pair by w_c w_r, w = exp(mean_t(logprob - log sum_v p^2)), without gradient
+            (WPO, arXiv:2406.11827).
+        options: keywords of the losses: label_smoothing, gamma, ...
+
+    Raises:
+        ValueError: an unknown name, a number out of range, options that contradict each other.
+        TypeError: an option that none of the losses takes.
+    """
+
+    losses: tuple[str, ...] = ("sigmoid",)
+    weights: tuple[float, ...] = (1.0,)
+    beta: float = 0.1
+    f_divergence: str = "reverse_kl"
+    f_alpha: float | None = None
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.losses or isinstance(self.losses, str):
+            raise ValueError(f"losses must be a tuple of names in {sorted(PREFERENCES)}, got {self.losses!r}")
+        for name in self.losses:
+            registered("losses", name, PREFERENCES)
+        if len(self.weights) != len(self.losses):
+            raise ValueError(f"weights must hold one number for each of {self.losses}, got {self.weights}")
+        for weight in self.weights:
+            check_number("weights", weight)
+        if len({PREFERENCES[name].paired for name in self.losses}) > 1:
+            raise ValueError(f"losses must be all over pairs or all over single completions, got {self.losses}")
+        check_number("beta", self.beta, above=0)
+        registered("f_divergence", self.f_divergence, dict.fromkeys(F_DIVERGENCES))
+        if (self.f_alpha is not None) != (self.f_divergence == "alpha_divergence"):
+            raise ValueError(
+                f"f_alpha must be given with f_divergence='alpha_divergence' and with no other, got {self.f_alpha} "
+                f"with {self.f_divergence!r}"
+            )
+        if self.f_alpha is not None:
+            check_number("f_alpha", self.f_alpha)
+        if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must lie in [0, 1], got {self.ld_alpha}")
+        if not self.paired:
+            plain = ("f_divergence", "reverse_kl"), ("ld_alpha", None), ("use_weighting", False)
+            for name, default in plain:
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name} must be {default!r} for {self.losses}, which know no pairs")
+        allowed = set().union(*(keywords(PREFERENCES[name].function) for name in self.losses))
+        for name, value in self.options.items():
+            if name not in allowed:
+                raise TypeError(f"{name} is no option of {self.losses}: {sorted(allowed)}")
+            check_number(name, value)
+        self._check_label_smoothing()
+
+    def _check_label_smoothing(self) -> None:
+        for name in self.losses:
+            e = options_of(PREFERENCES[name].function, self.options).get("label_smoothing", 0.0)
+            low = name == "exo_pair"
+            if not (0 < e < 0.5 if low else 0 <= e < 0.5):
+                raise ValueError(f"label_smoothing must lie in {'(' if low else '['}0, 0.5) for {name}, got {e}")
+
+    @property
+    def paired(self) -> bool:
+        return PREFERENCES[self.losses[0]].paired
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(PREFERENCES[name].reference for name in self.losses)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Statistics of the op that the loss needs beside the log-probs."""
+        return ("sum_sq",) if self.use_weighting else ()
+
+    def bind(
+        self,
+        *,
+        sequences: Sequences,
+        ref_logprobs: Tensor | None,
+        ref_sums: Tensor | None,
+        labels: Tensor | None,
+        kl: Tensor | None,
+        num_pairs: Count,
+        num_tokens: Count,
+        dtype: torch.dtype,
+    ) -> BoundPreferenceLoss:
+        """The objective over N real tokens of S sequences with all but the log-probs known.
+
+        ref_logprobs (N,) or ref_sums (S,), or neither; labels (S,) bool and kl 0-d for unpaired losses; num_pairs:
+        of examples, where unpaired; num_tokens: of the chosen completions. The counts are global.
+        """
+        weights = None if self.ld_alpha is None else self._token_weights(sequences, dtype)
+        if ref_logprobs is not None:
+            ref_sums = sequences.sum(precise(ref_logprobs) if weights is None else precise(ref_logprobs) * weights)
+        return BoundPreferenceLoss(
+            losses=self.losses,
+            weights=self.weights,
+            beta=self.beta,
+            options=dict(self.options),
+            offsets=sequences.offsets,
+            ref_sums=ref_sums,
+            token_weights=weights,
+            pair_weight=1.0 / num_pairs,
+            plain=self.paired and self.f_divergence == "reverse_kl" and not self.use_weighting,
+            objective=self,
+            sequences=sequences,
+            labels=labels,
+            kl=kl,
+            num_pairs=num_pairs,
+            num_tokens=num_tokens,
+        )
+
+    def _token_weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
+        """(N,) 1 up to the length of the pair's shorter completion, ld_alpha beyond."""
+        lengths = sequences.lengths
+        shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+        position = torch.arange(sequences.index.numel(), device=lengths.device) - sequences.spread(
+            sequences.offsets[:-1]
+        )
+        tail = torch.full_like(position, float(self.ld_alpha or 0.0), dtype=dtype)
+        return torch.where(position < sequences.spread(shorter), torch.ones_like(tail), tail)
+
+
+@dataclass(kw_only=True)
+class BoundPreferenceLoss(BoundPreference):
+    """A `kernels.interface.BoundObjective`."""
+
+    objective: PreferenceLoss
+    sequences: Sequences
+    labels: Tensor | None
+    kl: Tensor | None
+    num_pairs: Count
+    num_tokens: Count
+    tokenwise: bool = False
+    needs_entropy: bool = False
+    log_sum_sq: Tensor | None = None  # (N,), set once the op has it: only WPO's weights read it
+
+    def sides(self, logprobs: Tensor) -> tuple[Side, Side]:
+        """Chosen and rejected, (P,) each."""
+        weighted = logprobs if self.token_weights is None else logprobs * self.token_weights
+        total = self.sequences.sum(weighted)
+        plain = total if self.token_weights is None else self.sequences.sum(logprobs)
+        ref = torch.zeros_like(total) if self.ref_sums is None else self.ref_sums
+        score = score_of(total - ref, self.objective.f_divergence, self.objective.f_alpha)
+        lengths = self.sequences.lengths.clamp(min=1).to(total.dtype)
+        chosen, rejected = zip(*(values.chunk(2) for values in (total, ref, score, plain, lengths)))
+        return Side(*chosen), Side(*rejected)
+
+    def per_sequence(self, logprobs: Tensor) -> Tensor:
+        """(P,) losses of the pairs, or (S,) of the completions; summed and compared in fp64."""
+        logprobs = precise(logprobs)
+        if not self.objective.paired:
+            assert self.ref_sums is not None
+            assert self.labels is not None
+            kl = self.ref_sums.new_zeros(()) if self.kl is None else self.kl
+            known: Any = Examples(self.sequences.sum(logprobs) - self.ref_sums, self.labels, self.beta, kl)
+        else:
+            chosen, rejected = self.sides(logprobs)
+            known = Pairs(chosen, rejected, self.beta, -chosen.plain * self.num_pairs / self.num_tokens)
+        total = logprobs.new_zeros(())
+        for name, weight in zip(self.losses, self.weights):
+            function = PREFERENCES[name].function
+            total = total + weight * function(known, **options_of(function, self.options))
+        if self.objective.use_weighting:
+            total = total * self._weighting(logprobs)
+        return total
+
+    @torch.no_grad()
+    def _weighting(self, logprobs: Tensor) -> Tensor:
+        assert self.log_sum_sq is not None
+        chosen, rejected = self.sequences.mean(logprobs - self.log_sum_sq).exp().chunk(2)
+        return chosen * rejected
+
+    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        """-> loss (P,), of the pairs (so that one without tokens counts too), and its derivatives (N,)."""
+
+        def of_pairs(lp: Tensor, _: Tensor | None) -> Tensor:
+            return (self.pair_weight * self.per_sequence(lp)).to(lp.dtype)
+
+        return differentiated(of_pairs, logprobs, None, by_entropy=False)
+
+
+def score_of(log_ratio: Tensor, name: str, alpha: float | None) -> Tensor:
+    """u of the module's docstring; the exponent of the alpha divergence is at most 80 (arXiv:2309.16240)."""
+    if name == "forward_kl":
+        return -torch.expm1(-log_ratio)
+    if name == "js_divergence":
+        return math.log(2) + logsigmoid(log_ratio)
+    if name == "alpha_divergence" and alpha is not None and abs(alpha - 1) >= 1e-6:
+        return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80.0)) / (alpha - 1)
+    return log_ratio  # reverse KL, and the limit of the alpha divergence at 1
+
+
+def preset(name: str, *losses: str, source: str, **defaults: Any) -> Callable[..., PreferenceLoss]:
+    """A constructor of `PreferenceLoss`; keywords are its fields or options of the losses.
+
+    `sft_weight` adds the chosen completions' NLL, where the preset does not hold it already.
+    """
+    own = {f.name for f in fields(PreferenceLoss)} - {"losses", "weights", "options"}
+
+    def construct(
+        loss_type: str | Sequence[str] = losses, loss_weights: Sequence[float] | None = None, **given: Any
+    ) -> PreferenceLoss:
+        given = defaults | given
+        names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+        weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+        sft_weight = given.pop("sft_weight", 0.0)
+        if sft_weight:
+            names, weights = (*names, "sft"), (*weights, sft_weight)
+        settings = {key: value for key, value in given.items() if key in own}
+        options = {key: value for key, value in given.items() if key not in own}
+        return PreferenceLoss(names, weights, **settings, options=options)
+
+    construct.__name__ = construct.__qualname__ = name
+    construct.__doc__ = f"""{name}: {" + ".join(losses)} ({source}); defaults of its own: {defaults or "none"}.
+
+    loss_type: another name in `PREFERENCES`, or several; loss_weights: one for each. sft_weight: of the NLL of the
+    chosen completions, added to the loss (RPO, CPO, ORPO). Other keywords: the fields of `PreferenceLoss` and the
+    options of the losses.
+    """
+    PRESETS[name.lower()] = construct
+    return construct
+
+
+DPO = preset("DPO", "sigmoid", source="arXiv:2305.18290")
+IPO = preset("IPO", "ipo", source="arXiv:2310.12036")
+KTO = preset("KTO", "kto", source="arXiv:2402.01306")
+CPO = preset("CPO", "cpo", source="arXiv:2401.08417", sft_weight=1.0)
+SimPO = preset("SimPO", "simpo", source="arXiv:2405.14734", beta=2.0, gamma=1.0)
+ORPO = preset("ORPO", "orpo", source="arXiv:2403.07691", sft_weight=1.0)
