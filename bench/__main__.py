@@ -11,8 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from bench import compare, plots, readme, report
+from bench.plan import Plan, Row
 from bench.registry import MODELS, OPS, PROVIDERS, Case
-from bench.run import Plan, Row, child, run
+from bench.run import child, run
 from bench.suites import SUITES, Suite
 
 

@@ -12,17 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bench.accuracy import within
 from bench.cases import Case
 from bench.measure import TIMES
+from bench.plan import Plan, Row
 from bench.registry import PROVIDERS
-
-if TYPE_CHECKING:
-    from bench.run import Plan, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 

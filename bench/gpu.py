@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench.run import ROOT
-from bench.suites import SUITES, Target
+from bench.document import ROOT
+from bench.suites import SUITES
+from bench.targets import Target
 
 LIMIT_S = 540
 SECONDS = "SECONDS"  # in a command, stands for what the stage may take less the time to write its result

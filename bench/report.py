@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import plots
+
 Record = dict[str, Any]
 
 
@@ -125,8 +127,6 @@ def render(result: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from bench import plots
-
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Print a result as Markdown tables.")
     parser.add_argument("result", type=Path, nargs="+")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw it there, too (needs matplotlib)")

@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,47 +30,10 @@ from bench.cases import Case
 from bench.document import ROOT, predicted_bytes, summarise
 from bench.inputs import BASE_ROWS, Reference, fp64_reference
 from bench.measure import measure
-from bench.registry import PROVIDERS
+from bench.plan import Plan, Row
 
 PROCESS_BYTES = 1 << 30  # a Python with torch and a peer in it
 MARGIN_BYTES = 1 << 30  # of the machine's memory, left alone
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a result: a provider on a case, sampled `rounds` times."""
-
-    case: str  # the name of a case
-    provider: str
-    rounds: int = 1
-
-
-@dataclass
-class Plan:
-    """What one run does."""
-
-    name: str
-    cases: dict[str, Case]
-    rows: list[Row]
-    device: str = "cpu"
-    threads: int = 2
-    together: bool = False  # one process per case rather than per row and round
-    repeats: int = 1  # samples of a row in each of its processes
-    warmup: int = 1
-    check: bool = True  # errors against fp64
-    limit_s: float = math.inf  # for the whole run; a process that would pass it is stopped, its rounds are kept
-    memory: float | None = None  # bytes a process on a CPU may take; None: what the machine has left
-    predict: bool = True  # leave out what would not fit by its formula, rather than let it try
-    out: Path | None = None
-    command: str = ""
-    commit: str | None = None
-    targets: Sequence[Target] = ()
-
-
-class Target(Protocol):
-    """What a run must reach; see suites.py."""
-
-    def judge(self, result: dict[str, Any]) -> dict[str, Any]: ...
 
 
 def child(spec: dict[str, Any]) -> None:
@@ -180,11 +143,6 @@ def _python_path() -> list[str]:
 
 def run(plan: Plan) -> dict[str, Any]:
     """Carries a plan out and returns the result (see `summarise`), also written to plan.out from the first row on."""
-    for row in plan.rows:
-        if row.provider not in PROVIDERS:
-            raise ValueError(f"provider must be one of {sorted(PROVIDERS)}, got {row.provider!r}")
-        if row.case not in plan.cases:
-            raise ValueError(f"case must be one of {sorted(plan.cases)}, got {row.case!r}")
     found: dict[Row, dict[str, Any]] = {row: {"samples": []} for row in plan.rows}
     started = time.time()
     result: dict[str, Any] = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from bench.document import bf16_products
+from bench.plan import Row
 from bench.registry import MODELS, PROVIDERS, Case
-from bench.run import Row
 from bench.targets import Figure, Target
 
 

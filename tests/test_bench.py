@@ -19,9 +19,9 @@ from bench.document import summarise
 from bench.inputs import BASE_ROWS, Reference, base_rows, build, completion_mask, fp64_reference, order
 from bench.measure import measure
 from bench.ops import OPS, Values
+from bench.plan import Plan, Row
 from bench.provider import Output, Provider
 from bench.registry import PROVIDERS
-from bench.run import Plan, Row
 from tests.memory import peak_tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,10 @@ from bench.document import bf16_products, summarise
 from bench.inputs import fp64_reference
 from bench.measure import Compilations, PeakMemory, measure
 from bench.ops import OPS
+from bench.plan import Plan, Row
 from bench.provider import Provider
 from bench.registry import PROVIDERS
-from bench.run import Plan, Row, run
+from bench.run import run
 from bench.suites import SUITES
 from bench.targets import Figure, Target
 
