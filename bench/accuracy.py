@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench import objectives
 from bench.inputs import Inputs, Reference, blocks, order
 from bench.ops import OPS, Values
 
@@ -66,9 +67,10 @@ def errors(
         result[f"{name}_max_abs"] = _largest(found.values, values, inputs.mask)
         if found.entropy is not None and entropy is not None:
             result["entropy_max_abs"] = _largest(found.entropy, entropy, inputs.mask)
-    if op.loss is None:
+    loss_of = objectives.loss_of(case)
+    if loss_of is None:
         return result
-    true_loss = op.loss(Values(values, entropy), inputs)
+    true_loss = loss_of(Values(values, entropy), inputs)
     g, *rest = torch.autograd.grad(true_loss, [v for v in (values, entropy) if v is not None])
     if loss is not None:
         result["loss_abs"] = (loss.detach().double() - true_loss.detach()).abs().item()

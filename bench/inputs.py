@@ -65,6 +65,10 @@ class Inputs:
     upstream: Tensor  # of the values, for the ops without an objective
 
     @property
+    def beta(self) -> float:
+        return self.case.beta
+
+    @property
     def labels(self) -> Tensor:
         """(N,): targets, -100 outside the mask."""
         return self.targets.masked_fill(~self.mask, -100)

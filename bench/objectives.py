@@ -1,19 +1,25 @@
-"""Any objective of the library as a case: `--op grpo --objective cispo`, `--op dpo --objective simpo`.
+"""What a case differentiates: the loss of its op, or any objective of the library in its place.
 
-The registries say which there are, so that an objective added to them can be measured at once. The loss that the other
-methods and the fp64 truth get is the library's own, on the log-probs they computed: what is compared is the head.
+    --op grpo --objective cispo        --op dpo --objective simpo
+
+The library's registries say which there are, so that an objective added to them can be measured at once. The loss that
+the other methods and the fp64 truth get is the library's own, on the log-probs they computed: what is compared is the
+head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bench.cases import Case
+from bench.inputs import Inputs
+from bench.ops import OPS, Values
+
 if TYPE_CHECKING:
-    from bench.cases import Case
-    from bench.inputs import Inputs
     from fused_rlhf.objectives import PolicyLoss
     from fused_rlhf.preferences import PreferenceLoss
 
@@ -42,14 +48,19 @@ def of(case: Case) -> PolicyLoss | PreferenceLoss:
     return preferences.DPO(case.objective)
 
 
-def loss(values: Tensor, inputs: Inputs) -> Tensor:
-    """The objective of (N,) log-probs, differentiable in them."""
+def loss_of(case: Case) -> Callable[[Values, Inputs], Tensor] | None:
+    """Of a provider's values and of the fp64 truth alike; None where nothing is differentiated."""
+    return named_loss if case.objective else OPS[case.op].loss
+
+
+def named_loss(found: Values, inputs: Inputs) -> Tensor:
+    """The objective that the case names, differentiable in the log-probs."""
     from fused_rlhf.objectives import PolicyLoss
     from fused_rlhf.segments import Sequences
 
     objective, mask, count = of(inputs.case), inputs.mask.bool(), inputs.case.N // inputs.case.T
     index = torch.arange(count, device=mask.device).repeat_interleave(inputs.case.T)[mask]
-    sequences, lp = Sequences.of(index, count), values[mask]
+    sequences, lp = Sequences.of(index, count), found.values[mask]
     ref = None if inputs.ref_logprobs is None else inputs.ref_logprobs[mask].to(lp.dtype)
     if isinstance(objective, PolicyLoss):
         policy = objective.bind(

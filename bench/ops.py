@@ -12,16 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from bench import objectives
-
-if TYPE_CHECKING:
-    from bench.inputs import Inputs
 
 EPSILON = 0.2  # the clip range of grpo and ppo
 ENTROPY_COEF = 0.01  # of ppo
@@ -35,13 +30,28 @@ class Values(NamedTuple):
     entropy: Tensor | None = None
 
 
+class Batch(Protocol):
+    """What a loss reads of `inputs.Inputs`, (N,) each: a protocol, since a case counts its products by the table below."""
+
+    mask: Tensor
+    advantages: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    upstream: Tensor
+
+    @property
+    def beta(self) -> float: ...
+
+    def sequences(self, rows: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Op:
     """`loss` is None where nothing is differentiated. `vectors`: fp32 numbers per token that are read or written."""
 
     name: str
     about: str
-    loss: Callable[[Values, Inputs], Tensor] | None
+    loss: Callable[[Values, Batch], Tensor] | None
     vectors: int
     values: str = "logprobs"
     entropy: bool = False
@@ -55,41 +65,34 @@ class Op:
         return 2 if self.values == "kl" else 1
 
 
-def weighted_sum(found: Values, inputs: Inputs) -> Tensor:
+def weighted_sum(found: Values, inputs: Batch) -> Tensor:
     return (found.values * inputs.upstream).sum()
 
 
-def clipped(logprobs: Tensor, inputs: Inputs) -> Tensor:
+def clipped(logprobs: Tensor, inputs: Batch) -> Tensor:
     ratio = (logprobs - inputs.old_logprobs).exp()
     return -torch.minimum(ratio * inputs.advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * inputs.advantages)
 
 
-def grpo(found: Values, inputs: Inputs) -> Tensor:
-    """Clipped surrogate + beta k3, mean over the tokens of each sequence, then over sequences; or the case's objective."""
-    if inputs.case.objective:
-        return objectives.loss(found.values, inputs)
+def grpo(found: Values, inputs: Batch) -> Tensor:
+    """Clipped surrogate + beta k3, mean over the tokens of each sequence, then over sequences."""
     loss = clipped(found.values, inputs)
     if inputs.ref_logprobs is not None:
         difference = inputs.ref_logprobs - found.values
-        loss = loss + inputs.case.beta * (difference.exp() - difference - 1)
+        loss = loss + inputs.beta * (difference.exp() - difference - 1)
     loss, mask = inputs.sequences(loss), inputs.sequences(inputs.mask)
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
 
 
-def ppo(found: Values, inputs: Inputs) -> Tensor:
+def ppo(found: Values, inputs: Batch) -> Tensor:
     """Clipped surrogate with an advantage per token, less an entropy bonus, mean over tokens."""
     assert found.entropy is not None
     loss = clipped(found.values, inputs) - ENTROPY_COEF * found.entropy
     return (loss * inputs.mask).sum() / inputs.mask.sum()
 
 
-def dpo(found: Values, inputs: Inputs) -> Tensor:
-    """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first.
-
-    Or the objective that the case names.
-    """
-    if inputs.case.objective:
-        return objectives.loss(found.values, inputs)
+def dpo(found: Values, inputs: Batch) -> Tensor:
+    """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first."""
     assert inputs.ref_logprobs is not None
     ratios = inputs.sequences((found.values - inputs.ref_logprobs) * inputs.mask).sum(1)
     chosen, rejected = ratios.chunk(2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cases import Case
+from bench.provider import validate
 from bench.registry import PROVIDERS
 from bench.targets import Target
 
@@ -23,7 +24,7 @@ class Row:
 
 @dataclass
 class Plan:
-    """One run. Raises ValueError for rows of unknown cases or providers."""
+    """One run. Raises ValueError for rows of unknown cases or providers, and for cases that no provider can have."""
 
     name: str
     cases: dict[str, Case]
@@ -43,6 +44,8 @@ class Plan:
     targets: Sequence[Target] = ()
 
     def __post_init__(self) -> None:
+        for case in self.cases.values():
+            validate(case)
         for row in self.rows:
             if row.provider not in PROVIDERS:
                 raise ValueError(f"provider must be one of {sorted(PROVIDERS)}, got {row.provider!r}")

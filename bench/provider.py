@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bench import objectives
 from bench.accuracy import Tolerance
 from bench.cases import Case
 from bench.inputs import Inputs
@@ -33,6 +34,20 @@ FP32_LOGITS = {"fp32": Tolerance(5e-4, 1e-3), "bf16": Tolerance(5e-4, 1e-2)}
 ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5)}
 
 
+def validate(case: Case) -> None:
+    """Raises ValueError for an op or objective that there is not, and for numbers that they cannot have."""
+    if case.op not in OPS:
+        raise ValueError(f"op must be one of {sorted(OPS)}, got {case.op!r}")
+    if case.objective and case.objective not in (known := objectives.names(case.op)):
+        raise ValueError(f"objective must be one of {known} with {case.op}, got {case.objective!r}")
+    if case.op == "dpo" and case.N // case.T % 2:
+        raise ValueError(f"dpo needs an even number of sequences, got N / T = {case.N // case.T}")
+    if case.zero_rows and (case.op in ("dpo", "ppo") or (case.op == "grpo" and case.beta)):
+        raise ValueError(
+            f"zero_rows must be 0 where a zero advantage leaves a gradient, got {case.zero_rows} with {case.op}"
+        )
+
+
 @dataclass(frozen=True)
 class Provider:
     """`setup(inputs)` imports what it needs and returns the forward: (N,) values, or an `Output` with the loss.
@@ -50,12 +65,14 @@ class Provider:
     memory: Callable[[Case, str], float] | None = None
 
     def takes(self, case: Case) -> bool:
+        """Whether it has this case. Raises ValueError for one that no provider can have."""
+        validate(case)
         return case.op in self.ops and self.where(case)
 
     def step(self, inputs: Inputs) -> Callable[[], Output]:
         if not self.takes(inputs.case):
             raise ValueError(f"{self.name} does not have this case: {inputs.case.label}")
-        compute, loss = self.setup(inputs), OPS[inputs.case.op].loss
+        compute, loss = self.setup(inputs), objectives.loss_of(inputs.case)
 
         def run() -> Output:
             result = compute()
@@ -67,7 +84,7 @@ class Provider:
         return run
 
 
-PROVIDERS: dict[str, Provider] = {}
+PROVIDERS: dict[str, Provider] = {}  # filled by the files of providers/, which registry.py imports: take it from there
 
 
 def provider(name: str, **fields: object) -> Callable[[Callable[[Inputs], Step]], Callable[[Inputs], Step]]:

@@ -243,19 +243,37 @@ def test_models_are_heads():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"op": "orpo"}, "op"),
         ({"dtype": "int8"}, "dtype"),
         ({"T": 7}, "T divide N"),
         ({"V": 0}, "positive"),
-        ({"op": "dpo", "T": 16}, "even"),
         ({"density": 0.0}, "density"),
-        ({"zero_rows": 0.5}, "zero_rows"),
+        ({"zero_rows": 1.0}, "zero_rows"),
         ({"lengths": 13}, "lengths"),
     ],
 )
 def test_bad_cases_are_refused(change, word):
     with pytest.raises(ValueError, match=word):
         replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"op": "orpo"}, "op must be one of .*, got 'orpo'"),
+        ({"op": "dpo", "T": 16}, "even number of sequences, got N / T = 3"),
+        ({"zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with grpo"),
+        ({"op": "ppo", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with ppo"),
+        ({"objective": "simpo"}, "objective must be one of .* with grpo, got 'simpo'"),
+    ],
+)
+def test_a_case_that_no_provider_can_have_is_refused_where_one_meets_it(change, words):
+    case = replace(TINY, **change)
+    with pytest.raises(ValueError, match=words):
+        PROVIDERS["dense"].takes(case)
+    with pytest.raises(ValueError, match=words):
+        PROVIDERS["dense"].step(replace(build(TINY, "cpu", fp64_reference(TINY, "cpu")), case=case))
+    with pytest.raises(ValueError, match=words):
+        Plan("test", {"case": case}, [Row("case", "dense")])
 
 
 def test_within():

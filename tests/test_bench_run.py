@@ -295,6 +295,22 @@ def test_one_case_from_the_command_line(monkeypatch, capsys):
     assert seen["plan"].cases["T=64k"].H == 4096
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--op orpo", "op must be one of"),
+        ("--op dpo --T 2048", "dpo needs an even number of sequences"),
+        ("--zero_rows 0.5", "zero_rows must be 0"),
+        ("--op dpo --objective cispo", "objective must be one of"),
+        ("--T 7", "T divide N"),
+    ],
+)
+def test_a_bad_case_is_refused_at_the_command_line(monkeypatch, arguments, words):
+    monkeypatch.setattr("bench.__main__.run", lambda plan: pytest.fail("started"))
+    with pytest.raises(ValueError, match=words):
+        main(["--providers", "dense", *arguments.split()])
+
+
 def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
     planned = gpu.stages(tmp_path, "cuda", "gpu", tmp_path, None)
     assert sum(stage.limit_s for stage in planned) < gpu.LIMIT_S == 9 * 60

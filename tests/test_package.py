@@ -1,6 +1,7 @@
 """The package as an artefact: who imports whom, what a wheel holds, what an import pulls in."""
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,18 @@ def test_imports_point_one_way(folder):
 def test_triton_is_imported_by_the_kernels_alone():
     for path in (ROOT / "fused_rlhf").rglob("*.py"):
         assert not any(module.split(".")[0] == "triton" for module, _ in imported(path)), path
+
+
+def test_bench_imports_have_no_circle():
+    """Those inside functions and for the type checker count, too."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "bench").rglob("*.py")}
+    names = {name: {module for module, _ in imported(path)} for name, path in files.items()}
+    # "bench.cases.Case" is a name of bench.cases, "bench.report" a module.
+    graph = {
+        name: {m if m in files else m.rpartition(".")[0] for m in found} & set(files) for name, found in names.items()
+    }
+    assert graph["bench.document"] >= {"bench.cases", "bench.registry"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
 
 
 def test_folders_without_init():
