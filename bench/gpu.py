@@ -86,6 +86,7 @@ def stages(scratch: Path, device: str, suite: str, wheels: Path | None, commit: 
 
 
 def site(scratch: Path) -> Path:
+    """Where the wheels go; the stages find it by their PYTHONPATH, and the machine's own packages stay as they are."""
     return scratch / "site"
 
 

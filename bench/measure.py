@@ -99,6 +99,7 @@ def _clear(inputs: Inputs) -> None:
 
 @cache
 def _busy_buffer() -> torch.Tensor:
+    """One for the whole process: taken during a measurement, its memory would count there."""
     return torch.empty(1 << 26, dtype=torch.uint8, device="cuda")
 
 
@@ -215,7 +216,10 @@ def new_lengths(provider: str, inputs: Inputs) -> dict[str, Any]:
 
 
 class Compilations:
-    """Counts what is compiled inside the `with`: specialisations of Triton kernels, and graphs of torch.compile."""
+    """Counts what is compiled inside the `with`: specialisations of Triton kernels, and graphs of torch.compile.
+
+    Triton has one hook for the whole process; what was there before comes back at the end.
+    """
 
     triton = dynamo = 0
 

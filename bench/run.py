@@ -64,7 +64,7 @@ def _call(plan: Plan, spec: dict[str, Any], until: float) -> str | None:
     """Runs one child to its end; why it failed, or None."""
     Path(spec["out"]).unlink(missing_ok=True)
     left = None if until == math.inf else max(until - time.time(), 1.0)
-    env = {**os.environ, "OMP_NUM_THREADS": str(plan.threads), "PYTHONPATH": os.pathsep.join(_python_path())}
+    env = {**os.environ, "OMP_NUM_THREADS": str(plan.threads)}
     command = [sys.executable, "-m", "bench", "--one", json.dumps(spec)]
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
@@ -135,10 +135,6 @@ def _too_large(plan: Plan, case: Case, providers: Sequence[str], memory: int) ->
             error = f"not started: needs {need / 1e9:.1f} GB by its formula, {memory / 1e9:.1f} GB are there"
             found[name] = {"samples": [], "error": error}
     return found
-
-
-def _python_path() -> list[str]:
-    return [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 def run(plan: Plan) -> dict[str, Any]:
