@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         num_attention_heads=args.hidden // 64, num_key_value_heads=args.hidden // 64, tie_word_embeddings=True,
         max_position_embeddings=args.length,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(device)
+    model = Qwen2ForCausalLM(config).to(device)  # type: ignore[arg-type]  # as transformers wraps it
     start = time.perf_counter()
     loss = train(model, encode(tokenizer, corpus), args.steps, args.batch, args.length, args.seed)
     seconds = time.perf_counter() - start

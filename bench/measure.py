@@ -243,9 +243,9 @@ class Compilations:
 
 
 def _graphs() -> int:
-    from torch._dynamo.utils import counters
+    from fused_rlhf import private
 
-    return int(counters["stats"]["unique_graphs"])
+    return private.compiled_graphs()
 
 
 def _usable(device: str) -> bool:

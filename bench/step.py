@@ -55,7 +55,7 @@ def build(shape: Shape) -> tuple[Any, Any, dict[str, Tensor]]:
         max_position_embeddings=shape.tokens,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(config).to(shape.device)
+    model = Qwen3ForCausalLM(config).to(shape.device)  # type: ignore[arg-type]  # as transformers wraps it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

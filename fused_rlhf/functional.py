@@ -1,4 +1,4 @@
-"""The public functions: what they take and give. Checks are in `arguments`, the maths in the backends and objectives."""
+"""The public functions: what they take and give. Head, rows and execution are in `op`, the maths in backends and objectives."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_rlhf.objectives import Count, PolicyLoss
+from fused_rlhf.kernels.interface import Kind, RowPairs, Rows, pick
 from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
+from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
-from fused_rlhf.op import autograd, divergence
-from fused_rlhf.op.arguments import (
+from fused_rlhf.objectives.reductions import Metrics
+from fused_rlhf.objectives.surrogates import Count
+from fused_rlhf.op.adapter import with_adapter
+from fused_rlhf.op.divergence import divergence
+from fused_rlhf.op.execute import Mode, check_mode, execute
+from fused_rlhf.op.head import (
+    Call,
+    Head,
     LoRA,
-    Mode,
-    Rows,
     check_divergence,
     check_head,
-    check_mode,
     check_outputs,
-    check_preference,
-    check_shapes,
-    flat_sequences,
-    reference_head,
-    shape,
+    check_reference,
+    head_of,
 )
-from fused_rlhf.op.divergence import Kind
-from fused_rlhf.segments import precise
+from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
+from fused_rlhf.op.rows import scatter, tokens_of
+from fused_rlhf.op.sequences import check_policy, check_preference, reference_logprobs
 
 
 class LogProbs(NamedTuple):
     """Results of `linear_logprobs`, each of the targets' shape; None where not asked for.
 
     fp32 (fp64 for fp64 inputs), `is_top1` bool. Rows with `ignore_index` hold 0 (False). `logprobs`, `entropy` and
-    `lse` are differentiable.
+    `lse` are differentiable. The fields are the records of `kernels/statistics.py`.
     """
 
     logprobs: Tensor
@@ -42,11 +44,12 @@ class LogProbs(NamedTuple):
     sum_sq: Tensor | None = None
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
+    margin: Tensor | None = None
 
 
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     targets: Tensor,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -69,7 +72,7 @@ def linear_logprobs(
 
     Args:
         hidden: (N, H) or (B, T, H); bf16, fp16, fp32 or fp64.
-        weight: (V, H), of any of these dtypes.
+        weight: (V, H), of any of these dtypes; or a `Head`, which brings bias, logit_scale, softcap and lora of its own.
         targets: (N,) or (B, T), int64, in [0, V) or `ignore_index`; a row with `ignore_index` costs nothing, whatever
             its hidden state holds.
         bias: (V,) or None.
@@ -78,7 +81,8 @@ def linear_logprobs(
         softcap: positive, or None.
         ignore_index: the target that marks a row to leave out.
         outputs: what else to return, of "entropy" (nats), "lse" (log sum_v exp z_v), "sum_sq" (sum_v p_v^2),
-            "mean_logit" (mean_v z_v), "is_top1" (the target is the first of the largest logits).
+            "mean_logit" (mean_v z_v), "is_top1" (the target is the first of the largest logits), "margin" (the largest
+            logit less the second largest, >= 0; infinite where V is 1).
         grad_filter: in [0, 1): the share of probability mass per token that the backward may leave out; 0 is exact.
             Blocks of the vocabulary that hold next to nothing of a token are not recomputed for it; the target's block
             always is, and a token with an entropy gradient is exact. With g and k the loss gradients of logprob and
@@ -100,34 +104,24 @@ def linear_logprobs(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
         NotImplementedError: process_group (OP12).
     """
-    head, flat_temperature = check_head(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
-        backend,
-        round_logits,
-        grad_filter,
-        lora,
-    )
+    head = head_of(weight, bias, logit_scale, softcap, lora)
+    call = Call(temperature, ignore_index, backend, round_logits, grad_filter)
+    projection, flat_temperature = check_head(hidden, head, targets, call)
     names = check_outputs(outputs)
     if process_group is not None:
         raise NotImplementedError("process_group (row OP12) is not implemented yet; use process_group=None")
     flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
-    if lora is not None:  # a row that is left out may hold anything, and its activations meet those of the others in dA
-        x = autograd.with_adapter(x.masked_fill((flat == ignore_index)[:, None], 0.0), lora[0], lora[2], head)
-    stats = autograd.linear_logprobs(x, head, flat, flat_temperature, ignore_index, names, backend)
-    shaped = {name: getattr(stats, name).view(targets.shape) for name in ("logprobs", *names)}
-    return LogProbs(**shaped)
+    if head.lora is not None:
+        # A row that is left out may hold anything, and its activations meet those of the others in dA.
+        some = x.masked_fill((flat == ignore_index)[:, None], 0.0)
+        x = with_adapter(some, head.lora[0], head.lora[2], projection)
+    stats = logprobs_of_rows(Rows(x, flat, flat_temperature), projection, ignore_index, names, backend)
+    return LogProbs(stats.logprobs.view(targets.shape), **{name: stats[name].view(targets.shape) for name in names})
 
 
 def linear_policy_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     targets: Tensor,
     *,
     advantages: Tensor,
@@ -137,7 +131,7 @@ def linear_policy_loss(
     ref_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
     ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
+    ref_weight: Tensor | Head | None = None,
     ref_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     num_sequences: Count | None = None,
@@ -152,7 +146,7 @@ def linear_policy_loss(
     mode: Mode = "auto",
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None,
     round_logits: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """A policy objective of an LM head's log-probabilities, without the logits.
 
     Args:
@@ -167,7 +161,7 @@ def linear_policy_loss(
             objective.importance_sampling and objective.off_policy_mask_threshold.
         ref_hidden: the shape of `hidden`, of the reference model: its log-probs are computed here, without gradient,
             from ref_weight (V, H) and ref_bias (V,), by default `weight` and `bias` without `lora`, under the same
-            transform.
+            transform; or from ref_weight as a `Head` of its own.
         cu_seqlens: (B + 1,) int, offsets of the sequences in a flat (N,) input; None there means one sequence.
         num_sequences, num_tokens: counts that normalise the loss; give the global ones when this is one micro-batch or
             rank of several. Default: those of this call.
@@ -179,65 +173,52 @@ def linear_policy_loss(
             backward; "auto" takes one_pass where gradients are wanted and it applies.
 
     Returns:
-        loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `policy_metrics.policy_metrics`).
+        loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `objectives.metrics.policy_metrics`;
+        `fr.combine_metrics` merges those of several calls).
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    head, flat_temperature = check_head(
-        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, round_logits, lora=lora
+    head = head_of(weight, bias, logit_scale, softcap, lora)
+    projection, flat_temperature = check_head(
+        hidden, head, targets, Call(temperature, ignore_index, backend, round_logits)
     )
     names = check_outputs(outputs, allowed=("entropy",))
-    if not isinstance(objective, PolicyLoss):
-        raise TypeError(f"objective must be a PolicyLoss such as GRPO(), got {type(objective).__name__}")
+    reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
-    check_shapes(targets, completion_mask=completion_mask, **per_token)
-    reference = reference_head(hidden, weight, bias, head, ref_logprobs, ref_hidden, ref_weight, ref_bias)
-    if objective.beta != 0 and ref_logprobs is None and ref_hidden is None:
-        raise ValueError(
-            f"ref_logprobs or ref_hidden must be given when beta is not 0, got neither with beta={objective.beta}"
-        )
-    entropy_term = objective.entropy_coef != 0
-    mode = check_mode(mode, hidden, head, tokenwise=objective.tokenwise, entropy_term=entropy_term)
-    index, count = flat_sequences(targets, cu_seqlens)
-    if advantages.shape not in (targets.shape, (count,)):
-        raise ValueError(
-            f"advantages must have shape {(count,)} or that of targets {shape(targets)}, got {shape(advantages)}"
-        )
+    sequence_of, count = check_policy(targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens)
+    check_mode(mode, hidden, projection, objective.tokenwise, objective.entropy_coef != 0)
 
-    rows = Rows.of(targets, completion_mask, ignore_index, head, flat_temperature, index, count)
+    tokens = tokens_of(
+        targets, completion_mask, ignore_index, projection.vocabulary, flat_temperature, sequence_of, count
+    )
+    vectors = {name: tokens.vector(values) for name, values in per_token.items()}
+    if reference is not None:
+        vectors["ref_logprobs"] = reference_logprobs(reference, tokens, backend)
     per_sequence = advantages.shape != targets.shape
     bound = objective.bind(
-        advantages=rows.vector(advantages[index] if per_sequence else advantages),
-        sequences=rows.sequences,
-        old_logprobs=rows.vector(old_logprobs),
-        ref_logprobs=rows.reference(reference, backend) if reference else rows.vector(ref_logprobs),
-        sampling_logprobs=rows.vector(sampling_logprobs),
+        advantages=tokens.vector(advantages[sequence_of] if per_sequence else advantages),
+        sequences=tokens.sequences,
         num_sequences=count if num_sequences is None else num_sequences,
-        num_tokens=max(rows.count, 1) if num_tokens is None else num_tokens,
+        num_tokens=max(tokens.count, 1) if num_tokens is None else num_tokens,
         per_sequence=per_sequence,
+        **vectors,
     )
-    if bound.needs_entropy and "entropy" not in names:
-        names = (*names, "entropy")
-    x = rows.hidden(hidden, head, lora)
-    if mode == "one_pass" and objective.tokenwise and rows.count > 0:
-        loss, stats = autograd.one_pass_loss(x, head, rows.targets, rows.temperature, names, bound, backend)
-    else:
-        stats = rows.statistics(x, head, names, backend, mode)
-        loss = autograd.loss_of(stats.logprobs, stats.entropy if bound.needs_entropy else None, bound, backend)
+    rows = tokens.rows(hidden, head, projection)
+    loss, stats = execute(rows, projection, bound, names, ignore_index, mode, backend)
     return loss, policy_metrics(bound, stats.logprobs.detach(), stats.entropy)
 
 
 def linear_preference_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     targets: Tensor,
     *,
     objective: PreferenceLoss,
     completion_mask: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
+    ref_weight: Tensor | Head | None = None,
     ref_bias: Tensor | None = None,
     labels: Tensor | None = None,
     kl: Tensor | None = None,
@@ -254,7 +235,7 @@ def linear_preference_loss(
     mode: Mode = "auto",
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None,
     round_logits: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Metrics]:
     """A preference objective of an LM head's log-probabilities, without the logits.
 
     The S sequences are P chosen completions followed by the P rejected ones in the same order (S = 2 P), or single
@@ -278,58 +259,50 @@ def linear_preference_loss(
         mode: as in `linear_policy_loss`; "one_pass" needs a frozen head.
 
     Returns:
-        loss (scalar, fp32) and metrics (0-d, see `preferences.preference_metrics`).
+        loss (scalar, fp32) and metrics (0-d, see `objectives.metrics.preference_metrics`).
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    head, flat_temperature = check_head(
-        hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, round_logits, lora=lora
+    head = head_of(weight, bias, logit_scale, softcap, lora)
+    projection, flat_temperature = check_head(
+        hidden, head, targets, Call(temperature, ignore_index, backend, round_logits)
     )
     names = check_outputs(outputs, allowed=("entropy", "mean_logit", "is_top1"))
-    if not isinstance(objective, PreferenceLoss):
-        raise TypeError(f"objective must be a PreferenceLoss such as DPO(), got {type(objective).__name__}")
-    if targets.dim() == 1 and cu_seqlens is None:
-        raise ValueError("cu_seqlens must be given for flat (N,) targets, got None")
-    index, count = flat_sequences(targets, cu_seqlens)
-    sums = ref_logprobs if ref_logprobs is not None and ref_logprobs.shape == (count,) != targets.shape else None
-    check_shapes(targets, completion_mask=completion_mask, ref_logprobs=None if sums is not None else ref_logprobs)
-    reference = reference_head(hidden, weight, bias, head, ref_logprobs, ref_hidden, ref_weight, ref_bias)
-    check_preference(objective, count, ref_logprobs, ref_hidden, labels, kl)
-    mode = check_mode(mode, hidden, head, tokenwise=False, entropy_term=False)
-
-    rows = Rows.of(targets, completion_mask, ignore_index, head, flat_temperature, index, count)
-    wide = flat_temperature.dtype
-    per_token = None
-    if reference is not None:
-        per_token = rows.reference(reference, backend)
-    elif sums is None:
-        per_token = rows.vector(ref_logprobs)
-    lengths = rows.sequences.lengths
-    bound = objective.bind(
-        sequences=rows.sequences,
-        ref_logprobs=per_token,
-        ref_sums=None if sums is None else precise(sums.detach()).contiguous(),
-        labels=None if labels is None else labels.bool(),
-        kl=None if kl is None else kl.detach().to(wide),
-        num_pairs=(max(count // 2, 1) if objective.paired else max(count, 1)) if num_pairs is None else num_pairs,
-        num_tokens=lengths[: count // 2].sum().clamp(min=1) if num_tokens is None else num_tokens,
-        dtype=wide,
+    sequence_of, count, sums = check_preference(
+        targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
     )
-    computed = (*names, *(name for name in objective.outputs if name not in names))
-    stats = rows.statistics(rows.hidden(hidden, head, lora), head, computed, backend, mode)
-    if stats.sum_sq is not None:
-        bound.log_sum_sq = stats.sum_sq.log()
-    loss = autograd.loss_of(stats.logprobs, None, bound, backend)
-    metrics = preference_metrics(bound, stats.logprobs.detach(), stats.entropy, stats.mean_logit, stats.is_top1)
-    return loss, metrics
+    reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+    check_mode(mode, hidden, projection, tokenwise=False, entropy_term=False)
+
+    tokens = tokens_of(
+        targets, completion_mask, ignore_index, projection.vocabulary, flat_temperature, sequence_of, count
+    )
+    if reference is None:
+        per_token = tokens.vector(ref_logprobs) if sums is None else None
+    else:
+        per_token = reference_logprobs(reference, tokens, backend)
+    bound = objective.bind(
+        sequences=tokens.sequences,
+        ref_logprobs=per_token,
+        ref_sums=sums,
+        labels=None if labels is None else labels.bool(),
+        kl=None if kl is None else kl.detach().to(tokens.temperature.dtype),
+        num_pairs=num_pairs,
+        num_tokens=num_tokens,
+        dtype=tokens.temperature.dtype,
+    )
+    rows = tokens.rows(hidden, head, projection)
+    loss, stats = execute(rows, projection, bound, names, ignore_index, mode, backend)
+    extra = {name: stats.extra.get(name) for name in ("entropy", "mean_logit", "is_top1")}
+    return loss, preference_metrics(bound, stats.logprobs.detach(), **extra)
 
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     ref_hidden: Tensor,
-    ref_weight: Tensor,
+    ref_weight: Tensor | Head,
     kind: Kind = "forward",
     *,
     mask: Tensor | None = None,
@@ -354,6 +327,7 @@ def linear_kl(
     Args:
         hidden: (N, H) or (B, T, H); bf16, fp16, fp32 or fp64. weight: (V, H). The policy's.
         ref_hidden: (N, H') or (B, T, H'), of the same rows. ref_weight: (V, H'). They take no gradient, whatever they are.
+            Either weight may be a `Head`, which brings its own bias, scale, softcap and adapter.
         mask: bool or 0 / 1, (N,) or (B, T): rows outside it cost nothing, whatever they hold, and give 0.
         bias, ref_bias: (V,) or None.
         temperature: of both, one positive number or one per row. Not differentiable.
@@ -369,25 +343,15 @@ def linear_kl(
         ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.
         NotImplementedError: backend "triton".
     """
-    backend = divergence.backend_of(backend, hidden)
-    of, flat_temperature = check_divergence(
-        hidden,
-        weight,
-        ref_hidden,
-        ref_weight,
-        kind,
-        mask,
-        bias,
-        ref_bias,
-        temperature,
-        logit_scale,
-        softcap,
-        ref_logit_scale,
-        ref_softcap,
-        beta,
-        backend,
-    )
-    rows = None if mask is None else mask.reshape(-1).bool().nonzero().squeeze(1)
-    x, y = (autograd.select(h.reshape(-1, h.shape[-1]), rows) for h in (hidden, ref_hidden))
-    values = divergence.divergence(x, y, of, autograd.select(flat_temperature, rows), backend)
-    return autograd.scatter(values, rows, flat_temperature.numel()).view(hidden.shape[:-1])
+    head = head_of(weight, bias, logit_scale, softcap)
+    ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
+    call = Call(temperature, backend=backend)
+    of, flat_temperature = check_divergence(hidden, head, ref_hidden, ref, kind, beta, mask, call)
+    index = None if mask is None else mask.reshape(-1).bool().nonzero().squeeze(1)
+    x, y = (pick(h.reshape(-1, h.shape[-1]), index) for h in (hidden, ref_hidden))
+    if head.lora is not None:
+        x = with_adapter(x, head.lora[0], head.lora[2], of.policy)
+    if ref.lora is not None:
+        y = with_adapter(y, ref.lora[0], ref.lora[2], of.ref)
+    values = divergence(RowPairs(x, y.detach(), pick(flat_temperature, index)), of, backend)
+    return scatter(values, index, flat_temperature.numel()).view(hidden.shape[:-1])

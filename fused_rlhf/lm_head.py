@@ -1,10 +1,10 @@
 """The LM head of any transformers causal LM: hidden states, weight, bias, and the transform of the logits.
 
-    z = softcap tanh(logit_scale (h W^T + b) / softcap)        without softcap: z = logit_scale (h W^T + b)
+    z = curve(logit_scale (h W^T + b))        any curve of `kernels/transforms.py`, or none
 
 Nothing here knows a model by name. The model's own forward runs with hooks on its output embeddings. One keeps the
 head's input, which makes whatever happens before the head right by construction, and leaves the head no rows to
-multiply. The other puts known values where the logits would be; what `.logits` then holds tells scale and softcap, and
+multiply. The other puts known values where the logits would be; what `.logits` then holds tells scale and curve, and
 is compared with them value by value, so that a head of any other kind is refused instead of being trained wrongly.
 """
 
@@ -16,14 +16,18 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_rlhf import private
 from fused_rlhf.functional import LogProbs, linear_logprobs
-from fused_rlhf.op.arguments import DTYPES, LoRA
+from fused_rlhf.kernels.transforms import CURVES, Transform
+from fused_rlhf.op.head import DTYPES, Head, LoRA
+
+LMHead = Head  # its name before every function took one
 
 # 2^-30 ... 2^30 in steps of sqrt 2, both signs, and 0: slope and saturation of any sane head lie inside.
 _MAGNITUDES = 2.0 ** torch.arange(-30, 30.25, 0.5, dtype=torch.float64)
@@ -32,27 +36,11 @@ _SMALLEST, _LARGEST = 0, len(_MAGNITUDES) - 1
 
 
 @dataclass(frozen=True, eq=False)
-class LMHead:
-    """An LM head and what the model does to its logits, in the terms of `linear_logprobs`."""
-
-    weight: Tensor  # (V, H), the model's own parameter
-    bias: Tensor | None  # (V,)
-    logit_scale: float
-    softcap: float | None
-    lora: LoRA | None = None  # an adapter on the head itself, with the model's own parameters
-
-    def kwargs(self) -> dict[str, Any]:
-        """For `linear_logprobs(hidden, head.weight, targets, **head.kwargs())`."""
-        transform = {"logit_scale": self.logit_scale, "softcap": self.softcap}
-        return {"bias": self.bias, "lora": self.lora, **transform}
-
-
-@dataclass(frozen=True, eq=False)
 class HeadInputs:
     """What one forward of a model leaves for its head."""
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
-    head: LMHead
+    head: Head  # with the model's own parameters
     aux_loss: Tensor | None  # a mixture of experts' auxiliary loss, where asked for (`output_router_logits=True`)
     autocast_dtype: torch.dtype | None  # of the autocast the head would have run in; None outside of one
 
@@ -67,10 +55,16 @@ class Probed:
     """What one forward of a model puts into its head, and what it does to the logits that come out."""
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
-    logit_scale: float
-    softcap: float | None
+    transform: Transform
     aux_loss: Tensor | None
     autocast_dtype: torch.dtype | None  # as in `HeadInputs`
+
+    def head(self, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> Head:
+        """The head of these parameters."""
+        name, parameter = self.transform.curve, self.transform.parameter
+        if name in ("", "softcap"):
+            return Head(weight, bias, self.transform.logit_scale, parameter if name else None, lora)
+        return Head(weight, bias, self.transform.logit_scale, lora=lora, curve=(name, parameter))
 
 
 def logprobs(
@@ -129,13 +123,12 @@ def logprobs(
     with inputs.autocast():
         return linear_logprobs(
             inputs.hidden[:, :-1],
-            inputs.head.weight,
+            inputs.head,
             targets.to(inputs.hidden.device),
             temperature=temperature,
             outputs=outputs,
             backend=backend,
             round_logits=round_logits,
-            **inputs.head.kwargs(),
         )
 
 
@@ -149,7 +142,7 @@ def hidden_states(
     return forward(model, input_ids, attention_mask, **model_inputs).hidden
 
 
-def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
+def find_head(model: nn.Module, **model_inputs: Any) -> Head:
     """Head weight, bias and logit transform of a causal LM, probed by a forward over two tokens.
 
     Keeps nothing between calls, so the weight is the one in use now and the transform the model's present one. Where a
@@ -170,7 +163,7 @@ def find_head(model: nn.Module, **model_inputs: Any) -> LMHead:
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
     weight, bias = _operands(linear_of(base.get_output_embeddings()))  # a parametrised weight wants its graph
-    return LMHead(weight, bias, head.logit_scale, head.softcap, head.lora)
+    return replace(head, weight=weight, bias=bias)
 
 
 def forward(
@@ -194,7 +187,7 @@ def forward(
 
     Raises:
         TypeError: `model` is no transformers model.
-        ValueError: the head is not one that `LMHead` can say; the message tells why.
+        ValueError: the head is not one that `Head` can say; the message tells why.
     """
     if model_inputs.get("labels") is not None:
         raise ValueError("labels must not be given: the logits are never computed, and so no loss")
@@ -218,7 +211,7 @@ def forward(
     hidden = probed.hidden
     if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
         hidden = hidden[:, -input_ids.shape[1] :]
-    head = LMHead(weight, bias, probed.logit_scale, probed.softcap, adapter_of(embeddings))
+    head = probed.head(weight, bias, adapter_of(embeddings))
     return HeadInputs(hidden, head, probed.aux_loss, probed.autocast_dtype)
 
 
@@ -237,8 +230,8 @@ def probe(base: nn.Module, embeddings: nn.Module, call: Callable[[], Any]) -> Pr
             if stub.calls == 0:
                 raise
             raise ValueError(f"unsupported head: {_name(base)} fails on the probe of its logits: {error}") from error
-    logit_scale, softcap = _fit(_logits(result, base, stub), stub)
-    return Probed(stub.hidden, logit_scale, softcap, getattr(result, "aux_loss", None), stub.autocast_dtype)
+    transform = _fit(_logits(result, base, stub), stub)
+    return Probed(stub.hidden, transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
 
 
 @dataclass
@@ -250,7 +243,7 @@ class _Unwrapped:
     def compiled(self, embeddings: nn.Module) -> bool:
         """Whether hooks on the head would be traced into, or left out of, a compiled graph."""
         modules = [*self.chain, *embeddings.modules()]
-        return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+        return any(private.is_compiled(module) for module in modules)
 
 
 def _unwrap(model: nn.Module) -> _Unwrapped:
@@ -264,7 +257,8 @@ def _unwrap(model: nn.Module) -> _Unwrapped:
             prompt_learning |= outer.active_peft_config.is_prompt_learning
             inner = outer.get_base_model()
         else:
-            inner = outer._modules.get("_orig_mod", outer._modules.get("module"))
+            children = dict(outer.named_children())
+            inner = children.get("_orig_mod", children.get("module"))
         if inner is None or inner is outer:
             raise TypeError(f"model must be a transformers causal LM, bare or wrapped; {_name(outer)} is neither")
         chain.append(inner)
@@ -336,8 +330,8 @@ def _logits(result: Any, base: nn.Module, stub: _Stub) -> Tensor:
     return logits.detach()
 
 
-def _fit(logits: Tensor, stub: _Stub) -> tuple[float, float | None]:
-    """logit_scale and softcap that turn the probe into `logits`, every value of it; or a ValueError."""
+def _fit(logits: Tensor, stub: _Stub) -> Transform:
+    """The transform that turns the probe into `logits`, every value of it; or a ValueError."""
     eps = torch.finfo(logits.dtype).eps if logits.is_floating_point() else 1.0
     if eps > 1e-6:
         raise ValueError(
@@ -351,18 +345,23 @@ def _fit(logits: Tensor, stub: _Stub) -> tuple[float, float | None]:
 
     logit_scale = neat(float(z[_SMALLEST] / x[_SMALLEST]))
     largest = float(z[_LARGEST])
-    softcap = None
+    candidates = [Transform(logit_scale)]
     if abs(largest - logit_scale * float(x[_LARGEST])) > 64 * eps * abs(largest):
-        softcap = neat(abs(largest))
-    if logit_scale == 0 or not math.isfinite(logit_scale) or softcap == 0 or not math.isfinite(softcap or 1.0):
-        raise ValueError(_misfit(x, z, torch.tensor(_LARGEST)))
-    u = logit_scale * x
-    expected = u if softcap is None else softcap * torch.tanh(u / softcap)
-    # `not <=` so that NaN counts as a misfit
-    wrong = ~((z - expected).abs() <= 64 * eps * expected.abs())
-    if wrong.any():
-        raise ValueError(_misfit(x, z, wrong.int().argmax()))
-    return logit_scale, softcap
+        of_value = {name: curve.of_saturation for name, curve in CURVES.items()}
+        candidates = [Transform(logit_scale, name, neat(of(largest))) for name, of in of_value.items() if of]
+    wrong = torch.tensor(_LARGEST)
+    for transform in candidates:
+        if logit_scale == 0 or not all(math.isfinite(v) for v in (logit_scale, transform.parameter)):
+            continue
+        if transform.curve and transform.parameter == 0:
+            continue
+        expected = transform.apply(logit_scale * x[:, None], torch.ones_like(x))[:, 0]
+        # `not <=` so that NaN counts as a misfit
+        misfits = ~((z - expected).abs() <= 64 * eps * expected.abs())
+        if not misfits.any():
+            return transform
+        wrong = misfits.int().argmax()
+    raise ValueError(_misfit(x, z, wrong))
 
 
 def _misfit(x: Tensor, z: Tensor, where: Tensor) -> str:

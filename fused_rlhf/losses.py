@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fused_rlhf import objectives, preferences
 from fused_rlhf.functional import linear_policy_loss, linear_preference_loss
 from fused_rlhf.objectives import PolicyLoss
-from fused_rlhf.op.arguments import Mode
+from fused_rlhf.op.execute import Mode
+from fused_rlhf.op.head import Head
 from fused_rlhf.preferences import PreferenceLoss
 
 
@@ -55,7 +56,7 @@ class FusedLinearLoss(nn.Module):
         }
 
     def forward(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, **batch: Any
+        self, hidden: Tensor, weight: Tensor | Head, targets: Tensor, **batch: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """-> loss and metrics. `batch`: the other arguments of the function, by name; they go before the module's."""
         function: Callable[..., Any] = (

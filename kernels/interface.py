@@ -1,43 +1,60 @@
-"""What every backend is: five functions over flat rows, with the same arguments and results.
+"""What every backend is: the functions of `Backend` over flat rows, and what they take and give.
 
-    mass_blocks(vocabulary, device)                                                  -> int
-    forward(hidden, head, targets, temperature, outputs)                             -> Stats
-    backward(hidden, head, targets, temperature, stats, grads, needs)                -> Grads
-    evaluate(objective, logprobs, entropy)                                           -> loss, TokenGrads
-    one_pass(hidden, head, targets, temperature, outputs, objective, needs)          -> Stats, loss, Grads
+`fused_rlhf.backends.reference`, `fused_rlhf.backends.chunked` and `fused_rlhf.kernels.ops` (Triton) are backends. The rows
+they get are real tokens only: arguments are checked, padding is dropped and tensors are contiguous before they are called.
 
-`fused_rlhf.reference`, `fused_rlhf.chunked` and `fused_rlhf.kernels.ops` (Triton) are backends. The rows they get are
-real tokens only: arguments are checked, padding is dropped and tensors are contiguous before they are called.
-
-N tokens, H hidden, V vocabulary. With u = logit_scale (h W^T + b), the logits are
-
-    z = u / temperature                                  without softcap
-    z = softcap tanh(u / softcap) / temperature          with it
-
-Under a low-rank adapter h W^T is h W^T + scale (h A^T) B^T: hidden carries scale (h A^T), the head B.
+N tokens, H hidden, V vocabulary. What a head does to its products h W^T + b is in `transforms`, what can be said of a row
+in `statistics`. Under a low-rank adapter h W^T is h W^T + scale (h A^T) B^T: hidden carries scale (h A^T), the head B.
 
 This file needs torch alone, so that a machine without triton can import it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
-OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "is_top1")
+from fused_rlhf.kernels.transforms import IDENTITY, Transform
+
+Maybe = TypeVar("Maybe", bound=Tensor | None)
+
+
+def pick(tensor: Maybe, rows: slice | Tensor | None) -> Maybe:
+    """These rows of a tensor, contiguous; None: all of them."""
+    if tensor is None:
+        return tensor
+    if rows is None:
+        return cast(Maybe, tensor.contiguous())
+    return cast(Maybe, tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows])
 
 
 @dataclass(frozen=True)
-class Head:
-    """The LM head and how it turns products into logits."""
+class Rows:
+    """Real tokens, with everything that is a token's own."""
+
+    hidden: Tensor  # (N, H); with an adapter on the head (N, H + copies r)
+    targets: Tensor  # (N,) int64, in [0, V)
+    temperature: Tensor  # (N,) fp32 (fp64 for fp64 inputs)
+
+    @property
+    def count(self) -> int:
+        return self.targets.numel()
+
+    def pick(self, rows: slice | Tensor | None) -> Rows:
+        return Rows(*(pick(t, rows) for t in (self.hidden, self.targets, self.temperature)))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The LM head as the backends multiply by it. Its weight is read by `rows`; the gradient leaves by `sink`."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    transform: Transform = IDENTITY
     # Operands of the products are cast to this tile by tile; accumulation and logits are fp32 (fp64 for fp64).
     compute_dtype: torch.dtype = torch.float32
     # Logits may be rounded to compute_dtype before the softmax where that is faster. Off by default: it costs accuracy.
@@ -47,6 +64,15 @@ class Head:
     # (V, r): a low-rank adapter's second factor. The rows of hidden then end in `copies` parts of (h A^T) scale, whose
     # sum is that, each exact in compute_dtype.
     lora_b: Tensor | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
 
     @property
     def copies(self) -> int:
@@ -60,23 +86,131 @@ class Head:
             return w
         return torch.cat([w, *[self.lora_b[columns].to(self.compute_dtype)] * self.copies], 1)
 
+    def bias_of(self, columns: slice) -> Tensor | None:
+        return None if self.bias is None else self.bias[columns]
+
     def split(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(n, H + copies r) -> the hidden states (n, H), and the parts of the adapter's activations (n, r)."""
         H = self.weight.shape[1]
         return x[:, :H], x[:, H:].chunk(self.copies, 1) if self.copies else ()
 
+    def sink(self, needs: Needs, width: int, *, direct: bool | None = None, again: bool = False) -> HeadSink:
+        """See `HeadSink`."""
+        return HeadSink(self, needs, width, direct=direct, again=again)
 
-class Stats(NamedTuple):
-    """Per-row results, fp32 (fp64 for fp64 inputs), (N,) each; None where not asked for. `lse` is always there."""
+
+class Needs(NamedTuple):
+    """Which gradients are wanted; the work and memory of the others must be absent."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora: bool = False
+
+
+@dataclass
+class BlockGrads:
+    """Where the gradient of some columns of a head is summed up; None where it is not needed."""
+
+    columns: slice
+    weight: Tensor | None  # (v, H)
+    bias: Tensor | None  # (v,) fp32 (fp64)
+    lora: Tensor | None  # (v, r) likewise, of lora_b
+    fresh: bool  # nothing was added yet: `weight` holds no numbers, the others zeros
+
+
+class HeadSink:
+    """Takes the gradients of a head, block of columns by block: the twin of `Projection.rows`.
+
+    `open` gives what to add to, `close` takes it home. With the vocabulary outermost every block is opened once, and its
+    `weight` is the gradient itself where that is `direct`, else scratch of `width` columns in fp32; with the rows
+    outermost (`again`) blocks are opened for each block of rows and summed in fp32 throughout.
+    """
+
+    def __init__(
+        self, head: Projection, needs: Needs, width: int, *, direct: bool | None = None, again: bool = False
+    ) -> None:
+        wide, weight, bias, lora = head.wide, head.weight, head.bias, head.lora_b
+        self.head, self.again = head, again
+        self.direct = (weight.dtype == wide) if direct is None else direct
+        self.weight = torch.empty_like(weight, dtype=wide if again else None) if needs.weight else None
+        self.bias = torch.zeros_like(bias, dtype=wide) if needs.bias and bias is not None else None
+        self.lora = torch.zeros_like(lora, dtype=wide) if needs.lora and lora is not None else None
+        self.scratch: Tensor | None = None
+        if self.weight is not None and not (self.direct or again):
+            self.scratch = weight.new_empty((min(width, len(weight)), weight.shape[1]), dtype=wide)
+        self.written: set[int] = set()
+
+    def open(self, columns: slice) -> BlockGrads:
+        weight = None
+        if self.weight is not None:
+            weight = self.weight[columns] if self.scratch is None else self.scratch[: columns.stop - columns.start]
+        bias, lora = (None if whole is None else whole[columns] for whole in (self.bias, self.lora))
+        return BlockGrads(columns, weight, bias, lora, columns.start not in self.written)
+
+    def close(self, block: BlockGrads, scale: Tensor | None = None) -> None:
+        """`block` is complete (but for other rows, with `again`); its weight is to be multiplied by `scale` (0-d)."""
+        if self.weight is not None and block.weight is not None:
+            if block.fresh:
+                block.weight.zero_()
+            if self.scratch is not None:
+                self.weight[block.columns] = block.weight if scale is None else block.weight.mul_(scale)
+        self.written.add(block.columns.start)
+
+    def grads(self, hidden: Tensor | None, scale: Tensor | None = None) -> Grads:
+        """All of them in the tensors' dtypes; bias and lora multiplied by `scale`."""
+        if self.weight is not None and self.again and not self.written:
+            self.weight.zero_()
+        head = self.head
+        bias, lora = (v if v is None or scale is None else v.mul_(scale) for v in (self.bias, self.lora))
+        return Grads(hidden, _as(self.weight, head.weight), _as(bias, head.bias), _as(lora, head.lora_b))
+
+
+def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if gradient is None or like is None else gradient.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per-row results, fp32 (fp64 for fp64 inputs), (N,) each."""
 
     logprobs: Tensor
     lse: Tensor
-    entropy: Tensor | None = None
-    sum_sq: Tensor | None = None  # sum_v p_v^2
-    mean_logit: Tensor | None = None  # mean_v z_v
-    is_top1: Tensor | None = None  # bool: the target is the first of the largest logits
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # the other statistics that were asked for, by name
     # (N, mass_blocks), only under head.grad_filter > 0: probability mass of each vocabulary block of the backward.
     mass: Tensor | None = None
+
+    @staticmethod
+    def of(logprobs: Tensor, statistics: Mapping[str, Tensor], mass: Tensor | None = None) -> Stats:
+        """`statistics` holds lse."""
+        extra = {name: value for name, value in statistics.items() if name != "lse"}
+        return Stats(logprobs, statistics["lse"], extra, mass)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.lse if name == "lse" else self.extra[name]
+
+    @property
+    def entropy(self) -> Tensor | None:
+        return self.extra.get("entropy")
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Stats:
+        mass = None if self.mass is None else function(self.mass)
+        extra = {name: function(value) for name, value in self.extra.items()}
+        return Stats(function(self.logprobs), function(self.lse), extra, mass)
+
+    def pick(self, rows: slice | Tensor | None) -> Stats:
+        return self.map(lambda values: pick(values, rows))
+
+    @staticmethod
+    def joined(parts: list[Stats]) -> Stats:
+        """Of rows one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in first.extra}
+        masses = [part.mass for part in parts if part.mass is not None]
+        logprobs, lse = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "lse"))
+        return Stats(logprobs, lse, extra, torch.cat(masses) if masses else None)
 
 
 class TokenGrads(NamedTuple):
@@ -97,14 +231,8 @@ class TokenGrads(NamedTuple):
                 live |= vector != 0
         return live
 
-
-class Needs(NamedTuple):
-    """Which gradients are wanted; the work and memory of the others must be absent."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora: bool = False
+    def pick(self, rows: slice | Tensor | None) -> TokenGrads:
+        return TokenGrads(*(pick(vector, rows) for vector in self))
 
 
 class Grads(NamedTuple):
@@ -188,3 +316,105 @@ class BoundPreference:
     token_weights: Tensor | None  # (N,) fp32: what a token counts in its sum; None: 1
     pair_weight: Tensor | float
     plain: bool  # pairs, reverse KL, no weighting by the policy
+
+
+Kind = Literal["forward", "reverse", "jsd"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A policy's head, the reference's, and which divergence of the two; formulas are in `fused_rlhf.op.divergence`."""
+
+    policy: Projection
+    ref: Projection
+    kind: Kind
+    beta: float  # of jsd
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.policy.wide, self.ref.wide)
+
+
+@dataclass(frozen=True)
+class RowPairs:
+    """The same real tokens in the policy and in the reference."""
+
+    hidden: Tensor  # (N, H)
+    ref_hidden: Tensor  # (N, H')
+    temperature: Tensor  # (N,)
+
+    def pick(self, rows: Tensor | None) -> RowPairs:
+        return RowPairs(*(pick(t, rows) for t in (self.hidden, self.ref_hidden, self.temperature)))
+
+
+class Sums(NamedTuple):
+    """What the gradient of a divergence needs of each row, (N,)."""
+
+    lse: Tensor
+    ref_lse: Tensor
+    shift: Tensor  # lse - ref_lse, more exactly than the two give it
+    mean: Tensor  # sum p s; 0 for the forward KL
+
+
+Route = Literal["forward", "two_phase", "one_pass", "divergence"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call by its sizes alone, to ask a backend what it would take."""
+
+    route: Route
+    rows: int  # N real tokens
+    hidden_size: int
+    vocabulary: int
+    dtype: torch.dtype = torch.float32  # of hidden, weight and products
+    needs: Needs = field(default_factory=lambda: Needs(True, True, False))
+    needs_entropy: bool = False  # by the objective
+    multiprocessors: int = 132  # of a GPU: those of an H100 or H200
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of hidden and weight."""
+        rows = (self.rows if self.needs.hidden else 0) + (self.vocabulary if self.needs.weight else 0)
+        return 0 if self.route == "forward" else rows * self.hidden_size * self.dtype.itemsize
+
+
+class Backend(Protocol):
+    """The functions of a backend, a module. What it cannot do raises, naming the backend that can."""
+
+    def mass_blocks(self, vocabulary: int, device: torch.device) -> int:
+        """Columns of `Stats.mass`."""
+        ...
+
+    def statistics(self, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats: ...
+
+    def gradients(self, rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is."""
+        ...
+
+    def loss(self, objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        """Contributions to the loss, and its derivatives by the (N,) log-probs and entropies."""
+        ...
+
+    def one_pass(
+        self, rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+    ) -> tuple[Stats, Tensor, Grads]:
+        """Statistics, contributions to the loss and the gradients of their sum."""
+        ...
+
+    def divergence(self, rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+        """(N,) divergences."""
+        ...
+
+    def divergence_gradients(self, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
+        """Of the policy's operands, with upstream (N,)."""
+        ...
+
+    def has_divergence(self) -> bool:
+        """Whether "auto" may choose it for a divergence."""
+        ...
+
+    def memory(self, work: Work) -> float:
+        """Bytes at the peak beyond the inputs, gradients included."""
+        ...

@@ -1,13 +1,14 @@
 """Log-probabilities of an LM head without its logits, and their gradient.
 
-    u = h W^T + b        z = softcap tanh(scale u / softcap) / temperature, or scale u / temperature
+    z = curve(scale (h W^T + b)) / temperature, or without a curve scale (h W^T + b) / temperature
     logprob[n] = z[n, y[n]] - lse[n]          lse[n] = log sum_v exp z[n, v]          entropy = lse - sum_v p z
 
 Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while in registers, to a maximum m and the sums
 
-    S = sum e      T = sum e (z - m)      Q = sum e^2      Z = sum z          e = exp(z - m)
+    S = sum e          e = exp(z - m)
 
-which `finish_kernel` merges over the vocabulary in a fixed order. Tiles do not depend on N, so a row's values do not
+and the number of each statistic that is asked for (`statistics.py`), in slots of one scratch tensor. `finish_kernel` merges
+them over the vocabulary in a fixed order. Tiles do not depend on N, so a row's values do not
 depend on its neighbours.
 
 Tensor cores add in fp32 but cut off what does not fit instead of rounding it (sm_90, measured): a sum of 4096 products
@@ -45,19 +46,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_rlhf.kernels.interface import BoundPolicy, Head, Stats
+from fused_rlhf.kernels.interface import BoundPolicy, Projection, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LOG2E,
     column_slices,
+    curve_of,
     expm1,
     load_w,
     load_x,
     logits_of,
     open_tile,
-    softcap_slope,
     tile_origin,
 )
+from fused_rlhf.kernels.statistics import STATISTICS, parts_of, slots_of
 from fused_rlhf.kernels.tiles import Tile, multiprocessors
 
 # exp(60) times a vocabulary of 2^26 is below the largest bf16 and fp32.
@@ -86,7 +88,7 @@ def stats_kernel(
     targets_ptr,  # (N,) int64
     reference_ptr,  # (N,) fp32, with exps
     exps,  # (N, V) E in the compute dtype, descriptor or pointer; or None
-    partials_ptr,  # (slots, CAPACITY, TILES) fp32: m, S, then those of T, Q, Z, argmax that are asked for
+    partials_ptr,  # (slots, CAPACITY, TILES) fp32: m, S, then a number of each statistic asked for
     target_logits_ptr,  # (N,) fp32
     N,
     V,
@@ -99,11 +101,14 @@ def stats_kernel(
     stride_raw,
     stride_exps,
     logit_scale,
-    softcap,
-    ENTROPY: tl.constexpr,
+    parameter,  # of the curve
+    ENTROPY: tl.constexpr,  # this and the next four: the slot of a statistic, 0 where it is not asked for
     SUM_SQ: tl.constexpr,
-    MEAN: tl.constexpr,
-    TOP1: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    MARGIN: tl.constexpr,
+    CURVE: tl.constexpr,  # this and SLOPE: device functions, or None
+    SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -154,7 +159,7 @@ def stats_kernel(
                     product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
                 )
                 offs_v = v_start + tl.arange(0, BLOCK_V)
-                z = logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, softcap)
+                z = logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, parameter, CURVE)
                 if v_start + BLOCK_V > V:
                     z = tl.where((offs_v < V)[None, :], z, float("-inf"))
 
@@ -173,8 +178,29 @@ def stats_kernel(
                 t = tl.zeros((BLOCK_N,), tl.float32)
                 q = tl.zeros((BLOCK_N,), tl.float32)
                 z_sum = tl.zeros((BLOCK_N,), tl.float32)
-                first = tl.full((BLOCK_N,), float("inf"), tl.float32)
                 parts = column_slices(z, SLICES)
+                vocabulary_tile = (block_start + v_start) // BLOCK_V
+                # The next two by themselves: their registers are free again before the exponentials need theirs.
+                if MARGIN:
+                    top = parts[0]
+                    below = tl.full((BLOCK_N, SLICE), float("-inf"), tl.float32)
+                    for i in tl.static_range(1, SLICES):
+                        below = tl.maximum(below, tl.minimum(top, parts[i]))
+                        top = tl.maximum(top, parts[i])
+                    is_max = top == m[:, None]
+                    ties = tl.sum(tl.where(is_max, 1.0, 0.0), 1)
+                    second = tl.max(tl.maximum(below, tl.where(is_max, float("-inf"), top)), 1)
+                    ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
+                    tl.store(ptrs + MARGIN * plane, tl.where(ties > 1, m, second), mask=mask_n)
+                    tl.debug_barrier()
+                if IS_TOP1:
+                    first = tl.full((BLOCK_N,), BLOCK_V, tl.int32)  # within the tile; a NaN is nowhere
+                    for i in tl.static_range(SLICES):
+                        column = (i * SLICE + tl.arange(0, SLICE))[None, :]
+                        first = tl.minimum(first, tl.min(tl.where(parts[i] == m[:, None], column, BLOCK_V), 1))
+                    column = tl.where(first < BLOCK_V, (block_start + v_start + first).to(tl.float32), float("inf"))
+                    ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
+                    tl.store(ptrs + IS_TOP1 * plane, column, mask=mask_n)
                 for i in tl.static_range(SLICES):
                     part = parts[i]
                     depth = part - shift[:, None]
@@ -185,30 +211,23 @@ def stats_kernel(
                     if SUM_SQ:
                         q += tl.sum(e * e, 1)
                     slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-                    if MEAN:
+                    if MEAN_LOGIT:
                         z_sum += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
-                    if TOP1:
-                        columns = tl.where(
-                            part == m[:, None], (block_start + slice_v).to(tl.float32)[None, :], float("inf")
-                        )
-                        first = tl.minimum(first, tl.min(columns, 1))
                     if exps is not None:
                         kept = e * rise[:, None]
-                        if softcap is not None:
-                            kept *= softcap_slope(part, inv_temperature, softcap)
+                        if SLOPE is not None:
+                            kept *= SLOPE(part, inv_temperature[:, None], parameter)
                         store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
 
-                ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + (block_start + v_start) // BLOCK_V
+                ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
                 tl.store(ptrs, m, mask=mask_n)
                 tl.store(ptrs + plane, s, mask=mask_n)
                 if ENTROPY:
-                    tl.store(ptrs + 2 * plane, t, mask=mask_n)
+                    tl.store(ptrs + ENTROPY * plane, t, mask=mask_n)
                 if SUM_SQ:
-                    tl.store(ptrs + (2 + ENTROPY) * plane, q, mask=mask_n)
-                if MEAN:
-                    tl.store(ptrs + (2 + ENTROPY + SUM_SQ) * plane, z_sum, mask=mask_n)
-                if TOP1:
-                    tl.store(ptrs + (2 + ENTROPY + SUM_SQ + MEAN) * plane, first, mask=mask_n)
+                    tl.store(ptrs + SUM_SQ * plane, q, mask=mask_n)
+                if MEAN_LOGIT:
+                    tl.store(ptrs + MEAN_LOGIT * plane, z_sum, mask=mask_n)
                 if PROMOTE > 0:
                     total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
@@ -220,10 +239,11 @@ def finish_kernel(
     targets_ptr,
     logprobs_ptr,
     lse_ptr,
-    entropy_ptr,  # this and the next three: (N,) or None
+    entropy_ptr,  # this and the next four: (N,), or None where it is not asked for
     sum_sq_ptr,
     mean_logit_ptr,
     is_top1_ptr,
+    margin_ptr,
     row_max_ptr,  # (N,) or None
     old_ptr,  # from here on with a SURROGATE; None: old = logprob
     ref_ptr,
@@ -239,6 +259,11 @@ def finish_kernel(
     option_b,
     option_c,
     option_d,
+    ENTROPY: tl.constexpr,  # slots, as in `stats_kernel`
+    SUM_SQ: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    MARGIN: tl.constexpr,
     SURROGATE: tl.constexpr,  # a function of kernels/objectives.py, or None
     KL: tl.constexpr,  # likewise
     BLOCK_T: tl.constexpr,
@@ -247,9 +272,6 @@ def finish_kernel(
     n = tl.program_id(0)
     plane = capacity.to(tl.int64) * tiles
     row_ptr = partials_ptr + n.to(tl.int64) * tiles
-    ENTROPY: tl.constexpr = entropy_ptr is not None
-    SUM_SQ: tl.constexpr = sum_sq_ptr is not None
-    MEAN: tl.constexpr = mean_logit_ptr is not None
 
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     for start in range(0, tiles, BLOCK_T):
@@ -263,6 +285,8 @@ def finish_kernel(
     q = tl.zeros((BLOCK_T,), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     first = tl.full((BLOCK_T,), float("inf"), tl.float32)
+    second = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    ties = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(0, tiles, BLOCK_T):
         offs = start + tl.arange(0, BLOCK_T)
         mask = offs < tiles
@@ -272,15 +296,19 @@ def finish_kernel(
         s_tile = tl.load(row_ptr + plane + offs, mask=mask, other=0.0)
         s += scale * s_tile
         if ENTROPY:
-            t_tile = tl.load(row_ptr + 2 * plane + offs, mask=mask, other=0.0)
+            t_tile = tl.load(row_ptr + ENTROPY * plane + offs, mask=mask, other=0.0)
             t += tl.where(scale > 0, scale * (t_tile + depth * s_tile), 0.0)
         if SUM_SQ:
-            q += scale * scale * tl.load(row_ptr + (2 + ENTROPY) * plane + offs, mask=mask, other=0.0)
-        if MEAN:
-            total += tl.load(row_ptr + (2 + ENTROPY + SUM_SQ) * plane + offs, mask=mask, other=0.0)
-        if is_top1_ptr is not None:
-            column = tl.load(row_ptr + (2 + ENTROPY + SUM_SQ + MEAN) * plane + offs, mask=mask, other=float("inf"))
+            q += scale * scale * tl.load(row_ptr + SUM_SQ * plane + offs, mask=mask, other=0.0)
+        if MEAN_LOGIT:
+            total += tl.load(row_ptr + MEAN_LOGIT * plane + offs, mask=mask, other=0.0)
+        if IS_TOP1:
+            column = tl.load(row_ptr + IS_TOP1 * plane + offs, mask=mask, other=float("inf"))
             first = tl.minimum(first, tl.where(m == top, column, float("inf")))
+        if MARGIN:
+            second_tile = tl.load(row_ptr + MARGIN * plane + offs, mask=mask, other=float("-inf"))
+            ties += (m == top).to(tl.int32)
+            second = tl.maximum(second, tl.where(m == top, second_tile, m))
 
     total_s = tl.sum(s, 0)
     log_s = tl.log(total_s)
@@ -292,10 +320,13 @@ def finish_kernel(
         tl.store(entropy_ptr + n, log_s - tl.sum(t, 0) / total_s)
     if SUM_SQ:
         tl.store(sum_sq_ptr + n, tl.sum(q, 0) / (total_s * total_s))
-    if MEAN:
+    if MEAN_LOGIT:
         tl.store(mean_logit_ptr + n, tl.sum(total, 0) / V)
-    if is_top1_ptr is not None:
+    if IS_TOP1:
         tl.store(is_top1_ptr + n, tl.min(first, 0) == tl.load(targets_ptr + n).to(tl.float32))
+    if MARGIN:
+        runner_up = tl.where(tl.sum(ties, 0) > 1, top, tl.max(second, 0))
+        tl.store(margin_ptr + n, tl.where(total_s == total_s, top - runner_up, total_s))  # a NaN stays one
     if row_max_ptr is not None:
         tl.store(row_max_ptr + n, top)
     if SURROGATE is not None:
@@ -317,7 +348,7 @@ def finish_kernel(
 @triton.jit
 def reference_kernel(
     x_ptr, w_ptr, bias_ptr, inv_temperature_ptr, targets_ptr, reference_ptr, H, stride_xn, stride_wv,
-    logit_scale, softcap, COMPUTE: tl.constexpr, BLOCK_H: tl.constexpr,
+    logit_scale, parameter, CURVE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One row's target logit, to within rounding; finite."""
     n = tl.program_id(0)
@@ -330,7 +361,7 @@ def reference_kernel(
         acc += x.to(tl.float32) * w.to(tl.float32)
     inv_temperature = tl.load(inv_temperature_ptr + n + tl.arange(0, 1))
     product = tl.sum(acc, 1, keep_dims=True)
-    z = logits_of(product, bias_ptr, y + tl.arange(0, 1), y + 1, inv_temperature, logit_scale, softcap)
+    z = logits_of(product, bias_ptr, y + tl.arange(0, 1), y + 1, inv_temperature, logit_scale, parameter, CURVE)
     tl.store(reference_ptr + n + tl.zeros_like(z).to(tl.int32), tl.maximum(z, -1e30))
 
 
@@ -350,7 +381,8 @@ def repair_kernel(
     tiles,
     stride_exps,
     logit_scale,
-    softcap,
+    parameter,
+    SLOPE: tl.constexpr,
     TILE_V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -374,9 +406,8 @@ def repair_kernel(
     logprob = tl.load(logprobs_ptr + n)
     inv_temperature = tl.load(inv_temperature_ptr + n)
     at_target = expm1(logprob) * tl.exp2((lse - reference) * LOG2E)
-    if softcap is not None:
-        t = (logprob + lse) / (softcap * inv_temperature)
-        at_target *= 1 - t * t
+    if SLOPE is not None:
+        at_target *= SLOPE(logprob + lse, inv_temperature, parameter)
     tl.store(row + tl.load(targets_ptr + n), at_target.to(exps_ptr.dtype.element_ty))
     slope = tl.load(slope_ptr + n)
     tl.store(factor_ptr + n, -slope * tl.exp2((reference - lse) * LOG2E) * logit_scale * inv_temperature)
@@ -407,7 +438,9 @@ def dlogits_kernel(
     stride_raw,
     stride_out,
     logit_scale,
-    softcap,
+    parameter,
+    CURVE: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -476,7 +509,7 @@ def dlogits_kernel(
                 for i in tl.static_range(SLICES):
                     slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
                     mask_v = slice_v < V
-                    z = logits_of(parts[i], bias_ptr, slice_v, V, inv_temperature, logit_scale, softcap)
+                    z = logits_of(parts[i], bias_ptr, slice_v, V, inv_temperature, logit_scale, parameter, CURVE)
                     depth = z - lse[:, None]
                     p = tl.exp2(depth * LOG2E)
                     if h_ptr is not None:
@@ -487,8 +520,8 @@ def dlogits_kernel(
                     if any_here:
                         here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
                         dz = tl.where(here, at_target[:, None], dz)
-                    if softcap is not None:
-                        dz *= softcap_slope(z, inv_temperature, softcap)
+                    if SLOPE is not None:
+                        dz *= SLOPE(z, inv_temperature[:, None], parameter)
                     store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
                     if dbias_ptr is not None:
                         sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
@@ -511,7 +544,7 @@ def add_split_kernel(hi_ptr, lo_ptr, addend_ptr, size, BLOCK: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBlock:
     """The tokens of one launch."""
 
     x: Tensor  # (n, H) in the compute dtype
@@ -520,7 +553,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Block:
+class ColumnBlock:
     """Columns [start, start + V) of the vocabulary, start a multiple of every tile's width."""
 
     start: int
@@ -551,7 +584,7 @@ def descriptors_fit(*operands: Tensor) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in operands)
 
 
-def _operands(tile: Tile, rows: Rows, w: Tensor, out: Tensor | None) -> tuple:
+def _operands(tile: Tile, rows: RowBlock, w: Tensor, out: Tensor | None) -> tuple:
     if not tile.tma:
         return rows.x, w, out
     x = TensorDescriptor.from_tensor(rows.x, [tile.block_n, tile.block_h])
@@ -563,7 +596,7 @@ def _operands(tile: Tile, rows: Rows, w: Tensor, out: Tensor | None) -> tuple:
     )
 
 
-def _pieces(tile: Tile, rows: Rows, block: Block) -> Iterator[tuple[Tensor | None, slice]]:
+def _pieces(tile: Tile, rows: RowBlock, block: ColumnBlock) -> Iterator[tuple[Tensor | None, slice]]:
     """The block in pieces, with the products of each where they come from cuBLAS."""
     width = block.w.shape[0]
     if not tile.raw_columns:
@@ -594,24 +627,30 @@ class Partials:
     target_logits: Tensor  # (capacity,)
     outputs: tuple[str, ...]
 
+    @property
+    def slots(self) -> dict[str, int]:
+        """By the kernels' names: where the number of each statistic is, 0 where it is not asked for."""
+        found = slots_of(self.outputs)
+        return {name.upper(): found.get(name, 0) for name in parts_of(STATISTICS)}
+
     @classmethod
     def empty(cls, tile: Tile, capacity: int, V: int, outputs: tuple[str, ...], device: torch.device) -> Partials:
-        slots = 2 + len(set(outputs) - {"lse"})
+        slots = 2 + len(slots_of(outputs))
         values = torch.empty((slots, capacity, triton.cdiv(V, tile.block_v)), dtype=torch.float32, device=device)
         return cls(values, torch.empty(capacity, dtype=torch.float32, device=device), outputs)
 
 
 def launch_stats(
     tile: Tile,
-    rows: Rows,
-    block: Block,
-    head: Head,
+    rows: RowBlock,
+    block: ColumnBlock,
+    head: Projection,
     partials: Partials,
     exps: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> None:
     """Reduces the block's logits into `partials`; with exps (n, its columns) and reference (n,), also stores E."""
-    n, H = rows.x.shape
+    (n, H), curve = rows.x.shape, curve_of(head.transform)
     for raw, piece in _pieces(tile, rows, block):
         w = block.w[piece]
         kept = None if exps is None else exps[:, piece]
@@ -621,15 +660,13 @@ def launch_stats(
             reference, out_arg, partials.values, partials.target_logits,
             n, w.shape[0], H, block.start + piece.start, partials.values.shape[2], partials.values.shape[1],
             rows.x.stride(0), w.stride(0), 0 if raw is None else raw.stride(0), 0 if kept is None else kept.stride(0),
-            head.logit_scale, head.softcap,
-            ENTROPY=int("entropy" in partials.outputs), SUM_SQ=int("sum_sq" in partials.outputs),
-            MEAN=int("mean_logit" in partials.outputs), TOP1=int("is_top1" in partials.outputs),
+            head.transform.logit_scale, head.transform.parameter, **partials.slots, CURVE=curve.apply, SLOPE=curve.slope,
             PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
         )  # fmt: skip
 
 
 def launch_finish(
-    rows: Rows, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundPolicy | None = None,
+    rows: RowBlock, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundPolicy | None = None,
     at: slice = slice(None),
 ) -> tuple[Stats, Tensor | None, Tensor | None]:  # fmt: skip
     """Merges `partials` -> (Stats, loss, dloss / dlogprob), (n,) each; the last two with an objective that has a twin.
@@ -640,10 +677,10 @@ def launch_finish(
     fp32 = {"dtype": torch.float32, "device": rows.x.device}
     logprobs, lse = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
     extra = {
-        name: torch.empty(n, dtype=torch.bool if name == "is_top1" else torch.float32, device=rows.x.device)
-        for name in partials.outputs
-        if name != "lse"
+        name: torch.empty(n, dtype=torch.bool if record.boolean else torch.float32, device=rows.x.device)
+        for name, record in parts_of(partials.outputs).items()
     }
+    results = {f"{name}_ptr": extra.get(name) for name in parts_of(STATISTICS)}
     loss = slope = surrogate = kl = None
     vectors: list[Tensor | None] = [None] * 4
     options = [0.0] * 4
@@ -660,23 +697,24 @@ def launch_finish(
         )
         vectors = [None if v is None else v[at] for v in whole]
     finish_kernel[(n,)](
-        partials.values, partials.target_logits, rows.targets, logprobs, lse,
-        extra.get("entropy"), extra.get("sum_sq"), extra.get("mean_logit"), extra.get("is_top1"), row_max,
-        *vectors, loss, slope, partials.values.shape[2], partials.values.shape[1], V,
-        0.0 if objective is None else float(objective.beta), *options,
+        partials.values, partials.target_logits, rows.targets, logprobs, lse, **results, row_max_ptr=row_max,
+        old_ptr=vectors[0], ref_ptr=vectors[1], advantages_ptr=vectors[2], token_weights_ptr=vectors[3],
+        loss_ptr=loss, slope_ptr=slope, tiles=partials.values.shape[2], capacity=partials.values.shape[1], V=V,
+        beta=0.0 if objective is None else float(objective.beta), option_a=options[0], option_b=options[1],
+        option_c=options[2], option_d=options[3], **partials.slots,
         SURROGATE=surrogate, KL=kl, BLOCK_T=1024, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return Stats(logprobs=logprobs, lse=lse, **extra), loss, slope
+    return Stats(logprobs, lse, extra), loss, slope
 
 
-def launch_reference(rows: Rows, head: Head) -> Tensor:
+def launch_reference(rows: RowBlock, head: Projection) -> Tensor:
     """The target's logit of each row, to within rounding."""
     n, H = rows.x.shape
     reference = torch.empty_like(rows.inv_temperature)
     reference_kernel[(n,)](
         rows.x, head.weight, head.bias, rows.inv_temperature, rows.targets, reference, H, rows.x.stride(0),
-        head.weight.stride(0), head.logit_scale, head.softcap,
-        COMPUTE=_TRITON_DTYPES[rows.x.dtype], BLOCK_H=1024,
+        head.weight.stride(0), head.transform.logit_scale, head.transform.parameter,
+        CURVE=curve_of(head.transform).apply, COMPUTE=_TRITON_DTYPES[rows.x.dtype], BLOCK_H=1024,
     )  # fmt: skip
     return reference
 
@@ -685,15 +723,15 @@ _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.
 
 
 def launch_repair(
-    tile: Tile, rows: Rows, head: Head, partials: Partials, exps: Tensor, reference: Tensor, row_max: Tensor,
+    tile: Tile, rows: RowBlock, head: Projection, partials: Partials, exps: Tensor, reference: Tensor, row_max: Tensor,
     stats: Stats, slope: Tensor,
 ) -> Tensor:  # fmt: skip
     """Makes E (n, V) ready for the products and returns the factor (n,) with dz = factor E."""
     factor = torch.empty_like(slope)
     repair_kernel[(rows.x.shape[0],)](
         exps, partials.values, reference, row_max, stats.logprobs, stats.lse, slope, rows.inv_temperature, rows.targets,
-        factor, head.weight.shape[0], partials.values.shape[2], exps.stride(0), head.logit_scale, head.softcap,
-        TILE_V=tile.block_v, BLOCK=1024,
+        factor, head.vocabulary, partials.values.shape[2], exps.stride(0), head.transform.logit_scale,
+        head.transform.parameter, SLOPE=curve_of(head.transform).slope, TILE_V=tile.block_v, BLOCK=1024,
     )  # fmt: skip
     return factor
 
@@ -711,11 +749,10 @@ class RowGrads:
 
 
 def launch_dlogits(
-    tile: Tile, rows: Rows, block: Block, head: Head, grads: RowGrads, out: Tensor, need_bias: bool
+    tile: Tile, rows: RowBlock, block: ColumnBlock, head: Projection, grads: RowGrads, out: Tensor, need_bias: bool
 ) -> Tensor | None:
     """Writes dloss/du (n, the block's columns) into `out` in the compute dtype; returns its column sums if needed."""
-    n, H = rows.x.shape
-    sums = []
+    (n, H), curve, sums = rows.x.shape, curve_of(head.transform), []
     for raw, piece in _pieces(tile, rows, block):
         w, kept = block.w[piece], out[:, piece]
         dbias = None
@@ -726,8 +763,8 @@ def launch_dlogits(
             x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
             grads.lse, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
             n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
-            0 if raw is None else raw.stride(0), kept.stride(0), head.logit_scale, head.softcap,
-            PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
+            0 if raw is None else raw.stride(0), kept.stride(0), head.transform.logit_scale, head.transform.parameter,
+            CURVE=curve.apply, SLOPE=curve.slope, PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,
         )  # fmt: skip
         if dbias is not None:
             sums.append(dbias.sum(0))

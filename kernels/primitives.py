@@ -5,8 +5,12 @@ N tokens, H hidden, V vocabulary. A tile is `[BLOCK_N, BLOCK_V]` of the matrix o
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from fused_rlhf.kernels.transforms import Transform
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -97,21 +101,51 @@ def open_tile(
 
 
 @triton.jit
-def logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, softcap):
-    """Products h W^T [BLOCK_N, BLOCK] of the columns offs_v [BLOCK] -> logits z; bias_ptr and softcap may be None."""
-    if bias_ptr is not None:
-        product += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    if softcap is not None:
-        return softcap * tanh(product * (logit_scale / softcap)) * inv_temperature[:, None]
-    else:
-        return product * (logit_scale * inv_temperature)[:, None]
+def softcap(product, gain, cap):
+    return cap * tanh(product * (gain / cap))
 
 
 @triton.jit
-def softcap_slope(z, inv_temperature, softcap):
-    """1 - tanh(u / softcap)^2, from the logits z = softcap tanh(u / softcap) inv_temperature."""
-    t = z / (softcap * inv_temperature)[:, None]
+def softcap_slope(z, inv_temperature, cap):
+    """1 - tanh(u / cap)^2, from the logits z = cap tanh(u / cap) inv_temperature."""
+    t = z / (cap * inv_temperature)
     return 1 - t * t
+
+
+class Curve(NamedTuple):
+    """The twin of a curve of `transforms.CURVES`."""
+
+    apply: Any  # (product, logit_scale, parameter) -> curve(logit_scale product)
+    slope: Any  # (z, inv_temperature, parameter) -> d curve / du, from the logits
+
+
+CURVES: dict[str, Curve] = {"softcap": Curve(softcap, softcap_slope)}
+
+
+def curve_of(transform: Transform) -> Curve:
+    """None twice where there is none.
+
+    Raises:
+        NotImplementedError: a curve that has no twin.
+    """
+    if not transform.curve:
+        return Curve(None, None)
+    if transform.curve not in CURVES:
+        raise NotImplementedError(
+            f'backend="triton": the curve {transform.curve!r} has no twin in kernels/primitives.py; use backend="chunked"'
+        )
+    return CURVES[transform.curve]
+
+
+@triton.jit
+def logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, parameter, CURVE: tl.constexpr):
+    """Products h W^T [BLOCK_N, BLOCK] of the columns offs_v [BLOCK] -> logits z; bias_ptr and CURVE may be None."""
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    if CURVE is not None:
+        return CURVE(product, logit_scale, parameter) * inv_temperature[:, None]
+    else:
+        return product * (logit_scale * inv_temperature)[:, None]
 
 
 @triton.jit

@@ -136,6 +136,7 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool)
     return tile
 
 
+# What a search has found, for as long as the process lives: a second record would give a token other bits.
 _tuned: dict[Hashable, Tile] = {}
 
 

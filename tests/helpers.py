@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALL_OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "is_top1")
+from fused_rlhf.kernels.interface import Projection, Stats
+from fused_rlhf.kernels.statistics import OUTPUTS
+from fused_rlhf.kernels.transforms import Curve, Transform
+
+ALL_OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "is_top1", "margin")
 
 # (bias, logit_scale, softcap, temperature per token): each transform alone, and together.
 TRANSFORMS = [
@@ -89,7 +93,33 @@ def dense(
         "sum_sq": p.square().sum(-1),
         "mean_logit": z.mean(-1),
         "is_top1": z.argmax(-1) == targets,
+        "margin": z.topk(2, -1).values.diff(dim=-1).neg().squeeze(-1),
     }
+
+
+def projection(
+    weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, **options: Any
+) -> Projection:
+    """A head as backends take it, computing in the weight's dtype unless `options` say otherwise."""
+    transform = Transform(logit_scale) if softcap is None else Transform(logit_scale, "softcap", softcap)
+    return Projection(weight, bias, transform, **{"compute_dtype": weight.dtype, **options})
+
+
+def listed(stats: Stats) -> list[Tensor]:
+    """Log-probs and statistics, in the order of the records."""
+    return [stats.logprobs, *(stats[name] for name in OUTPUTS if name == "lse" or name in stats.extra)]
+
+
+def _hardcap(u: Tensor, cap: float, temperature: Tensor, out: Tensor | None) -> Tensor:
+    return torch.div(torch.clamp(u, -cap, cap, out=out), temperature, out=out)
+
+
+def _hardcap_slope(z: Tensor, cap: float, temperature: Tensor) -> Tensor:
+    return ((z * temperature).abs() < cap * (1 - 1e-6)).to(z.dtype)
+
+
+# A second curve, as someone may register one: logits cut at +-cap.
+HARDCAP = Curve(_hardcap, _hardcap_slope, of_saturation=abs)
 
 
 def worst(a: Tensor, b: Tensor) -> float:

@@ -21,8 +21,10 @@ from torch import Tensor
 import fused_rlhf as fr
 from fused_rlhf.backends import reference
 from fused_rlhf.kernels import objectives as twins
-from fused_rlhf.kernels import ops, tiles
-from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, Stats, TokenGrads
+from fused_rlhf.kernels import ops, primitives, tiles, transforms
+from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, Stats, TokenGrads
+from fused_rlhf.kernels.statistics import OUTPUTS
+from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.objectives import (
     CISPO,
     DAPO,
@@ -39,6 +41,7 @@ from fused_rlhf.objectives import (
 from fused_rlhf.objectives.registry import keywords
 from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
 from fused_rlhf.segments import Sequences
+from tests.helpers import HARDCAP, listed, projection
 
 ALL = Needs(True, True, True)
 NO_BIAS = Needs(True, True, False)
@@ -55,26 +58,29 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+Arguments = tuple[Rows, Projection]
+
+
 def inputs(
     N: int, H: int, V: int, *, dtype: torch.dtype = torch.float32, bias: bool = False, size: float = 1.0, **options: Any
-) -> tuple[Tensor, Head, Tensor, Tensor]:
+) -> Arguments:
     g = torch.Generator().manual_seed(N * V + H)
     hidden = torch.randn(N, H, generator=g).to(dtype)
     weight = (torch.randn(V, H, generator=g) * size * 3 / H**0.5).to(dtype)
-    head = Head(weight, torch.randn(V, generator=g) if bias else None, compute_dtype=dtype, **options)
-    return hidden, head, torch.randint(0, V, (N,), generator=g), 0.5 + torch.rand(N, generator=g)
+    head = projection(weight, torch.randn(V, generator=g) if bias else None, **options)
+    return Rows(hidden, torch.randint(0, V, (N,), generator=g), 0.5 + torch.rand(N, generator=g)), head
 
 
-def truth(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Head, Tensor, Tensor]:
+def truth(rows: Rows, head: Projection) -> Arguments:
     """The same operands in fp64."""
     rounded = head.weight.to(head.compute_dtype).double()
     bias = None if head.bias is None else head.bias.double()
     wide = replace(head, weight=rounded, bias=bias, compute_dtype=torch.float64)
-    return hidden.to(head.compute_dtype).double(), wide, targets, temperature.double()
+    return Rows(rows.hidden.to(head.compute_dtype).double(), rows.targets, rows.temperature.double()), wide
 
 
-def doubled(values: Any) -> Any:
-    return type(values)(*(v if v is None else v.double() for v in values))
+def doubled(values: TokenGrads) -> TokenGrads:
+    return TokenGrads(*(v if v is None else v.double() for v in values))
 
 
 def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | None, slack: float = 1e-5) -> None:
@@ -97,28 +103,28 @@ def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | Non
     assert error(found) <= 2 * error(torchs) + slack, f"{error(found):.1e}, torch {error(torchs):.1e}"
 
 
-def slack_of(head: Head) -> float:
+def slack_of(head: Projection) -> float:
     return 1e-5 + (torch.finfo(torch.float16).eps if head.compute_dtype == torch.float16 else 0.0)
 
 
-def check(arguments: tuple[Tensor, Head, Tensor, Tensor], outputs: tuple[str, ...], needs: Needs = ALL) -> Stats:
+def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL) -> Stats:
     """Forward and backward of all that `outputs` offers, against fp64."""
-    stats = ops.forward(*arguments, outputs)
-    own, true = reference.forward(*arguments, outputs), reference.forward(*truth(*arguments), outputs)
-    for triple in zip(stats, own, true):
+    stats = ops.statistics(*arguments, outputs)
+    own, true = reference.statistics(*arguments, outputs), reference.statistics(*truth(*arguments), outputs)
+    for triple in zip(listed(stats), listed(own), listed(true)):
         assert_close(*triple)
     g = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(len(arguments[2]), generator=g) for _ in range(3)]
+    vectors = [torch.randn(arguments[0].count, generator=g) for _ in range(3)]
     upstream = TokenGrads(
         vectors[0], vectors[1] if "entropy" in outputs else None, vectors[2] if "lse" in outputs else None
     )
     needs = needs._replace(bias=needs.bias and arguments[1].bias is not None)
-    grads = ops.backward(*arguments, stats, upstream, needs)
-    own_grads = reference.backward(*arguments, own, upstream, needs)
-    true_grads = reference.backward(*truth(*arguments), true, doubled(upstream), needs)
+    grads = ops.gradients(*arguments, stats, upstream, needs)
+    own_grads = reference.gradients(*arguments, own, upstream, needs)
+    true_grads = reference.gradients(*truth(*arguments), true, doubled(upstream), needs)
     for found, torchs, right in zip(grads, own_grads, true_grads):
         assert_close(found, torchs, right, slack_of(arguments[1]))
-    again = ops.backward(*arguments, stats, upstream, needs)
+    again = ops.gradients(*arguments, stats, upstream, needs)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, again))
     return stats
 
@@ -131,7 +137,7 @@ def test_outputs_on_ragged_shapes(shape: tuple[int, int, int], outputs: tuple[st
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 2.5}, {"logit_scale": 1.7, "softcap": 30.0}])
-def test_transforms(bias: bool, options: dict[str, float]) -> None:
+def test_transforms(bias: bool, options: dict[str, Any]) -> None:
     check(inputs(19, 24, 75, bias=bias, **options), OUTPUTS)
 
 
@@ -147,10 +153,10 @@ def test_half_precision_operands() -> None:
 @pytest.mark.parametrize("upstream", [1e-6, 1e4])
 def test_fp16_gradients_of_any_size(upstream: float) -> None:
     arguments = inputs(21, 32, 70, dtype=torch.float16)
-    stats = ops.forward(*arguments, ())
-    grads = ops.backward(*arguments, stats, TokenGrads(torch.full((21,), upstream)), Needs(False, True, False))
-    unit = reference.backward(
-        *truth(*arguments), doubled(stats), TokenGrads(torch.ones(21).double()), Needs(False, True, False)
+    stats = ops.statistics(*arguments, ())
+    grads = ops.gradients(*arguments, stats, TokenGrads(torch.full((21,), upstream)), Needs(False, True, False))
+    unit = reference.gradients(
+        *truth(*arguments), stats.map(Tensor.double), TokenGrads(torch.ones(21).double()), Needs(False, True, False)
     )
     assert grads.weight is not None
     assert unit.weight is not None
@@ -161,9 +167,9 @@ def test_fp16_gradients_of_any_size(upstream: float) -> None:
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)])
 def test_operands_of_two_dtypes_are_cast_by_blocks(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    hidden, head, targets, temperature = inputs(21, 32, 300)
+    rows, head = inputs(21, 32, 300)
     head = replace(head, weight=head.weight.to(dtypes[1]), compute_dtype=torch.float16)
-    check((hidden.to(dtypes[0]), head, targets, temperature), ("entropy",))
+    check((replace(rows, hidden=rows.hidden.to(dtypes[0])), head), ("entropy",))
 
 
 @pytest.fixture(params=["descriptors", "raw", "slices"])
@@ -190,44 +196,47 @@ def test_rows_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shift", [-120.0, 6e4, -6e4])
 def test_logits_far_from_zero(shift: float) -> None:
-    hidden, head, targets, _ = inputs(9, 24, 75, bias=True)
+    rows, head = inputs(9, 24, 75, bias=True)
     assert head.bias is not None
-    arguments = (hidden, replace(head, bias=head.bias + shift), targets, torch.ones(9))
+    arguments = (replace(rows, temperature=torch.ones(9)), replace(head, bias=head.bias + shift))
     check(arguments, ("entropy", "sum_sq"))
 
 
 def test_padded_vocabulary() -> None:
     """Columns with a bias of -inf have no probability, and no gradient."""
-    hidden, head, targets, temperature = inputs(9, 24, 100, bias=True)
+    rows, head = inputs(9, 24, 100, bias=True)
     assert head.bias is not None
     head.bias[50:] = float("-inf")
-    arguments = (hidden, head, targets % 50, temperature)
+    rows = replace(rows, targets=rows.targets % 50)
+    arguments = (rows, head)
     upstream = TokenGrads(torch.ones(9), torch.ones(9))
     stats = check_forward(arguments, ("entropy", "lse"))
-    grads = ops.backward(*arguments, stats, upstream, Needs(True, True, False))
-    narrow = (hidden, replace(head, weight=head.weight[:50], bias=head.bias[:50]), targets % 50, temperature)
-    expected = reference.backward(*narrow, stats, upstream, Needs(True, True, False))
+    grads = ops.gradients(*arguments, stats, upstream, Needs(True, True, False))
+    narrow = (rows, replace(head, weight=head.weight[:50], bias=head.bias[:50]))
+    expected = reference.gradients(*narrow, stats, upstream, Needs(True, True, False))
     assert grads.weight is not None
     assert grads.weight[50:].eq(0).all()
     torch.testing.assert_close(grads.weight[:50], expected.weight)
     torch.testing.assert_close(grads.hidden, expected.hidden)
 
 
-def check_forward(arguments: tuple[Tensor, Head, Tensor, Tensor], outputs: tuple[str, ...]) -> Stats:
-    stats = ops.forward(*arguments, outputs)
-    own, true = reference.forward(*arguments, outputs), reference.forward(*truth(*arguments), outputs)
-    for triple in zip(stats, own, true):
+def check_forward(arguments: Arguments, outputs: tuple[str, ...]) -> Stats:
+    stats = ops.statistics(*arguments, outputs)
+    own, true = reference.statistics(*arguments, outputs), reference.statistics(*truth(*arguments), outputs)
+    for triple in zip(listed(stats), listed(own), listed(true)):
         assert_close(*triple)
     return stats
 
 
 def test_nan_stays_in_its_row() -> None:
-    hidden, head, targets, temperature = inputs(9, 24, 75)
-    clean = ops.forward(hidden, head, targets, temperature, ("entropy",))
-    hidden[4, 3] = float("nan")
-    stats = ops.forward(hidden, head, targets, temperature, ("entropy",))
+    rows, head = inputs(9, 24, 75)
+    clean = ops.statistics(rows, head, ("entropy", "margin"))
+    rows.hidden[4, 3] = float("nan")
+    stats = ops.statistics(rows, head, ("entropy", "margin"))
     others = torch.arange(9) != 4
     assert stats.logprobs[4].isnan()
+    assert stats["margin"][4].isnan()
+    assert torch.equal(stats["margin"][others], clean["margin"][others])
     assert torch.equal(stats.logprobs[others], clean.logprobs[others])
     assert stats.entropy is not None
     assert clean.entropy is not None
@@ -237,22 +246,24 @@ def test_nan_stays_in_its_row() -> None:
 def test_first_of_equal_logits_is_top1() -> None:
     hidden, weight = torch.ones(2, 16), torch.zeros(70, 16)
     weight[[40, 69]] = 1.0
-    stats = ops.forward(hidden, Head(weight), torch.tensor([40, 69]), torch.ones(2), ("is_top1",))
-    assert stats.is_top1 is not None
-    assert stats.is_top1.tolist() == [True, False]
+    rows = Rows(hidden, torch.tensor([40, 69]), torch.ones(2))
+    stats = ops.statistics(rows, projection(weight), ("is_top1", "margin"))
+    assert stats["is_top1"].tolist() == [True, False]
+    assert stats["margin"].tolist() == [0.0, 0.0]  # the two largest are equal, in two tiles
+    weight[69] = 0.0
+    weight[41] = 1.0  # and in one
+    assert ops.statistics(rows, projection(weight), ("margin",))["margin"].tolist() == [0.0, 0.0]
 
 
 def test_statistics_have_the_same_bits_in_any_company() -> None:
-    hidden, head, targets, temperature = inputs(37, 40, 103)
-    alone = ops.forward(hidden, head, targets, temperature, ())
-    together = ops.forward(hidden, head, targets, temperature, OUTPUTS)
+    rows, head = inputs(37, 40, 103)
+    alone = ops.statistics(rows, head, ())
+    together = ops.statistics(rows, head, OUTPUTS)
     # From a tile's first row on: numpy's own products depend on the place of a row in the tile, a GPU's do not.
-    some = ops.forward(hidden[16:21], head, targets[16:21], temperature[16:21], ("entropy",))
+    some = ops.statistics(rows.pick(slice(16, 21)), head, ("entropy",))
     assert torch.equal(alone.logprobs, together.logprobs)
     assert torch.equal(alone.logprobs[16:21], some.logprobs)
-    stats, _, _ = ops.one_pass(
-        hidden, head, targets, temperature, (), objective(37, alone.logprobs), Needs(True, True, False)
-    )
+    stats, _, _ = ops.one_pass(rows, head, (), objective(37, alone.logprobs), Needs(True, True, False))
     assert torch.equal(stats.logprobs, alone.logprobs)
 
 
@@ -284,24 +295,25 @@ def widened(bound: Any) -> Any:
 
 
 def check_one_pass(
-    arguments: tuple[Tensor, Head, Tensor, Tensor],
+    arguments: Arguments,
     needs: Needs = NO_BIAS,
     slack: float = 0.0,
     **options: Any,
 ) -> tuple[Stats, Tensor, Grads]:
-    logprobs = reference.forward(*arguments, ()).logprobs
-    bound = objective(len(arguments[2]), logprobs, **options)
+    logprobs = reference.statistics(*arguments, ()).logprobs
+    bound = objective(arguments[0].count, logprobs, **options)
     found = ops.one_pass(*arguments, ("entropy",), bound, needs)
     own = reference.one_pass(*arguments, ("entropy",), bound, needs)
     true = reference.one_pass(*truth(*arguments), ("entropy",), widened(bound), needs)
-    for triple in zip((*found[0], found[1], *found[2]), (*own[0], own[1], *own[2]), (*true[0], true[1], *true[2])):
-        assert_close(*triple, slack_of(arguments[1]) + slack)
+    all_of = [(*listed(stats), loss, *grads) for stats, loss, grads in (found, own, true)]
+    for ours, torchs, exact in zip(*all_of):
+        assert_close(ours, torchs, exact, slack_of(arguments[1]) + slack)
     return found
 
 
 @pytest.mark.parametrize("options", [{}, {"beta": 0.1}, {"beta": 0.1, "kl": "k1"}, {"beta": 0.1, "kl": "k2"}])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 3.0, "logit_scale": 0.7}])
-def test_one_pass(options: dict[str, Any], transform: dict[str, float]) -> None:
+def test_one_pass(options: dict[str, Any], transform: dict[str, Any]) -> None:
     check_one_pass(inputs(23, 24, 103, **transform), **options)
 
 
@@ -320,10 +332,10 @@ def test_one_pass_of_what_takes_two(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a half-precision head dW is kept as two halves, and still summed at fp32 precision."""
-    hidden, head, targets, temperature = inputs(37, 24, 300)
-    arguments = (hidden, replace(head, weight=head.weight.to(dtype)), targets, temperature)
+    rows, head = inputs(37, 24, 300)
+    arguments = (rows, replace(head, weight=head.weight.to(dtype)))
     whole = check_one_pass(arguments)[2]
-    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
     parts = check_one_pass(arguments)[2]
     assert whole.weight is not None
     assert parts.weight is not None
@@ -335,21 +347,21 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
 def test_one_pass_where_the_target_lies_far_below(size: float) -> None:
     """Logits hundreds above the target's: E then has several references in a row, which are made one."""
     arguments = inputs(23, 24, 103, size=size)
-    largest = reference.logits(arguments[0], *arguments[1::2]).abs().max()
+    largest = reference.logits(arguments[0].hidden, arguments[1], arguments[0].temperature).abs().max()
     # A logit's own rounding moves p by eps |z|, relative.
     check_one_pass(arguments, slack=4 * torch.finfo(torch.float32).eps * float(largest))
 
 
 def test_one_pass_with_an_impossible_target() -> None:
     """A target of probability zero: an infinite loss and finite gradients in the other rows, as in torch."""
-    hidden, head, targets, temperature = inputs(9, 24, 75)
-    bias = torch.zeros(75)
+    rows, head = inputs(9, 24, 75)
+    targets, bias = rows.targets, torch.zeros(75)
     bias[targets[4]] = float("-inf")
     targets[targets == targets[4]] = (targets[4] + 1) % 75
     targets[4] = int(bias.argmin())
-    stats = ops.forward(hidden, replace(head, bias=bias), targets, temperature, ())
+    stats = ops.statistics(rows, replace(head, bias=bias), ())
     bound = replace(objective(9, stats.logprobs.clamp(min=-20)), surrogate="ppo_clip")
-    found = ops.one_pass(hidden, replace(head, bias=bias), targets, temperature, (), bound, Needs(True, True, False))
+    found = ops.one_pass(rows, replace(head, bias=bias), (), bound, Needs(True, True, False))
     assert found[0].logprobs[4] == float("-inf")
     assert found[2].weight is not None
     assert found[2].weight.isfinite().all()
@@ -359,12 +371,12 @@ def test_one_pass_with_an_impossible_target() -> None:
 def test_flat_rows_leave_before_the_products(dead: str) -> None:
     """A row with zero slope may hold anything: NaN in its hidden state does not reach the other gradients."""
     arguments = inputs(23, 24, 103)
-    logprobs = reference.forward(*arguments, ()).logprobs
+    logprobs = reference.statistics(*arguments, ()).logprobs
     bound = objective(23, logprobs)
     flat = {"all": torch.ones(23), "most": torch.arange(23) % 6 > 0, "few": torch.arange(23) % 6 == 2}[dead].bool()
     bound = replace(bound, advantages=torch.where(flat, 0.0, 1.0), old_logprobs=logprobs.float())
     _, _, grads = ops.one_pass(*arguments, (), bound, Needs(True, True, False))
-    kept = [t[~flat] for t in (arguments[0], arguments[2], arguments[3])]
+    kept = arguments[0].pick((~flat).nonzero().squeeze(1))
     assert grads.hidden is not None
     assert grads.weight is not None
     assert grads.hidden[flat].eq(0).all()
@@ -373,7 +385,7 @@ def test_flat_rows_leave_before_the_products(dead: str) -> None:
         return
     vectors = ("advantages", "old_logprobs", "ref_logprobs", "token_weights")
     fewer = replace(bound, **{name: getattr(bound, name)[~flat] for name in vectors})
-    _, _, expected = reference.one_pass(kept[0], arguments[1], kept[1], kept[2], (), fewer, Needs(True, True, False))
+    _, _, expected = reference.one_pass(kept, arguments[1], (), fewer, Needs(True, True, False))
     torch.testing.assert_close(grads.hidden[~flat], expected.hidden, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(grads.weight, expected.weight, rtol=1e-4, atol=1e-7)
 
@@ -514,9 +526,10 @@ def test_kl_twins(name: str) -> None:
 
 
 def test_fp64_is_refused_with_a_way_out() -> None:
-    hidden, head, targets, temperature = inputs(3, 16, 40)
+    rows, head = inputs(3, 16, 40)
+    wide = replace(rows, hidden=rows.hidden.double())
     with pytest.raises(RuntimeError, match=r'float64; use backend="reference"'):
-        ops.forward(hidden.double(), replace(head, compute_dtype=torch.float64), targets, temperature, ())
+        ops.statistics(wide, replace(head, compute_dtype=torch.float64), ())
 
 
 def sequences_of(lengths: list[int]) -> Sequences:
@@ -543,12 +556,12 @@ def policy_of(objective: PolicyLoss, old: bool = True) -> tuple[BoundPolicyLoss,
 def check_evaluation(bound: BoundPolicyLoss | BoundPreferenceLoss, logprobs: Tensor) -> None:
     rows = slice(0, len(logprobs))
     assert twins.has_twin(bound)
-    loss, grads = ops.evaluate(bound, logprobs, None)
+    loss, grads = ops.loss(bound, logprobs, None)
     own_loss, own_grads = bound(rows, logprobs, None)
     true_loss, true_grads = widened(bound)(rows, logprobs.double(), None)
     assert_close(loss, own_loss, true_loss, 1e-6)
     assert_close(grads.logprobs, own_grads.logprobs, true_grads.logprobs, 1e-6)
-    again, grads_again = ops.evaluate(bound, logprobs, None)
+    again, grads_again = ops.loss(bound, logprobs, None)
     assert torch.equal(loss, again)
     assert torch.equal(grads.logprobs, grads_again.logprobs)
 
@@ -571,7 +584,7 @@ def test_policy_twins_with_every_kl(kl: str, beta: float, level: str, old: bool,
 def test_a_nan_stays_in_its_sequence() -> None:
     bound, logprobs = policy_of(GSPO())
     logprobs[2] = float("nan")
-    loss, grads = ops.evaluate(bound, logprobs, None)
+    loss, grads = ops.loss(bound, logprobs, None)
     assert loss[:3].isnan().all()
     assert loss[3:].isfinite().all()
     assert grads.logprobs[:3].isnan().all()
@@ -621,7 +634,7 @@ def test_preference_twins_take_a_count_on_the_device() -> None:
     by_tensor, logprobs = preference_of(objective, COMPLETIONS, num_pairs=torch.tensor(7.0))
     check_evaluation(by_tensor, logprobs)
     by_number, _ = preference_of(objective, COMPLETIONS)
-    assert torch.equal(ops.evaluate(by_tensor, logprobs, None)[0], ops.evaluate(by_number, logprobs, None)[0])
+    assert torch.equal(ops.loss(by_tensor, logprobs, None)[0], ops.loss(by_number, logprobs, None)[0])
 
 
 @pytest.mark.parametrize("name", list(twins.PREFERENCES))
@@ -631,7 +644,7 @@ def test_preference_twins_at_extreme_margins(name: str) -> None:
     margins = torch.tensor([-4000.0, -200.0, -30.0, -9.0, -1e-3, 0.0, 2.0, 9.0, 30.0, 200.0, 4000.0])
     bound = replace(bound, ref_sums=torch.cat([-margins, torch.zeros(11)]))
     check_evaluation(bound, torch.zeros(22))
-    loss, grads = ops.evaluate(bound, torch.zeros(22), None)
+    loss, grads = ops.loss(bound, torch.zeros(22), None)
     true_loss, true_grads = widened(bound)(slice(0, 22), torch.zeros(22).double(), None)
     # Every one to its own size, so that a small loss keeps its digits; fp32 ends at 1e-38.
     torch.testing.assert_close(loss.double(), true_loss, rtol=2e-6, atol=1e-37)
@@ -642,7 +655,7 @@ def test_preference_twins_at_extreme_margins(name: str) -> None:
 def test_a_nan_stays_in_its_pair(name: str) -> None:
     bound, logprobs = preference_of(PreferenceLoss((name,)), [3, 2, 4, 1])
     logprobs[6] = float("nan")
-    loss, grads = ops.evaluate(bound, logprobs, None)
+    loss, grads = ops.loss(bound, logprobs, None)
     assert loss.isnan().tolist() == [True, False]
     others = torch.tensor([False] * 3 + [True] * 2 + [False] * 4 + [True])
     assert grads.logprobs[others].isfinite().all()
@@ -685,18 +698,18 @@ def test_one_pass_of_every_twin(preset: Callable[..., PolicyLoss], options: dict
     fields_of = {key: options[key] for key in ("beta", "kl") if key in options}
     own = {key: value for key, value in options.items() if key not in fields_of}
     stats, loss, _ = check_one_pass(arguments, preset=partial(preset, **own), **fields_of)
-    bound = objective(23, reference.forward(*arguments, ()).logprobs, preset=partial(preset, **own), **fields_of)
-    assert torch.equal(loss, ops.evaluate(bound, stats.logprobs, None)[0])
+    bound = objective(23, reference.statistics(*arguments, ()).logprobs, preset=partial(preset, **own), **fields_of)
+    assert torch.equal(loss, ops.loss(bound, stats.logprobs, None)[0])
 
 
 def test_one_pass_of_a_tokenwise_objective_without_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=partial(DAPO, use_bias_correction_kl=True), beta=0.1)
 
 
 def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs all rows at once is never cut into blocks of rows."""
-    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=GSPO, beta=0.1)
     arguments = inputs(23, 24, 103)
     bound, _ = preference_of(PreferenceLoss(), [8, 3, 7, 5])
@@ -710,8 +723,8 @@ def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", [8, 64])
 def test_unit_gradients_under_a_frozen_head(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """reinforce with an advantage of -1: the loss is the sum of the log-probs, dX that of each of them; no dW is made."""
-    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: block)
-    monkeypatch.delattr(ops, "_WeightGrad")
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: block)
+    monkeypatch.delattr(ops, "_SplitSink")
     arguments = inputs(23, 24, 103, softcap=3.0)
     bound = REINFORCE().bind(
         advantages=torch.full((23,), -1.0),
@@ -726,11 +739,11 @@ def test_unit_gradients_under_a_frozen_head(block: int, monkeypatch: pytest.Monk
     assert grads.weight is None
     assert torch.equal(loss, stats.logprobs)
     one = TokenGrads(torch.ones(23))
-    own, true = reference.forward(*arguments, ()), reference.forward(*truth(*arguments), ())
+    own, true = reference.statistics(*arguments, ()), reference.statistics(*truth(*arguments), ())
     assert_close(
         grads.hidden,
-        reference.backward(*arguments, own, one, only_hidden).hidden,
-        reference.backward(*truth(*arguments), true, doubled(one), only_hidden).hidden,
+        reference.gradients(*arguments, own, one, only_hidden).hidden,
+        reference.gradients(*truth(*arguments), true, doubled(one), only_hidden).hidden,
     )
 
 
@@ -843,9 +856,9 @@ def test_filtered_gradients_stay_within_the_bound(
     results = []
     for f in (0.0, grad_filter):
         rows.clear()
-        head = Head(weight, bias=torch.zeros(V), grad_filter=f)
-        stats = ops.forward(hidden, head, targets, torch.ones(N), ("entropy",))
-        gradients = ops.backward(hidden, head, targets, torch.ones(N), stats, grads, ALL)
+        call = Rows(hidden, targets, torch.ones(N)), projection(weight, torch.zeros(V), grad_filter=f)
+        stats = ops.statistics(*call, ("entropy",))
+        gradients = ops.gradients(*call, stats, grads, ALL)
         results.append((sum(rows), gradients, stats))
     (all_rows, exact, _), (some_rows, found, stats) = results
     assert torch.allclose(stats.mass.sum(1), torch.ones(N), atol=1e-5)
@@ -877,10 +890,10 @@ def test_a_low_rank_head(dtype: torch.dtype, train_weight: bool, mode: str, monk
 
     def gradients(backend: str, wide: torch.dtype) -> list[Tensor]:
         x, w, first, second = (t.to(wide) for t in (hidden, weight, a, b))
-        head = {"lora": (first, second, 0.7), "softcap": 5.0, "backend": backend}
+        head: dict[str, Any] = {"lora": (first, second, 0.7), "softcap": 5.0, "backend": backend}
         if mode == "one_pass" and dtype == torch.float32:
-            batch = {"advantages": upstream.to(wide), "objective": REINFORCE(), "mode": "one_pass"}
-            loss = fr.linear_policy_loss(x, w, targets, **batch, **head)[0]
+            head |= {"advantages": upstream.to(wide), "objective": REINFORCE(), "mode": "one_pass"}
+            loss = fr.linear_policy_loss(x, w, targets, **head)[0]
         else:
             found = fr.linear_logprobs(x, w, targets, **head).logprobs
             loss = (found * upstream).sum()
@@ -892,3 +905,39 @@ def test_a_low_rank_head(dtype: torch.dtype, train_weight: bool, mode: str, monk
         step = torch.finfo(dtype).eps if dtype == torch.float16 else 1e-6  # dlogits are rounded to the operands' dtype
         allowed = 2 * (torchs.double() - exact.double()).norm() + step * exact.double().norm()
         assert error <= allowed, (error, allowed)
+
+
+@triton.jit
+def hardcap(product, gain, cap):
+    return tl.clamp(product * gain, -cap, cap)
+
+
+@triton.jit
+def hardcap_slope(z, inv_temperature, cap):
+    return tl.where(tl.abs(z) < cap * (1 - 1e-6) * inv_temperature, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_registered_curve(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A curve that the package does not know: one record in torch, one here, and no kernel is touched."""
+    monkeypatch.setitem(transforms.CURVES, "hardcap", HARDCAP)
+    rows, head = inputs(19, 24, 75, bias=bias)
+    head = replace(head, transform=Transform(0.7, "hardcap", 1.1))
+    with pytest.raises(NotImplementedError, match=r"'hardcap' has no twin in kernels/primitives.py"):
+        ops.statistics(rows, head, ())
+    monkeypatch.setitem(primitives.CURVES, "hardcap", primitives.Curve(hardcap, hardcap_slope))
+    z = reference.logits(rows.hidden, head, rows.temperature) * rows.temperature[:, None]
+    assert 0.1 < (z.abs() >= 1.1 * (1 - 1e-6)).float().mean() < 0.9  # both sides of the cap
+    check((rows, head), OUTPUTS)
+    check_one_pass((rows, head), beta=0.1)
+    public = [
+        fr.linear_logprobs(
+            rows.hidden,
+            fr.Head(head.weight, head.bias, 0.7, curve=("hardcap", 1.1)),
+            rows.targets,
+            temperature=rows.temperature,
+            backend=backend,
+        ).logprobs
+        for backend in ("triton", "chunked")
+    ]
+    torch.testing.assert_close(*public, rtol=1e-5, atol=1e-5)

@@ -187,7 +187,7 @@ def test_whiten_over_ranks_is_whiten_over_the_whole():
     halves = [(values[:2], mask[:2]), (values[2:], mask[2:])]
     inside = [torch.where(m, v, 0.0) for v, m in halves]
     count, mean = mask.sum().double(), values[mask].mean()
-    sums = torch.stack([count, sum(v.sum() for v in inside)])
+    sums = torch.stack([count, torch.stack([v.sum() for v in inside]).sum()])
     squares = (values[mask] - mean).square().sum()
     got = [whiten(v, m, total=lambda local: sums if local.ndim else squares) for v, m in halves]
     torch.testing.assert_close(torch.cat(got), whiten(values, mask), atol=1e-13, rtol=0)
@@ -210,9 +210,9 @@ def test_reinforce_pp_by_loops(gamma):
         if not rewards[i].isnan():
             r = [-0.2 * kl[i, t].item() + (rewards[i].item() if t == n - 1 else 0.0) for t in range(n)]
             returns += [sum(gamma**k * r[t + k] for k in range(n - t)) for t in range(n)]
-    returns = torch.tensor(returns, dtype=torch.float64)
+    all_returns = torch.tensor(returns, dtype=torch.float64)
     got = advantages.reinforce_pp_advantages(rewards, kl, mask, beta=0.2, gamma=gamma)
-    want = (returns - returns.mean()) / (returns.var() + 1e-8).sqrt()
+    want = (all_returns - all_returns.mean()) / (all_returns.var() + 1e-8).sqrt()
     torch.testing.assert_close(got[mask & ~rewards.isnan()[:, None]], want, atol=1e-12, rtol=1e-12)
     assert (got[3] == 0).all()  # the unscorable completion
 
@@ -228,9 +228,12 @@ def test_the_reward_stands_at_the_last_token():
     [
         (lambda: group_advantages(torch.ones(4), 3), r"num_generations >= 2, got shape \(4,\) and 3"),
         (lambda: group_advantages(torch.ones(4), 1), r"num_generations >= 2, got shape \(4,\) and 1"),
-        (lambda: group_advantages(torch.ones(4), 2, "sum"), "scale: expected 'group'"),
+        (lambda: group_advantages(torch.ones(4), 2, "sum"), "scale: expected 'group'"),  # type: ignore[arg-type]
         (lambda: advantages.combine_rewards(torch.ones(4, 2), [1.0], 2), r"R weights, got \(4, 2\) and 1"),
-        (lambda: advantages.combine_rewards(torch.ones(4, 1), [1.0], 2, "mean"), "how: expected 'sum_then_normalize'"),
+        (
+            lambda: advantages.combine_rewards(torch.ones(4, 1), [1.0], 2, "mean"),  # type: ignore[arg-type]
+            "how: expected 'sum_then_normalize'",
+        ),
         (lambda: advantages.rloo_advantages(torch.ones(2, 2), 2), r"got shape \(2, 2\) and 2"),
         (lambda: advantages.opo_advantages(torch.ones(4), torch.ones(3), 2), r"lengths must have the shape of rewards"),
         (lambda: advantages.remax_advantages(torch.ones(4), torch.ones(2)), r"greedy_rewards must have the shape"),

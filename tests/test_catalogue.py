@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_the_readme_holds_the_tables_of_the_registries():
 
 @pytest.fixture
 def _registries():
-    tables = (objectives.SURROGATES, objectives.PRESETS, preferences.PREFERENCES)
+    tables: tuple[dict[str, Any], ...] = (objectives.SURROGATES, objectives.PRESETS, preferences.PREFERENCES)
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before):

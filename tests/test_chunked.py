@@ -1,11 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
 
 import fused_rlhf as fr
-from fused_rlhf.backends import chunked
-from fused_rlhf.kernels.interface import Head, Needs, TokenGrads
+from fused_rlhf.backends import chunked, tiling
+from fused_rlhf.kernels.interface import Needs, Rows, TokenGrads
 from fused_rlhf.segments import Sequences
-from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, relative, worst
+from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, projection, relative, worst
 from tests.memory import peak_tensor_bytes
 
 BACKENDS = ["reference", "chunked"]
@@ -16,9 +18,9 @@ def _tiling(request, monkeypatch):
     """The real tile sizes hold a test's whole input; tiny ones make every loop and merge run."""
     if request.param:
         rows, columns = request.param
-        monkeypatch.setattr(chunked, "ROWS", rows)
-        monkeypatch.setattr(chunked, "TILE", columns)
-        monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: rows)
+        monkeypatch.setattr(tiling, "ROWS", rows)
+        monkeypatch.setattr(tiling, "TILE", columns)
+        monkeypatch.setattr(tiling, "row_block", lambda vocabulary, itemsize: rows)
 
 
 def leaves(data):
@@ -51,7 +53,7 @@ def test_outputs_and_gradients_equal_dense_fp64(backend, bias, scale, softcap, p
 @pytest.mark.parametrize("native", [False, True])
 def test_bf16_logprobs_and_gradients_at_logits_of_25(monkeypatch, native, round_logits):
     """Contract 1 and 2: |d logprob| <= 5e-5, gradients within twice dense torch's own error with fp32 logits."""
-    monkeypatch.setattr(chunked, "native_bf16", lambda device: native)
+    monkeypatch.setattr(tiling, "native_bf16", lambda device: native)
     data = plausible_logits(96, 1003, torch.bfloat16)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
     truth_leaves = leaves(wide)
@@ -92,7 +94,9 @@ def test_extreme_logits_are_finite_and_right(backend, level):
     assert all(torch.isfinite(getattr(found, name)).all() for name in ("logprobs", *ALL_OUTPUTS[:-1]))
     assert worst(found.logprobs, truth["logprobs"]) < 1e-9
     assert (found.logprobs <= 0).all()
-    single = {k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in data.items()}
+    single: dict[str, Any] = {
+        k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in data.items()
+    }
     error = worst(fr.linear_logprobs(**single, backend=backend).logprobs, dense(**single)["logprobs"])
     assert error <= 2 * abs(level) * 2**-23 + 1e-5  # one rounding of a logit of that size
 
@@ -164,14 +168,14 @@ def test_one_pass_sees_the_bits_of_the_forward():
     assert metrics["ratio_mean"] == 1.0
 
 
-@pytest.mark.parametrize("function", ["forward", "backward", "one_pass"])
+@pytest.mark.parametrize("function", ["statistics", "gradients", "one_pass"])
 def test_scratch_does_not_grow_with_tokens(function):
     """OP7: beyond inputs and gradients, memory is constant in N but for O(N) vectors."""
 
     def scratch(n):
         data = inputs(n, 16, 6000, torch.float32)
-        x, y, head = data["hidden"], data["targets"], Head(data["weight"])
-        ones, needs = torch.ones(n), Needs(True, True, False)
+        ones, needs, head = torch.ones(n), Needs(True, True, False), projection(data["weight"])
+        rows = Rows(data["hidden"], data["targets"], ones)
         bound = fr.GRPO().bind(
             advantages=ones,
             sequences=Sequences.of(torch.zeros(n, dtype=torch.int64), 1),
@@ -180,18 +184,18 @@ def test_scratch_does_not_grow_with_tokens(function):
             num_sequences=1,
             num_tokens=n,
         )
-        stats = chunked.forward(x, head, y, ones, ())
+        stats = chunked.statistics(rows, head, ())
         run = {
-            "forward": lambda: chunked.forward(x, head, y, ones, ALL_OUTPUTS),
-            "backward": lambda: chunked.backward(x, head, y, ones, stats, TokenGrads(ones), needs),
-            "one_pass": lambda: chunked.one_pass(x, head, y, ones, (), bound, needs),
+            "statistics": lambda: chunked.statistics(rows, head, ALL_OUTPUTS),
+            "gradients": lambda: chunked.gradients(rows, head, stats, TokenGrads(ones), needs),
+            "one_pass": lambda: chunked.one_pass(rows, head, (), bound, needs),
         }[function]
         return peak_tensor_bytes(run)
 
     small, large = scratch(1024), scratch(8192)
     assert small > 0
     assert large - small < (8192 - 1024) * (16 * 4 * 2 + 40 * 8)  # x and dX block by block, and per-row vectors
-    assert large < 3 * 4 * chunked.ROWS * (chunked.TILE + 6000) + 8192 * 500
+    assert large < 3 * 4 * tiling.ROWS * (tiling.TILE + 6000) + 8192 * 500
 
 
 def peaked(n=64, h=16, v=500):
@@ -224,9 +228,9 @@ def test_filtered_gradients_stay_within_the_stated_bound(grad_filter):
 
 
 def test_the_filter_skips_what_holds_no_mass_and_keeps_targets(monkeypatch):
-    monkeypatch.setattr(chunked, "TILE", 16)
-    monkeypatch.setattr(chunked, "ROWS", 8)
-    monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: 8)
+    monkeypatch.setattr(tiling, "TILE", 16)
+    monkeypatch.setattr(tiling, "ROWS", 8)
+    monkeypatch.setattr(tiling, "row_block", lambda vocabulary, itemsize: 8)
     done = []
     original = chunked._BackwardBlock.add
     monkeypatch.setattr(
@@ -246,7 +250,7 @@ def test_the_filter_skips_what_holds_no_mass_and_keeps_targets(monkeypatch):
 
 
 def test_rows_with_an_entropy_gradient_are_not_filtered(monkeypatch):
-    monkeypatch.setattr(chunked, "TILE", 16)
+    monkeypatch.setattr(tiling, "TILE", 16)
     data = peaked()
     mixed = torch.where(torch.arange(64) % 2 == 0, 0.3, 0.0)
     grads = []

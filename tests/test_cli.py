@@ -1,8 +1,8 @@
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +10,7 @@ from fused_rlhf.trainers import cli, demo
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import to_yaml
 from fused_rlhf.trainers.grpo_config import Config
+from tests import forks
 
 TRAINERS = [name for name in cli.COMMANDS if name not in ("demo", "bench")]
 
@@ -211,15 +212,20 @@ def test_a_new_objective_is_one_function_from_the_command_line_to_the_metrics(tm
     """Registered before the command line is read, it is among the choices, takes its options, and trains."""
     script = tmp_path / "mine.py"
     script.write_text(NEW_OBJECTIVE)
-    flags = {"--hidden-size": 16, "--num-layers": 1, "--max-operand": 30, "--steps": 2, "--prompts-per-step": 4}
+    flags: dict[str, Any] = {
+        "--hidden-size": 16,
+        "--num-layers": 1,
+        "--max-operand": 30,
+        "--steps": 2,
+        "--prompts-per-step": 4,
+    }
     flags |= {"--num-generations": 4, "--max-new-tokens": 2, "--num-iterations": 2, "--learning-rate": 0.01}
     flags |= {"--eval-samples": 4, "--output": tmp_path / "run", "--threads": 1}
-    command = [sys.executable, script, "grpo", *(str(part) for flag in flags.items() for part in flag)]
+    command = [str(script), "grpo", *(str(part) for flag in flags.items() for part in flag)]
     chosen = [*command, "--objective", "triangle", "--objective-options", "width", "0.25"]
-    done = subprocess.run(chosen, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done, refused = tmp_path / "done.log", tmp_path / "refused.log"
+    assert forks.start(chosen, tmp_path, {}, done).wait() == 0, done.read_text()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum("ratio_mean" in row for row in rows) == 2
-    refused = subprocess.run([*command, "--overwrite", "--objective", "square"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "triangle" in refused.stderr
+    assert forks.start([*command, "--overwrite", "--objective", "square"], tmp_path, {}, refused).wait() == 2
+    assert "triangle" in refused.read_text()

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,8 @@ def test_a_configuration_is_yaml_and_comes_back():
     values = yaml.safe_load(configs.to_yaml(own))
     assert values["names"] == ["a", "b"]
     assert values["numbers"] == {"tau": 1.5}
-    assert Own(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}) == own
+    back: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    assert Own(**back) == own
 
 
 @pytest.mark.parametrize(

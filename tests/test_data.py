@@ -1,13 +1,10 @@
 import json
-from pathlib import Path
 
 import pytest
 
 from fused_rlhf.trainers import data
 from fused_rlhf.trainers.data import Task
-
-GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the GSM8K files are not at {GSM8K}")
+from tests.gsm8k import GSM8K, needs_gsm8k
 
 
 def write(path, rows):

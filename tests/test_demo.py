@@ -1,6 +1,9 @@
+import pytest
+
 from fused_rlhf.trainers import cli
 
 
+@pytest.mark.curves
 def test_the_demo_says_what_it_did_and_where_it_is(tmp_path, capsys):
     flags = ["--warmup-steps", "2", "--steps", "2", "--hidden-size", "32", "--num-layers", "1"]
     flags += ["--threads", "0", "--max-operand", "30"]

@@ -1,12 +1,13 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import fused_rlhf as fr
-from fused_rlhf.backends import chunked
-from fused_rlhf.op import divergence
+from fused_rlhf.backends import chunked, tiling
+from fused_rlhf.kernels import interface
 from tests.helpers import dense_logits, plausible_logits, relative, worst
 from tests.memory import peak_tensor_bytes
 
@@ -28,8 +29,8 @@ def _tiling(request, monkeypatch):
     """The real tile sizes hold a test's whole input; tiny ones make every loop and merge run."""
     if request.param:
         rows, columns = request.param
-        monkeypatch.setattr(chunked, "TILE", columns)
-        monkeypatch.setattr(chunked, "row_block", lambda vocabulary, itemsize: rows)
+        monkeypatch.setattr(tiling, "TILE", columns)
+        monkeypatch.setattr(tiling, "row_block", lambda vocabulary, itemsize: rows)
 
 
 def inputs(n, v, bias=False, per_row=False, dtype=torch.float64, seed=0):
@@ -118,7 +119,7 @@ def test_kinds_are_the_betas_of_trl(kind, beta):
     order = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
     theirs, _ = ChunkedDivergenceFunction.apply(*(data[k] for k in order), beta, 0.8, 0.9, 6.0, 1.1, 5.0)
     del data["temperature"]
-    options = {"logit_scale": 0.9, "softcap": 6.0, "ref_logit_scale": 1.1, "ref_softcap": 5.0}
+    options: dict[str, Any] = {"logit_scale": 0.9, "softcap": 6.0, "ref_logit_scale": 1.1, "ref_softcap": 5.0}
     ours = fr.linear_kl(**data, kind=kind, temperature=0.8, **options, beta=beta if kind == "jsd" else 0.5)
     assert worst(ours, theirs) < 1e-5
 
@@ -163,7 +164,7 @@ def test_errors_at_logits_of_25_are_torchs_own_and_values_never_negative(dtype, 
 
 
 @pytest.mark.usefixtures("_tiling")
-@pytest.mark.parametrize("kind", divergence.KINDS)
+@pytest.mark.parametrize("kind", interface.KINDS)
 def test_a_policy_that_is_its_reference_has_no_divergence_and_no_gradient(kind):
     data = plausible_logits(37, 211, torch.float32)
     hidden, weight = (data[k].requires_grad_() for k in ("hidden", "weight"))
@@ -202,12 +203,12 @@ def test_tokens_that_one_side_rules_out(backend, missing):
     data = inputs(9, 40, bias=True)
     data[missing][7:9] = -math.inf
     infinite = {"bias": "forward", "ref_bias": "reverse"}[missing]
-    log_p = log_probs(*(data[k] for k in ("hidden", "weight", "bias")), 1.0)
-    log_q = log_probs(*(data[k] for k in ("ref_hidden", "ref_weight", "ref_bias")), 1.0)
+    log_p = log_probs(data["hidden"], data["weight"], data["bias"], 1.0)
+    log_q = log_probs(data["ref_hidden"], data["ref_weight"], data["ref_bias"], 1.0)
     log_a, log_b = (log_p, log_q) if missing == "bias" else (log_q, log_p)
     some = torch.ones(40, dtype=torch.bool).index_fill(0, torch.tensor([7, 8]), False)
     expected = (log_a.exp() * (log_a - log_b))[:, some].sum(-1)
-    for kind in divergence.KINDS:
+    for kind in interface.KINDS:
         value, grads = gradients(lambda d, k=kind: fr.linear_kl(**d, kind=k, backend=backend), data, torch.ones(9))
         if kind == infinite:
             assert (value == math.inf).all()
@@ -223,7 +224,7 @@ def test_tokens_that_one_side_rules_out(backend, missing):
 @pytest.mark.usefixtures("_tiling")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("level", [-120.0, 6e4, -6e4])
-@pytest.mark.parametrize("kind", divergence.KINDS)
+@pytest.mark.parametrize("kind", interface.KINDS)
 def test_extreme_logits_are_finite_and_right(backend, level, kind):
     data = inputs(9, 53)
     for hidden, weight in (("hidden", "weight"), ("ref_hidden", "ref_weight")):
@@ -233,7 +234,7 @@ def test_extreme_logits_are_finite_and_right(backend, level, kind):
     assert worst(found, truth(data, kind)) < 1e-9
 
 
-@pytest.mark.parametrize("kind", divergence.KINDS)
+@pytest.mark.parametrize("kind", interface.KINDS)
 def test_distributions_without_a_token_in_common(kind):
     """Each sure of a token of its own, by 200: p underflows where q is 1."""
     eye = 200 * torch.eye(6)[:, :2]
@@ -291,8 +292,10 @@ def test_no_rows_give_a_differentiable_zero(backend, nothing):
 def test_rows_without_upstream_are_left_out_of_the_backward(monkeypatch):
     data = inputs(20, 50)
     seen = []
-    original = divergence.backward
-    monkeypatch.setattr(divergence, "backward", lambda x, *rest: (seen.append(len(x)), original(x, *rest))[1])
+    original = chunked.divergence_gradients
+    monkeypatch.setattr(
+        chunked, "divergence_gradients", lambda rows, *rest: (seen.append(len(rows.hidden)), original(rows, *rest))[1]
+    )
     upstream = torch.where(torch.arange(20) % 4 == 0, 1.5, 0.0)
     _, grads = gradients(lambda d: fr.linear_kl(**d), data, upstream)
     _, exact = gradients(truth, data, upstream)
@@ -304,9 +307,9 @@ def test_rows_without_upstream_are_left_out_of_the_backward(monkeypatch):
 @pytest.mark.parametrize("free", ["hidden", "weight", "bias"])
 def test_what_is_frozen_costs_no_product(monkeypatch, free):
     products = []
-    original = chunked.add_product_
+    original = tiling.add_product_
     monkeypatch.setattr(
-        chunked, "add_product_", lambda total, *rest, **k: (products.append(total.shape), original(total, *rest, **k))
+        tiling, "add_product_", lambda total, *rest, **k: (products.append(total.shape), original(total, *rest, **k))
     )
     data = inputs(6, 40, bias=True)
     data[free].requires_grad_()
@@ -346,11 +349,11 @@ def test_forward_and_backward_repeat_to_the_bit():
 
 
 @pytest.mark.parametrize("axis", ["rows", "vocabulary"])
-@pytest.mark.parametrize("kind", divergence.KINDS)
+@pytest.mark.parametrize("kind", interface.KINDS)
 def test_scratch_grows_with_neither_rows_nor_vocabulary(monkeypatch, axis, kind):
     """Beyond vectors of N or V, dX (with its fp32 accumulator) and dW."""
-    monkeypatch.setattr(chunked, "TILE", 512)
-    monkeypatch.setattr(chunked, "ONE_PASS_BYTES", 4 << 20)
+    monkeypatch.setattr(tiling, "TILE", 512)
+    monkeypatch.setattr(tiling, "ONE_PASS_BYTES", 4 << 20)
 
     def peaks(n, v):
         data = inputs(n, v, bias=True, dtype=torch.float32)
@@ -371,20 +374,16 @@ def test_scratch_grows_with_neither_rows_nor_vocabulary(monkeypatch, axis, kind)
 
 def test_autocast_computes_in_its_dtype_and_mixed_dtypes_promote():
     data = inputs(9, 60, dtype=torch.float32)
-    half = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    half: dict[str, Any] = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, grads = gradients(lambda d: fr.linear_kl(**d), data, torch.ones(9))
     expected = fr.linear_kl(**half)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
     assert grads["weight"].dtype == torch.float32
-    mixed = {**data, "ref_hidden": half["ref_hidden"], "ref_weight": half["ref_weight"]}
-    assert (
-        worst(
-            fr.linear_kl(**mixed), fr.linear_kl(**{k: v.float() if torch.is_tensor(v) else v for k, v in mixed.items()})
-        )
-        == 0
-    )
+    mixed: dict[str, Any] = {**data, "ref_hidden": half["ref_hidden"], "ref_weight": half["ref_weight"]}
+    promoted: dict[str, Any] = {k: v.float() if torch.is_tensor(v) else v for k, v in mixed.items()}
+    assert worst(fr.linear_kl(**mixed), fr.linear_kl(**promoted)) == 0
     double = {**half, "hidden": half["hidden"].double()}
     assert fr.linear_kl(**double).dtype == torch.float64
     double = {**half, "ref_hidden": half["ref_hidden"].double()}
@@ -461,5 +460,5 @@ def test_the_environment_decides_auto(monkeypatch):
     with pytest.raises(ValueError, match="FUSED_RLHF_BACKEND must be one of"):
         fr.linear_kl(**data)
     monkeypatch.setenv("FUSED_RLHF_BACKEND", "reference")
-    monkeypatch.setattr(divergence, "forward", None)
+    monkeypatch.setattr(chunked, "divergence", None)
     assert fr.linear_kl(**data).shape == (6,)

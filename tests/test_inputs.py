@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def test_a_text_is_its_ids(tokenizer):
 def test_messages_and_texts_by_the_chat_template(tokenizer):
     tokenizer.chat_template = TEMPLATE
     tokenizer.bos_token = "<pad>"  # which the template begins with, and tokenising would add again
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "1"}]}]
+    user = {"role": "user", "content": [{"type": "text", "text": "1"}]}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "s"}, user]
     assert inputs.render(tokenizer, messages) == "<system>s<user>1<assistant>"
     assert inputs.render(tokenizer, messages, add_generation_prompt=False) == "<system>s<user>1"
     for sample, chat in (({"prompt": "1"}, True), ({"prompt": [{"role": "user", "content": "1"}]}, False)):

@@ -161,7 +161,8 @@ def test_dpo(loss_type, options, average):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("reference", [False, True])
 def test_dpo_of_other_shapes_with_and_without_bias_and_reference(shape, bias, reference):
-    data = batch(*shape, ignored=False)
+    s, t, h, v = shape
+    data = batch(s, t, h, v, ignored=False)
     settings = {"use_ref_model": reference, "ignore_index": -1}
     mine, theirs = (run(paired(m, "DPO", reference, **settings), data, bias) for m in (ours, liger))
     compare(mine, theirs)

@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf.op import autograd
-from tests import trl_configs
+from tests import forks, trl_configs
+from tests.gsm8k import GSM8K, needs_gsm8k
 from tests.helpers import dense, inputs, plausible_logits, relative, worst
 
 pytest.importorskip("trl")
@@ -37,7 +37,9 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.trainer import utils as trl_utils
 
+from fused_rlhf import functional
 from fused_rlhf.integrations import trl as ours
+from fused_rlhf.kernels.interface import Rows
 
 V = 96
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -188,21 +190,23 @@ class Calls:
     """Counts calls of TRL's kernel and of our op, and the rows that each of ours was asked to score."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.theirs, self.rows, self.graphs = 0, [], []
-        self.kernel, op = trl_utils._ChunkedLogProbFunction, autograd.linear_logprobs
+        self.theirs = 0
+        self.rows: list[Any] = []
+        self.graphs: list[Any] = []
+        self.kernel, op = trl_utils._ChunkedLogProbFunction, functional.logprobs_of_rows
         kernel = self.kernel
 
         def apply(*arguments: Any) -> Any:
             self.theirs += 1
             return kernel.apply(*arguments)
 
-        def linear_logprobs(hidden: Tensor, head: Any, targets: Tensor, *arguments: Any) -> Any:
-            self.rows.append(int((targets != -100).sum()))
+        def logprobs_of_rows(rows: Rows, *arguments: Any) -> Any:
+            self.rows.append(int((rows.targets != -100).sum()))
             self.graphs.append(torch.is_grad_enabled())
-            return op(hidden, head, targets, *arguments)
+            return op(rows, *arguments)
 
         monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply, forward=kernel.forward))
-        monkeypatch.setattr(autograd, "linear_logprobs", linear_logprobs)
+        monkeypatch.setattr(functional, "logprobs_of_rows", logprobs_of_rows)
 
     def take(self) -> tuple[int, list[int]]:
         taken = self.theirs, self.rows
@@ -322,7 +326,7 @@ def test_patched_stock_trainers_equal_stock(name: str, folder: Path, calls: Call
     arguments = changes.get(name, {})
     expected, expected_completions = run(name, TRAINERS[name][0], folder, **arguments)
     number, _ = calls.take()
-    trl_utils._ChunkedLogProbFunction = calls.kernel
+    trl_utils._ChunkedLogProbFunction = calls.kernel  # type: ignore[misc]
     with ours.patched_trl():
         found, completions = run(name, TRAINERS[name][0], folder, **arguments)
     assert trl_utils._ChunkedLogProbFunction is calls.kernel
@@ -517,7 +521,9 @@ def test_sharded_by_zero3_in_both_directions(monkeypatch: pytest.MonkeyPatch) ->
     for p in sharded.values():
         p.data = torch.empty(0)
     hidden = data["hidden"].requires_grad_()
-    logprobs = ours.FusedLogProbs.apply(hidden, *sharded.values(), data["targets"], 0.7, 32, None, 1.0, OUTPUTS)[0]
+    logprobs = ours.FusedLogProbs.apply(
+        hidden, sharded["weight"], sharded["bias"], data["targets"], 0.7, 32, None, 1.0, OUTPUTS
+    )[0]
     assert gathered == ["weight", "bias"]
     assert [p.numel() for p in sharded.values()] == [0, 0]
     found = torch.autograd.grad(logprobs.square().sum(), [hidden, *sharded.values()])
@@ -775,7 +781,7 @@ def test_tokens_of_tools_are_not_scored(changes: dict[str, Any], folder: Path, c
 
 # ------------------------------------------------------------------------------------------------------- LoRA on the head
 
-ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 8}
+ON_HEAD: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 8}
 
 
 def add_dense_head(model: Any, temperature: float = 1.0, *_: Any, **__: Any) -> None:
@@ -883,7 +889,7 @@ def test_adapters_that_cannot_be_computed_are_refused(
 # ----------------------------------------------------------------------------------------------------- nothing leaks
 
 
-def seams() -> dict[str, Any]:
+def seams() -> dict[Any, Any]:
     modules = {cls.__module__: sys.modules[cls.__module__] for base, _, _ in TRAINERS.values() for cls in base.__mro__}
     names = ("add_fused_lm_head", "BaseTunerLayer", "_ChunkedLogProbFunction")
     found = {(module, name): vars(m)[name] for module, m in modules.items() for name in names if name in vars(m)}
@@ -1084,11 +1090,9 @@ import fused_rlhf.integrations.trl
 
 
 @pytest.mark.slow
+@needs_gsm8k
 def test_a_script_on_gsm8k(tmp_path: Path) -> None:
     """What a user has today, with one import changed."""
-    data = Path(__file__).resolve().parents[2] / "shared/data/gsm8k/train.jsonl"
-    if not data.exists():
-        pytest.skip(f"the GSM8K problems are not at {data}")
     script = """
 import sys
 from datasets import load_dataset
@@ -1131,8 +1135,9 @@ print("steps", trainer.state.global_step, "loss", [entry["loss"] for entry in tr
         "OMP_NUM_THREADS": "1",
     }
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, str(path), str(data), str(tmp_path)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert "steps 3 loss [" in found.stdout
-    assert "nan" not in found.stdout.split("steps 3")[-1]
+    log = tmp_path / "log"
+    process = forks.start([str(path), str(GSM8K / "train.jsonl"), str(tmp_path)], tmp_path, environment, log)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    last = log.read_text().partition("steps 3 loss [")[2].partition("]")[0]
+    assert last
+    assert "nan" not in last

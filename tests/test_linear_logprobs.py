@@ -17,9 +17,13 @@ pytest.importorskip("triton")
 
 from fused_rlhf.backends import reference
 from fused_rlhf.kernels import linear_logprobs, ops, tiles
-from fused_rlhf.kernels.interface import OUTPUTS, Grads, Head, Needs, TokenGrads
+from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, TokenGrads, Work
+from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.objectives import DAPO, BoundPolicyLoss
 from fused_rlhf.segments import Sequences
+from tests.helpers import listed, projection
+
+Arguments = tuple[Rows, Projection]
 
 
 @pytest.mark.slow
@@ -36,7 +40,7 @@ def test_against_fp64_in_the_interpreter() -> None:
         str(Path(__file__).parent / "interpreter_cases.py"),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
@@ -55,7 +59,7 @@ def inputs(
     peak: float = 10.0,
     temperature: bool = True,
     **options: Any,
-) -> tuple[Tensor, Head, Tensor, Tensor]:
+) -> Arguments:
     """`peak`: about the largest logit."""
     g = torch.Generator("cuda").manual_seed(N + V)
     hidden = torch.randn(N, H, generator=g, device="cuda").to(dtype)
@@ -63,30 +67,33 @@ def inputs(
     b = torch.randn(V, generator=g, device="cuda") if bias else None
     targets = torch.randint(0, V, (N,), generator=g, device="cuda")
     t = 0.7 + 0.6 * torch.rand(N, generator=g, device="cuda") if temperature else torch.ones(N, device="cuda")
-    return hidden, Head(weight, b, compute_dtype=dtype, **options), targets, t
+    return Rows(hidden, targets, t), projection(weight, b, **options)
 
 
-def wide(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Head, Tensor, Tensor]:
+def wide(rows: Rows, head: Projection) -> Arguments:
     bias = None if head.bias is None else head.bias.double()
     weight = head.weight.to(head.compute_dtype).double()
     operands = replace(head, weight=weight, bias=bias, compute_dtype=torch.float64)
-    return hidden.to(head.compute_dtype).double(), operands, targets, temperature.double()
+    return Rows(rows.hidden.to(head.compute_dtype).double(), rows.targets, rows.temperature.double()), operands
 
 
-def torch_gradients(arguments: tuple[Tensor, Head, Tensor, Tensor], upstream: TokenGrads) -> Grads:
-    hidden, head, targets, temperature = arguments
-    x, w = hidden.to(head.compute_dtype), head.weight.to(head.compute_dtype)
+def torch_gradients(arguments: Arguments, upstream: TokenGrads) -> Grads:
+    rows, head = arguments
+    x, w = rows.hidden.to(head.compute_dtype), head.weight.to(head.compute_dtype)
     products = (x.float() @ w.float().T).requires_grad_()
     bias = None if head.bias is None else head.bias.detach().float().requires_grad_()
-    u = products if bias is None else products + bias
-    u = u * head.logit_scale
-    z = (u if head.softcap is None else head.softcap * torch.tanh(u / head.softcap)) / temperature[:, None]
-    stats = reference._stats(z, targets, ("entropy",))
-    pairs = [(v, g) for v, g in zip((stats.logprobs, stats.entropy, stats.lse), upstream) if g is not None]
+    u = (products if bias is None else products + bias) * head.transform.logit_scale
+    cap, temperature = head.transform.parameter, rows.temperature[:, None]
+    z = (cap * torch.tanh(u / cap) if head.transform.curve else u) / temperature
+    log_p = torch.log_softmax(z, -1)
+    stats = log_p.gather(1, rows.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), torch.logsumexp(z, -1)
+    pairs = [(v, g) for v, g in zip(stats, upstream) if g is not None]
     leaves = [products] if bias is None else [products, bias]
     found = torch.autograd.grad([v for v, _ in pairs], leaves, [g for _, g in pairs])  # type: ignore[arg-type]
     dz = found[0].to(head.compute_dtype)
-    return Grads((dz @ w).to(hidden.dtype), (dz.T @ x).to(head.weight.dtype), found[1] if bias is not None else None)
+    return Grads(
+        (dz @ w).to(rows.hidden.dtype), (dz.T @ x).to(head.weight.dtype), found[1] if bias is not None else None
+    )
 
 
 def error(found: Tensor | None, true: Tensor | None) -> float:
@@ -121,19 +128,20 @@ CASES: dict[str, tuple[tuple, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_against_fp64(case: str) -> None:
     arguments = inputs(*CASES[case][0], **CASES[case][1])
-    N = len(arguments[2])
-    stats, own = ops.forward(*arguments, OUTPUTS), reference.forward(*arguments, OUTPUTS)
-    true = reference.forward(*wide(*arguments), OUTPUTS)
-    for name in ("logprobs", "lse", "entropy", "sum_sq", "mean_logit"):
-        value, torchs, right = (getattr(s, name) for s in (stats, own, true))
-        assert (value - right).abs().max() <= 2 * (torchs - right).abs().max() + 5e-5, name
-    assert torch.equal(stats.is_top1, true.is_top1)  # type: ignore[arg-type]
+    N = arguments[0].count
+    stats, own = ops.statistics(*arguments, OUTPUTS), reference.statistics(*arguments, OUTPUTS)
+    true = reference.statistics(*wide(*arguments), OUTPUTS)
+    for value, dense, exact in zip(listed(stats), listed(own), listed(true)):
+        if exact.dtype == torch.bool:
+            assert torch.equal(value, exact)
+        else:
+            assert (value - exact).abs().max() <= 2 * (dense - exact).abs().max() + 5e-5
     g = torch.Generator("cuda").manual_seed(1)
     upstream = TokenGrads(*(torch.randn(N, generator=g, device="cuda") for _ in range(3)))
     needs = Needs(True, True, arguments[1].bias is not None)
-    grads, again = (ops.backward(*arguments, stats, upstream, needs) for _ in range(2))
+    grads, again = (ops.gradients(*arguments, stats, upstream, needs) for _ in range(2))
     torchs = torch_gradients(arguments, upstream)
-    right = reference.backward(*wide(*arguments), true, TokenGrads(*(u.double() for u in upstream)), needs)  # type: ignore[union-attr]
+    right = reference.gradients(*wide(*arguments), true, TokenGrads(*(u.double() for u in upstream)), needs)  # type: ignore[union-attr]
     for value, same, dense, exact in zip(grads, again, torchs, right):
         if exact is not None:
             assert error(value, exact) <= 2 * error(dense, exact) + 1e-6
@@ -146,9 +154,9 @@ def test_values_and_gradients_against_fp64(case: str) -> None:
     exact_objective = replace(bound, **{name: getattr(bound, name).double() for name in names})
     _, right_loss, right = reference.one_pass(*wide(*arguments), (), exact_objective, Needs(True, True, False))
     assert (loss - right_loss).abs().max() <= 1e-4 * right_loss.abs().max() + 1e-7
-    dense = torch_gradients(arguments, bound(slice(0, N), stats.logprobs, None)[1])
-    assert error(grads.hidden, right.hidden) <= 2 * error(dense.hidden, right.hidden) + 1e-5
-    assert error(grads.weight, right.weight) <= 2 * error(dense.weight, right.weight) + 1e-5
+    torchs = torch_gradients(arguments, bound(slice(0, N), stats.logprobs, None)[1])
+    assert error(grads.hidden, right.hidden) <= 2 * error(torchs.hidden, right.hidden) + 1e-5
+    assert error(grads.weight, right.weight) <= 2 * error(torchs.weight, right.weight) + 1e-5
 
 
 @pytest.mark.gpu
@@ -156,23 +164,23 @@ def test_values_and_gradients_against_fp64(case: str) -> None:
 def test_logprobs_of_bf16_operands_keep_fp32_precision(H: int) -> None:
     """The contract: 5e-5 against fp64 with logits around +-25."""
     arguments = inputs(512, H, 8192, peak=25.0, temperature=False)
-    true = reference.forward(*wide(*arguments), ("entropy",))
+    true = reference.statistics(*wide(*arguments), ("entropy",))
     assert 20 < true.lse.max() < 35
-    stats = ops.forward(*arguments, ("entropy",))
+    stats = ops.statistics(*arguments, ("entropy",))
     assert (stats.logprobs - true.logprobs).abs().max() <= 5e-5
     assert (stats.entropy - true.entropy).abs().max() <= 5e-5  # type: ignore[operator]
 
 
 @pytest.mark.gpu
 def test_fp32_head_with_bf16_products() -> None:
-    hidden, head, targets, temperature = inputs(300, 512, 20000)
+    rows, head = inputs(300, 512, 20000)
     master = replace(head, weight=head.weight.float() + 1e-4 * torch.randn(20000, 512, device="cuda"))
-    arguments = (hidden.float(), master, targets, temperature)
-    stats = ops.forward(*arguments, ())
-    rounded = (hidden, replace(head, weight=master.weight.bfloat16()), targets, temperature)
-    assert torch.equal(stats.logprobs, ops.forward(*rounded, ()).logprobs)
-    grads = ops.backward(*arguments, stats, TokenGrads(torch.ones(300, device="cuda")), Needs(True, True, False))
-    true = reference.backward(
+    arguments = (replace(rows, hidden=rows.hidden.float()), master)
+    stats = ops.statistics(*arguments, ())
+    rounded = (rows, replace(head, weight=master.weight.bfloat16()))
+    assert torch.equal(stats.logprobs, ops.statistics(*rounded, ()).logprobs)
+    grads = ops.gradients(*arguments, stats, TokenGrads(torch.ones(300, device="cuda")), Needs(True, True, False))
+    true = reference.gradients(
         *wide(*rounded), stats, TokenGrads(torch.ones(300, device="cuda").double()), Needs(True, True, False)
     )
     assert grads.weight is not None
@@ -183,18 +191,18 @@ def test_fp32_head_with_bf16_products() -> None:
 
 @pytest.mark.gpu
 def test_a_tokens_logprob_does_not_depend_on_its_batch() -> None:
-    hidden, head, targets, temperature = inputs(9000, 512, 32000)
-    whole = ops.forward(hidden, head, targets, temperature, ("entropy",)).logprobs
+    rows, head = inputs(9000, 512, 32000)
+    whole = ops.statistics(rows, head, ("entropy",)).logprobs
     for at in (slice(0, 1), slice(100, 137), slice(8190, 8999)):
-        assert torch.equal(ops.forward(hidden[at], head, targets[at], temperature[at], ()).logprobs, whole[at])
+        assert torch.equal(ops.statistics(rows.pick(at), head, ()).logprobs, whole[at])
 
 
 @pytest.mark.gpu
 def test_a_new_number_of_tokens_compiles_nothing() -> None:
     def run(N: int) -> None:
         arguments = inputs(N, 512, 5008)
-        stats = ops.forward(*arguments, ())
-        ops.backward(*arguments, stats, TokenGrads(stats.lse), Needs(True, True, False))
+        stats = ops.statistics(*arguments, ())
+        ops.gradients(*arguments, stats, TokenGrads(stats.lse), Needs(True, True, False))
         ops.one_pass(*arguments, (), objective(N, stats.logprobs, 0.0), Needs(True, True, False))
 
     def compiled() -> int:
@@ -212,7 +220,7 @@ def test_a_new_number_of_tokens_compiles_nothing() -> None:
 @pytest.mark.gpu
 def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(300, 512, 5003)
-    clean = ops.forward(*arguments, OUTPUTS)
+    clean = ops.statistics(*arguments, OUTPUTS)
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -220,9 +228,9 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    stats = ops.forward(*arguments, OUTPUTS)
-    assert all(torch.equal(getattr(stats, name), getattr(clean, name)) for name in ("logprobs", *OUTPUTS))
-    grads = ops.backward(*arguments, stats, TokenGrads(stats.lse, stats.lse), Needs(True, True, False))
+    stats = ops.statistics(*arguments, OUTPUTS)
+    assert all(map(torch.equal, listed(stats), listed(clean)))
+    grads = ops.gradients(*arguments, stats, TokenGrads(stats.lse, stats.lse), Needs(True, True, False))
     _, _, one = ops.one_pass(*arguments, (), objective(300, stats.logprobs), Needs(True, True, False))
     for gradient in (*grads, *one):
         assert gradient is None or gradient.isfinite().all()
@@ -230,10 +238,10 @@ def test_scratch_is_written_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_nan_stays_in_its_row_on_the_device() -> None:
-    hidden, head, targets, temperature = inputs(300, 512, 5003)
-    clean = ops.forward(hidden, head, targets, temperature, ()).logprobs
-    hidden[7, 3] = float("nan")
-    found = ops.forward(hidden, head, targets, temperature, ()).logprobs
+    rows, head = inputs(300, 512, 5003)
+    clean = ops.statistics(rows, head, ()).logprobs
+    rows.hidden[7, 3] = float("nan")
+    found = ops.statistics(rows, head, ()).logprobs
     others = torch.arange(300, device="cuda") != 7
     assert found[7].isnan()
     assert torch.equal(found[others], clean[others])
@@ -254,58 +262,53 @@ def peak_memory(run: Any) -> int:
 def test_memory_is_the_formula(N: int) -> None:
     H, V = 512, 64000
     arguments = inputs(N, H, V)
-    stats = ops.forward(*arguments, ())
+    stats = ops.statistics(*arguments, ())
     needs = Needs(True, True, False)
-    rows, slack = min(N, ops.ROWS), 64 * N + (8 << 20)
-    forward = 2 * rows * -(-V // 128) * 4
-    assert peak_memory(lambda: ops.forward(*arguments, ())) <= forward + slack
-    columns = ops._columns(torch.device("cuda"))
-    gradients = 2 * V * H + 2 * N * H
-    backward = 2 * rows * columns + 4 * N * H + 4 * columns * H + gradients
+    slack, multiprocessors = 64 * N + (8 << 20), tiles.multiprocessors(torch.device("cuda"))
+
+    def formula(route: Any) -> float:
+        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, multiprocessors=multiprocessors)) + slack
+
+    assert peak_memory(lambda: ops.statistics(*arguments, ())) <= formula("forward")
     upstream = TokenGrads(stats.lse)
-    assert peak_memory(lambda: ops.backward(*arguments, stats, upstream, needs)) <= backward + slack
-    block = ops.one_pass_rows(N, arguments[1], True)
-    low_halves = 2 * V * H if block < N else 0
-    one_pass = 2 * block * V + low_halves + 2 * block * -(-V // 128) * 4 + 8 * block * H + gradients
+    assert peak_memory(lambda: ops.gradients(*arguments, stats, upstream, needs)) <= formula("two_phase")
     bound = objective(N, stats.logprobs)
-    assert peak_memory(lambda: ops.one_pass(*arguments, (), bound, needs)) <= one_pass + slack + 256 * 2 * V
+    assert peak_memory(lambda: ops.one_pass(*arguments, (), bound, needs)) <= formula("one_pass") + 256 * 2 * V
 
 
 @pytest.mark.gpu
 def test_more_than_two_billion_logits() -> None:
     """N x V passes 2^31: rows at the end agree with the same rows alone."""
     N, H, V = 8704, 64, 256000
-    hidden, head, targets, temperature = inputs(N, H, V)
-    targets[-1] = V - 1
+    rows, head = inputs(N, H, V)
+    rows.targets[-1] = V - 1
     tail = slice(N - 40, N)
-    stats = ops.forward(hidden, head, targets, temperature, ())
-    alone = ops.forward(hidden[tail], head, targets[tail], temperature[tail], ())
+    stats = ops.statistics(rows, head, ())
+    alone = ops.statistics(rows.pick(tail), head, ())
     assert torch.equal(stats.logprobs[tail], alone.logprobs)
     bound = objective(N, stats.logprobs, 0.0)
     ops_rows = ops.ONE_PASS_BYTES
     try:
         ops.ONE_PASS_BYTES = 2 * N * V  # one block of rows, so that E itself passes 2^31 elements
-        _, _, grads = ops.one_pass(hidden, head, targets, temperature, (), bound, Needs(True, False, False))
+        _, _, grads = ops.one_pass(rows, head, (), bound, Needs(True, False, False))
     finally:
         ops.ONE_PASS_BYTES = ops_rows
     vectors = ("advantages", "token_weights", "old_logprobs")
     few = replace(bound, **{name: getattr(bound, name)[tail] for name in vectors})
-    _, _, expected = ops.one_pass(
-        hidden[tail], head, targets[tail], temperature[tail], (), few, Needs(True, False, False)
-    )
+    _, _, expected = ops.one_pass(rows.pick(tail), head, (), few, Needs(True, False, False))
     assert error(grads.hidden[tail], expected.hidden.double()) <= 1e-2  # type: ignore[index, union-attr]
 
 
 @pytest.mark.gpu
 def test_products_from_cublas_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = inputs(300, 512, 5003)
-    fused = ops.forward(*arguments, OUTPUTS)
+    fused = ops.statistics(*arguments, OUTPUTS)
     upstream = TokenGrads(fused.lse)
-    fused_grads = ops.backward(*arguments, fused, upstream, Needs(True, True, False))
+    fused_grads = ops.gradients(*arguments, fused, upstream, Needs(True, True, False))
     monkeypatch.setattr(ops, "tune", lambda *_: tiles.RAW)
-    raw = ops.forward(*arguments, OUTPUTS)
+    raw = ops.statistics(*arguments, OUTPUTS)
     assert (raw.logprobs - fused.logprobs).abs().max() <= 5e-5
-    grads = ops.backward(*arguments, raw, upstream, Needs(True, True, False))
+    grads = ops.gradients(*arguments, raw, upstream, Needs(True, True, False))
     assert error(grads.weight, fused_grads.weight.double()) <= 1e-2  # type: ignore[union-attr]
 
 
@@ -314,9 +317,9 @@ def test_autotuning_picks_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RLHF_AUTOTUNE", "1")
     monkeypatch.setattr(tiles, "_tuned", {})
     arguments = inputs(300, 512, 5003)
-    tuned = ops.forward(*arguments, ())
+    tuned = ops.statistics(*arguments, ())
     assert len(tiles._tuned) == 1
     chosen = next(iter(tiles._tuned.values()))
-    assert chosen in tiles.candidates("stats", arguments[0].device, torch.bfloat16, True)
+    assert chosen in tiles.candidates("stats", arguments[0].hidden.device, torch.bfloat16, True)
     monkeypatch.setenv("FUSED_RLHF_AUTOTUNE", "0")
-    assert (tuned.logprobs - ops.forward(*arguments, ()).logprobs).abs().max() <= 5e-5
+    assert (tuned.logprobs - ops.statistics(*arguments, ()).logprobs).abs().max() <= 5e-5

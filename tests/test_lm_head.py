@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def build(family: str = "qwen2", seed: int = 0, **changes: object) -> transformers.PreTrainedModel:
+def build(family: str = "qwen2", seed: int = 0, **changes: object) -> Any:
     """A tiny random model whose head products have a standard deviation of about 10, so that caps and scales matter."""
     model_type, config, _, _ = FAMILIES[family]
     torch.manual_seed(seed)
@@ -308,7 +309,7 @@ def test_compiled_models(where: str) -> None:
     with torch.no_grad():
         expected = model(input_ids).logits
         values = dense_logprobs(model, input_ids)
-        compiled = torch.compile(model, backend="eager") if where == "whole" else model
+        compiled: Any = torch.compile(model, backend="eager") if where == "whole" else model
         if where == "in_place":
             model.compile(backend="eager")
         if where == "backbone":
@@ -325,7 +326,7 @@ def one_process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def with_dense_gradients() -> tuple[nn.Module, dict[str, Tensor]]:
+def with_dense_gradients() -> tuple[Any, dict[str, Tensor]]:
     model = build()
     dense_logprobs(model, batch()).sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -386,7 +387,7 @@ def test_accelerates_device_hooks() -> None:
 # ------------------------------------------------------------------------------------------- PEFT
 
 
-def lora(model: nn.Module, **config: object) -> nn.Module:
+def lora(model: nn.Module, **config: object) -> Any:
     """LoRA with weights that matter: as made, its update is zero."""
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **config))

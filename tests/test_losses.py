@@ -1,4 +1,6 @@
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +32,14 @@ def test_a_module_is_its_function_with_the_options_of_its_construction(name):
     module = MODULES[name](**options, softcap=4.0, temperature=0.7)
     objective = preset(**options)
     assert module.objective == objective
-    data = batch()
+    data, extra = batch(), dict[str, Any]()
+    function: Callable[..., Any]
     if isinstance(objective, fr.PolicyLoss):
         advantages, old = torch.tensor([1.0, -1.0, 0.5, 2.0]), torch.full((4, 3), -3.0)
-        extra, function = {"advantages": advantages, "old_logprobs": old}, fr.linear_policy_loss
+        function = fr.linear_policy_loss
+        extra |= {"advantages": advantages, "old_logprobs": old}
     else:
-        extra, function = {}, fr.linear_preference_loss
+        function = fr.linear_preference_loss
         if objective.needs_reference:
             extra["ref_logprobs"] = torch.full((4, 3), -3.0)
         if not objective.paired:
@@ -58,6 +62,6 @@ def test_modules_can_be_pickled_and_tell_what_they_compute():
 
 def test_an_objective_of_another_kind_or_an_unknown_option_is_refused():
     with pytest.raises(TypeError, match="objective must be a PolicyLoss or a PreferenceLoss, got str"):
-        losses.FusedLinearLoss("grpo")
+        losses.FusedLinearLoss("grpo")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="gamma is no option"):
         fr.FusedLinearGRPOLoss(gamma=1.0)

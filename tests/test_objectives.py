@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import torch
 import fused_rlhf as fr
 from fused_rlhf import objectives
 from fused_rlhf.segments import Sequences
+from tests import forks
 from tests.helpers import dense, inputs, relative, worst
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -439,10 +437,9 @@ def test_the_entropy_threshold_is_that_of_all_ranks(tmp_path):
     generator = torch.Generator().manual_seed(0)
     whole = torch.rand(27, generator=generator, dtype=torch.float64)
     torch.save(whole.split([7, 0, 20]), tmp_path / "entropy.pt")
-    command = [sys.executable, "-c", RANKS]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    running = [subprocess.Popen([*command, str(r), str(tmp_path)], env=environment) for r in range(3)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    log = tmp_path / "log"
+    running = [forks.start(["-c", RANKS, str(r), str(tmp_path)], tmp_path, {}, log) for r in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0], log.read_text()
     found = torch.cat([torch.load(tmp_path / f"keep{rank}.pt") for rank in range(3)])
     assert torch.equal(found, objectives.high_entropy(whole, 0.3))
     assert 0 < found[:7].sum() < 7

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fused_rlhf as fr
 from fused_rlhf import objectives
+from fused_rlhf.objectives import registry
 from tests.helpers import dense, inputs, relative
 
 oracle = pytest.importorskip("tests.trl_oracle", reason="needs trl")
@@ -82,7 +83,7 @@ def batch(dtype: torch.dtype = torch.float64, seed: int = 0, fully_masked: bool 
 
 def settings_of(objective: fr.PolicyLoss, loss_type: str) -> dict[str, Any]:
     """The fields of TRL's config that say the same."""
-    given = objectives.options_of(objectives.SURROGATES[objective.surrogate], objective.options)
+    given = registry.options_of(objectives.SURROGATES[objective.surrogate], objective.options)
     if loss_type == "rloo":
         return {"loss_type": "rloo", "epsilon": given["epsilon_low"], "epsilon_high": given["epsilon_high"]}
     settings: dict[str, Any] = {

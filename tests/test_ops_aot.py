@@ -26,19 +26,28 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fused_rlhf.kernels import linear_logprobs, objectives, ops, tiles  # noqa: E402
-from fused_rlhf.kernels.interface import OUTPUTS, Head, Needs, TokenGrads  # noqa: E402
+from fused_rlhf.kernels import linear_logprobs, objectives, ops, primitives, tiles  # noqa: E402
+from fused_rlhf.kernels.interface import Needs, Rows, TokenGrads  # noqa: E402
+from fused_rlhf.kernels.statistics import OUTPUTS  # noqa: E402
 from fused_rlhf.objectives import BoundPolicyLoss, PolicyLoss  # noqa: E402
 from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss  # noqa: E402
 from fused_rlhf.segments import Sequences  # noqa: E402
+from tests.helpers import projection  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+TENSOR_CORES = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx942": "v_mfma",
+}
 GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -65,12 +74,11 @@ class Launch:
     @property
     def name(self) -> str:
         twins = [str(v) for k, v in self.constants if k in ("SURROGATE", "KL", "LEVEL", "PREFERENCE") and v]
-        entropy = ["ENTROPY"] if dict(self.constants).get("ENTROPY") else []
-        present = [
-            k for k in ("bias_ptr", "softcap", "exps", "h_ptr", "raw_ptr") if (k, "constexpr") not in self.signature
-        ]
-        types = dict(self.signature)
-        return "-".join([self.kernel, self.arch, self.how, *twins, *entropy, *(k for k in present if k in types)])
+        asked = [k for k in ("ENTROPY", "MARGIN") if dict(self.constants).get(k)]
+        constants, types = dict(self.constants), dict(self.signature)
+        present = [k for k in ("bias_ptr", "exps", "h_ptr", "raw_ptr") if types.get(k, "constexpr") != "constexpr"]
+        present += [str(constants["SLOPE"])] if constants.get("SLOPE") else []
+        return "-".join([self.kernel, self.arch, self.how, *twins, *asked, *present])
 
 
 class Recorder:
@@ -119,49 +127,48 @@ def record(arch: str, how: str) -> list[Launch]:
         for module in (linear_logprobs, objectives):
             for name in filter(lambda name: name.endswith("_kernel"), dir(module)):
                 patch.setattr(module, name, Recorder(getattr(module, name), arch, how, launches))
+        records = "sm_80" if arch == "sm_120" else arch  # which serve it
         for module in (ops, tiles):
-            patch.setattr(module, "arch", lambda device: arch)
+            patch.setattr(module, "arch", lambda device: records)
             patch.setattr(module, "precision", lambda dtype: how)
         patch.setattr(linear_logprobs, "_multiply_as", lambda dtype: "tf32" if how == "tf32" else "ieee")
         N, H, V = 96, 128, 528
         hidden, weight, bias = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype), torch.zeros(V)
         targets, ones = torch.zeros(N, dtype=torch.int64), torch.ones(N)
-        plain = Head(weight, compute_dtype=dtype)
-        full = Head(weight, bias, logit_scale=0.5, softcap=30.0, compute_dtype=dtype)
+        rows, plain = Rows(hidden, targets, ones), projection(weight)
+        full = projection(weight, bias, logit_scale=0.5, softcap=30.0)
         objective = policy_of("ppo_clip", N)
-        for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS)):
-            stats = ops.forward(hidden, head, targets, ones, outputs)
+        for head, outputs in ((plain, ()), (plain, ("entropy",)), (full, OUTPUTS[:-1]), (full, OUTPUTS)):
+            stats = ops.statistics(rows, head, outputs)
         for head, grads in (
             (plain, TokenGrads(ones)),
             (plain, TokenGrads(ones, ones)),
             (full, TokenGrads(ones, ones, ones)),
         ):
-            ops.backward(hidden, head, targets, ones, stats, grads, Needs(True, True, True))
+            ops.gradients(rows, head, stats, grads, Needs(True, True, True))
         if how != "tf32":
             for head, outputs in ((plain, ()), (replace(full, bias=None), ("entropy",))):
-                ops.one_pass(hidden, head, targets, ones, outputs, objective, Needs(True, True, False))
+                ops.one_pass(rows, head, outputs, objective, Needs(True, True, False))
         if how == "half":
             # cuBLAS products with the kernels as their epilogue, and an fp32 dW over several blocks of rows.
             patch.setattr(ops, "tune", lambda *args: tiles.RAW)
-            patch.setattr(ops, "one_pass_rows", lambda *args: 64)
-            ops.one_pass(hidden, plain, targets, ones, ("entropy",), objective, Needs(True, True, False))
-            ops.backward(hidden, plain, targets, ones, stats, TokenGrads(ones), Needs(True, True, False))
+            patch.setattr(ops, "_one_pass_rows", lambda *args: 64)
+            ops.one_pass(rows, plain, ("entropy",), objective, Needs(True, True, False))
+            ops.gradients(rows, plain, stats, TokenGrads(ones), Needs(True, True, False))
             # Every twin, in one pass and on its own; all of them are fp32 whatever the operands are.
             for name in objectives.SURROGATES:
                 for level in ("token", "sequence"):
-                    ops.evaluate(policy_of(name, N, level=level), ones, None)
+                    ops.loss(policy_of(name, N, level=level), ones, None)
                 some = replace(policy_of(name, N), kl="", old_logprobs=None)
-                ops.one_pass(hidden, plain, targets, ones, (), some, Needs(True, False, False))
+                ops.one_pass(rows, plain, (), some, Needs(True, False, False))
             for level in ("sequence_sum", "sequence_token"):
-                ops.evaluate(policy_of("ppo_clip", N, level=level), ones, None)
+                ops.loss(policy_of("ppo_clip", N, level=level), ones, None)
             for kl in objectives.KL_ESTIMATORS:
-                ops.one_pass(
-                    hidden, plain, targets, ones, (), policy_of("ppo_clip", N, kl=kl), Needs(True, True, False)
-                )
-                ops.evaluate(policy_of("ppo_clip", N, level="sequence", kl=kl), ones, None)
+                ops.one_pass(rows, plain, (), policy_of("ppo_clip", N, kl=kl), Needs(True, True, False))
+                ops.loss(policy_of("ppo_clip", N, level="sequence", kl=kl), ones, None)
             for name in objectives.PREFERENCES:
                 for ld_alpha, ref in ((None, ones), (0.5, None)):
-                    ops.evaluate(pairs_of(name, ld_alpha, ref, N), ones, None)
+                    ops.loss(pairs_of(name, ld_alpha, ref, N), ones, None)
     return list(launches)
 
 
@@ -183,7 +190,10 @@ def pairs_of(name: str, ld_alpha: float | None, ref: torch.Tensor | None, N: int
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     functions = {
-        f.__name__: f for m in (linear_logprobs, objectives) for f in vars(m).values() if hasattr(f, "arg_names")
+        f.__name__: f
+        for m in (linear_logprobs, objectives, primitives)
+        for f in vars(m).values()
+        if hasattr(f, "arg_names")
     }
     kernel = functions[launch.kernel]
     constants = {
@@ -248,7 +258,7 @@ def test_every_launch_compiles_within_its_architecture(compiled: list[tuple[Laun
         name for module in (linear_logprobs, objectives) for name in dir(module) if name.endswith("_kernel")
     }
     for launch, result in compiled:
-        assert result["shared"] <= tiles.SHARED_MEMORY[launch.arch], result
+        assert result["shared"] <= tiles.SHARED_MEMORY["sm_80" if launch.arch == "sm_120" else launch.arch], result
 
 
 @pytest.mark.slow
@@ -260,11 +270,23 @@ def test_products_use_tensor_cores(compiled: list[tuple[Launch, dict[str, Any]]]
             assert not result["serialized"], result
 
 
+# Bytes of stack, of launches that are known to need some: all in kinds of products that are rarely asked for there.
+KNOWN_SPILLS = {
+    "stats_kernel-sm_100-half-ENTROPY-MARGIN-bias_ptr-softcap_slope": 8,
+    "stats_kernel-sm_100-ieee-ENTROPY-exps-softcap_slope": 24,
+    "stats_kernel-sm_100-tf32-ENTROPY-bias_ptr-softcap_slope": 16,
+    "stats_kernel-sm_100-tf32-ENTROPY-MARGIN-bias_ptr-softcap_slope": 24,
+    "dlogits_kernel-sm_120-tf32-bias_ptr-h_ptr-softcap_slope": 16,
+}
+
+
 @pytest.mark.slow
-def test_nothing_spills_on_ampere_and_hopper(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
+def test_nothing_spills_that_is_not_known_to(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
+    """Nothing at all on Ampere and Hopper."""
+    assert not any("sm_80" in name or "sm_90" in name for name in KNOWN_SPILLS)
     for launch, result in compiled:
-        if launch.arch in ("sm_80", "sm_90"):
-            assert (result["stack"], result["local"]) == (0, 0), result
+        if launch.arch != "gfx942":
+            assert (result["stack"] <= KNOWN_SPILLS.get(launch.name, 0), result["local"]) == (True, 0), result
 
 
 @pytest.mark.slow

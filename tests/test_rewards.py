@@ -1,6 +1,9 @@
 import math
+import queue
 import sys
-import time
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rewards
 from fused_rlhf.trainers.rewards import RewardError, exact_match, numeric_answer
 
-SAMPLES = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
+SAMPLES: list[dict[str, Any]] = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
@@ -58,6 +61,7 @@ def test_a_reward_model_scores_prompt_and_completion(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = rewards.resolve(f"model={tmp_path}")
+    assert isinstance(reward, rewards.RewardModel)
     got = reward(prompts=["1+1=", "2+2="], completions=["2", "44"])
     for value, text in zip(got, ("1+1=2", "2+2=44"), strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -79,23 +83,39 @@ def test_a_reward_model_takes_conversations(tmp_path):
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = rewards.resolve(f"model={tmp_path}")
+    assert isinstance(reward, rewards.RewardModel)
     assert reward.text("1+1=", "2") == "[user]1+1=[assistant]2"
     assert reward.text([{"role": "system", "content": "s"}], "2") == "[system]s[assistant]2"
 
 
-def test_a_slow_reward_is_stopped_and_its_sample_named():
+def test_a_slow_reward_is_stopped_and_its_sample_named(monkeypatch):
+    blocked, end = threading.Event(), threading.Event()
+
     def slow(completions, answer, **_):
         if "4" in answer:
-            time.sleep(5)
+            blocked.set()
+            end.wait()
         return [0.0] * len(completions)
 
-    began = time.perf_counter()
+    class Answers(queue.Queue):
+        def get(self, block=True, timeout=None):
+            """The time is up when the reward is known to hang, and not before: what answers is waited for."""
+            while True:
+                try:
+                    return super().get(timeout=timeout)
+                except queue.Empty:
+                    if blocked.is_set():
+                        blocked.clear()
+                        raise
+
+    monkeypatch.setattr(rewards, "queue", SimpleNamespace(SimpleQueue=Answers, Empty=queue.Empty))
     with pytest.raises(RewardError, match=r"'slow' raised TimeoutError: no answer within 0.05 s; at prompt '2\+2='"):
         rewards.score([slow], ["2", "4"], SAMPLES, timeout=0.05)
-    assert time.perf_counter() - began < 3
-    assert rewards.score([exact_match], ["2", "5"], SAMPLES, timeout=5).tolist() == [[1.0], [0.0]]
+    end.set()
+    monkeypatch.undo()
+    assert rewards.score([exact_match], ["2", "5"], SAMPLES, timeout=600).tolist() == [[1.0], [0.0]]
     with pytest.raises(RewardError, match="'raises_on_four' raised ZeroDivisionError"):
-        rewards.score([raises_on_four], ["2", "4"], SAMPLES, timeout=5)
+        rewards.score([raises_on_four], ["2", "4"], SAMPLES, timeout=600)
 
 
 def test_a_column_that_a_sample_lacks_is_none():

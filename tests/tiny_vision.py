@@ -35,7 +35,9 @@ class Processor(Qwen2_5_VLProcessor):
 def build(hidden_size: int = 32) -> tuple[Qwen2_5_VLForConditionalGeneration, Processor]:
     tokenizer = models.char_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
-    ids = dict(zip(("start", "end", "image", "video"), tokenizer.convert_tokens_to_ids(SPECIAL), strict=True))
+    ids: dict[str, Any] = {
+        name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(("start", "end", "image", "video"), SPECIAL)
+    }
     images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, temporal_patch_size=1, min_pixels=64, max_pixels=256)
     processor = Processor(image_processor=images, tokenizer=tokenizer, chat_template=TEMPLATE)
     text = {
@@ -71,8 +73,7 @@ def build(hidden_size: int = 32) -> tuple[Qwen2_5_VLForConditionalGeneration, Pr
         vision_start_token_id=ids["start"],
         vision_end_token_id=ids["end"],
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval(), processor
 

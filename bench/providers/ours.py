@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,57 +56,26 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
     return run
 
 
-def memory(case: Case, device: str, *, backend: str, mode: str) -> float | None:
-    """Peak over the inputs; the backends' docstrings say why."""
-    if backend == "auto":
-        backend = "triton" if device == "cuda" and case.op != "kl" else "chunked"
-    tokenwise = case.op in ("grpo", "ppo")
-    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (tokenwise or case.frozen_head)
-    if backend == "triton":
-        return triton_memory(case, one_pass)
-    return chunked_memory(case, one_pass) if backend == "chunked" else None
-
-
-def chunked_memory(case: Case, one_pass: bool) -> float:
-    """Tiles that stay in cache; one pass and the divergence keep a block of whole rows. Both passes hold the rows'
-    operands and gradients in fp32, and one pass under a bf16 head its dW."""
-    from fused_rlhf.backends import chunked
-
-    op, tokens = OPS[case.op], case.rows[0]
-    tile = 4.0 * min(chunked.ROWS, case.N) * min(chunked.TILE, case.V)
-    tiles = {"kl": 12, "ppo": 3}.get(op.name, 2) * tile
-    if op.values == "kl":
-        kept = 8.0 * min(chunked.row_block(2 * case.V, 4), case.N) * case.V + tiles
-        return max(kept, tiles + 4 * case.N * case.H + case.gradient_bytes)
-    if not op.backward:
-        return tiles + 4 * tokens * case.H
-    if one_pass:
-        wide = 4 * case.V * case.H if case.itemsize < 4 and not case.frozen_head else 0
-        rows = min(chunked.row_block(case.V, 4), case.N)
-        return 4.0 * rows * (case.V + 3 * case.H) + tiles + wide + case.gradient_bytes
-    return tiles + (8 + case.itemsize) * tokens * case.H + case.gradient_bytes
-
-
-def triton_memory(case: Case, one_pass: bool) -> float:
-    """As its GPU test has it: statistics per tile, then dlogits of a block of columns and dX in fp32, or, in one pass,
-    exponentials of a block of rows and the low halves of a sum of dW over several blocks."""
+def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
+    """Peak over the inputs, as the library's own backend says."""
     import torch
 
-    from fused_rlhf.kernels import ops
-    from fused_rlhf.kernels.interface import Head
+    from fused_rlhf import backends
+    from fused_rlhf.kernels.interface import Needs, Route, Work
 
-    dtype = DTYPES[case.dtype]
-    head = Head(torch.empty(case.V, case.H, dtype=dtype, device="meta"), compute_dtype=dtype)
-    rows, gradients = min(case.N, ops.ROWS), case.gradient_bytes
-    statistics = 8.0 * rows * -(-case.V // 128)
-    if not OPS[case.op].backward:
-        return statistics + 64 * case.N
-    if one_pass and not OPS[case.op].entropy:
-        block = ops.one_pass_rows(case.N, head, not case.frozen_head)
-        low = case.V * case.H * case.itemsize if block < case.N and case.itemsize == 2 and not case.frozen_head else 0
-        return block * (case.V * case.itemsize + 8 * case.H + 8 * -(-case.V // 128)) + low + gradients
-    columns = ops.COLUMNS_PER_SM * 132  # multiprocessors of an H100 or H200
-    return max(statistics, rows * columns * case.itemsize + 4 * columns * case.H) + 4 * case.N * case.H + gradients
+    op, tokens = OPS[case.op], round(case.rows[0])
+    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (case.op in ("grpo", "ppo") or case.frozen_head)
+    route: Route = (
+        "divergence" if op.values == "kl" else "one_pass" if one_pass else "two_phase" if op.backward else "forward"
+    )
+    if backend == "auto":
+        backend = "triton" if device == "cuda" and case.op != "kl" else "chunked"
+    needs = Needs(op.backward, op.backward and not case.frozen_head, False)
+    work = Work(route, tokens, case.H, case.V, DTYPES[case.dtype], needs, needs_entropy=op.entropy)
+    if device == "cuda" and torch.cuda.is_available():
+        work = replace(work, multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
+    # Rows outside the mask have gradients too, which are zero.
+    return backends.load(backend).memory(work) + case.gradient_bytes - work.gradients
 
 
 def has(case: Case, *, backend: str, mode: str, rounded: bool) -> bool:

@@ -1,13 +1,21 @@
-"""Which implementation runs: the three functions of `kernels/interface.py`, by name or by the tensor's device."""
+"""Which implementation runs: a module with the functions of `Backend`, by name or by the tensor's device."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
+
+from fused_rlhf.kernels.interface import Backend
+
+if TYPE_CHECKING:  # where the type checker holds every backend against the protocol
+    from fused_rlhf.backends import chunked, reference
+    from fused_rlhf.kernels import ops
+
+    _complete: tuple[Backend, ...] = (chunked, reference, ops)
 
 BACKENDS = {
     "triton": "fused_rlhf.kernels.ops",
@@ -18,22 +26,26 @@ VARIABLE = "FUSED_RLHF_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(name: str, tensor: Tensor) -> str:
+def choose(name: str, tensor: Tensor, divergence: bool = False) -> str:
     """The backend that `name` means: "auto" takes `FUSED_RLHF_BACKEND`, else triton for a GPU tensor, else chunked.
 
-    A name never falls back to another backend: what cannot run raises.
+    divergence: it is to compute one; "auto" passes over a backend that has none.
 
     Raises:
         ValueError: the name is not one of "auto", "triton", "chunked", "reference".
         RuntimeError: triton was asked for by name and is not installed, or the tensor is not on a GPU.
+        NotImplementedError: a backend was asked for by name, or by the variable, that has no divergence.
     """
     source = "backend"
     if name == "auto" and os.environ.get(VARIABLE, "auto") != "auto":
         name, source = os.environ[VARIABLE], VARIABLE
     if name == "auto":
-        return "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
+        found = "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
+        return "chunked" if divergence and not load(found).has_divergence() else found
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {name!r}")
+    if name == "triton" and divergence:
+        raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
     if name == "triton":
         if not _HAS_TRITON:
             raise RuntimeError('backend="triton" needs the package triton, which is missing; use backend="chunked"')
@@ -44,6 +56,11 @@ def choose(name: str, tensor: Tensor) -> str:
     return name
 
 
-def resolve(name: str, tensor: Tensor) -> ModuleType:
-    """The module of the backend that `name` means for this tensor."""
-    return importlib.import_module(BACKENDS[choose(name, tensor)])
+def resolve(name: str, tensor: Tensor, divergence: bool = False) -> Backend:
+    """The backend that `name` means for this tensor; arguments and errors as `choose`."""
+    return load(choose(name, tensor, divergence))
+
+
+def load(name: str) -> Backend:
+    """The backend of this name, a key of `BACKENDS`, whether or not it can run here."""
+    return cast(Backend, importlib.import_module(BACKENDS[name]))

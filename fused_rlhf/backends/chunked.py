@@ -1,11 +1,8 @@
 """The op in plain torch with bounded memory: the backend for CPUs, and the twin of `kernels/ops.py` anywhere.
 
 Work is cut into blocks of ROWS rows by TILE columns, small enough that everything done to a tile of logits between two
-matrix products happens in cache. Per tile of logits z, with running maximum m:
-
-    s = sum exp(z - m)    e = sum exp(z - m) (z - m)    logprob = (z_y - m) - log s    H = log s - e / s
-
-and back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy):
+matrix products happens in cache. The statistics of a tile are those of
+`kernels/statistics.py`; back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy):
 
     dz = g onehot(y) + p (k - g - h (log p + H))
 
@@ -16,94 +13,59 @@ logits when `round_logits` allows it; elsewhere fp32 is faster than bf16 anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads, kept_blocks
+from fused_rlhf.backends import tiling
+from fused_rlhf.backends.chunked_divergence import divergence, divergence_gradients, divergence_memory
+from fused_rlhf.backends.tiling import Operands, slices
+from fused_rlhf.kernels.interface import (
+    BlockGrads,
+    BoundObjective,
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    TokenGrads,
+    Work,
+    kept_blocks,
+)
+from fused_rlhf.kernels.statistics import FAR, Partials, Tile, parts_of, reference_of
 
-TILE = 4096  # columns: with ROWS rows of fp32, 8 MB
-ROWS = 512
-ONE_PASS_BYTES = 320 << 20  # the block of logits that one_pass keeps: fewer rows for a larger vocabulary
-_FAR = -1e4  # stands for -inf under an exp that underflows to 0 either way, so that 0 * z is 0
-
-
-def row_block(vocabulary: int, itemsize: int) -> int:
-    """Rows per block. The same for every function here, so that they see the same bits."""
-    return max(32, min(ROWS, ONE_PASS_BYTES // (vocabulary * itemsize) // 32 * 32))
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones: AVX512-BF16 or AMX on a CPU, tensor cores on a GPU."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-class Operands:
-    """One call's inputs in the dtype of the arithmetic, block by block."""
-
-    def __init__(self, hidden: Tensor, head: Head, temperature: Tensor) -> None:
-        self.hidden, self.head, self.temperature = hidden, head, temperature
-        self.compute = head.compute_dtype
-        self.wide = torch.promote_types(head.compute_dtype, torch.float32)
-        self.rows = row_block(head.weight.shape[0], self.wide.itemsize)
-        native = self.compute == torch.bfloat16 and native_bf16(hidden.device)
-        self.narrow = self.compute if native else self.wide  # the operands of the backward's products
-        self.rounded = native and head.round_logits
-        scale = torch.full_like(temperature, head.logit_scale)
-        # Without a softcap the whole transform is one factor per row, which the (n, H) operand can carry.
-        self.row_scale = scale if head.softcap is not None else scale / temperature
-        self.scaled = not bool((self.row_scale == 1).all())
-
-    def new(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.wide, device=self.hidden.device)
-
-    def x(self, rows: slice) -> Tensor:
-        """(n, H) hidden states times row_scale."""
-        x = self.hidden[rows].to(self.compute).to(self.wide)
-        return x * self.row_scale[rows, None] if self.scaled else x
-
-    def w(self, columns: slice) -> Tensor:
-        """(v, H) rows of the head, as the products want them."""
-        return self.head.rows(columns).to(self.narrow)
-
-    def logits(self, x: Tensor, w: Tensor, scale: Tensor, temperature: Tensor, columns: slice, out: Tensor) -> Tensor:
-        """(n, v) logits into `out`; x (n, H), scale and temperature (n,) are of the same rows."""
-        if self.rounded:
-            z = out.copy_(x.to(self.narrow) @ w.T)
-        else:
-            z = torch.mm(x, w.to(self.wide).T, out=out)
-        if self.head.bias is not None:
-            z.addr_(scale, self.head.bias[columns].to(self.wide))
-        cap = self.head.softcap
-        if cap is not None:
-            z.div_(cap).tanh_().mul_((cap / temperature)[:, None])
-        return z
+__all__ = [
+    "divergence",
+    "divergence_gradients",
+    "gradients",
+    "has_divergence",
+    "loss",
+    "mass_blocks",
+    "memory",
+    "one_pass",
+    "statistics",
+]
 
 
 class _Running:
     """Statistics of one call's rows, merged tile by tile in the order of the vocabulary."""
 
-    def __init__(self, op: Operands, targets: Tensor, outputs: tuple[str, ...]) -> None:
-        count, like = targets.numel(), op.temperature
-        self.targets, self.outputs, self.vocabulary = targets, outputs, op.head.weight.shape[0]
-        self.maximum = torch.full_like(like, -torch.inf)
-        self.total = torch.zeros_like(like)
-        self.target = torch.zeros_like(like)
-        self.weighted = torch.zeros_like(like) if "entropy" in outputs else None
-        self.squares = torch.zeros_like(like) if "sum_sq" in outputs else None
-        self.logit_sum = torch.zeros_like(like) if "mean_logit" in outputs else None
-        self.best = torch.zeros_like(targets) if "is_top1" in outputs else None
+    def __init__(self, op: Operands, rows: Rows, outputs: tuple[str, ...]) -> None:
+        like, head = op.temperature, op.head
+        self.targets, self.outputs, self.vocabulary = rows.targets, outputs, head.vocabulary
+        records = parts_of(outputs)
+        self.of_logits = {name: r.of_logits for name, r in records.items() if r.of_logits}
+        self.of_exps = {name: r.of_exps for name, r in records.items() if r.of_exps}
+        self.reads_column = any(record.reads_column for record in records.values())
+        self.reads_depth = any(record.reads_depth for record in records.values())
+        self.partials = Partials.none(like, outputs)
         self.log_mass: Tensor | None = None  # (N, tiles) log sum exp z of each tile
-        if op.head.grad_filter > 0:
-            self.log_mass = op.new(count, mass_blocks(self.vocabulary, like.device))
-        self.scratch = [op.new(min(op.rows, count) * TILE) for _ in range(1 + (self.weighted is not None))]
+        if head.grad_filter > 0:
+            self.log_mass = op.new(rows.count, mass_blocks(self.vocabulary, like.device))
+        size = min(op.rows, rows.count) * tiling.TILE
+        self.exps, self.work = op.new(size), op.new(size) if self.of_exps else None
 
     def update(self, z: Tensor, rows: slice, columns: slice, in_place: bool = False) -> Tensor:
         """Takes in the (n, v) logits of these rows and columns, which it leaves as they are.
@@ -113,50 +75,31 @@ class _Running:
         inside = self.targets[rows] - columns.start
         hit = (inside >= 0) & (inside < z.shape[1])
         found = z.gather(1, inside.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-        self.target[rows] = torch.where(hit, found, self.target[rows])
-        if self.logit_sum is not None:
-            self.logit_sum[rows] += z.sum(1)
+        maximum, column = z.max(1) if self.reads_column else (z.amax(1), None)
+        tile = Tile(z, columns, maximum, column)
+        parts = {name: of_logits(tile) for name, of_logits in self.of_logits.items()}
 
-        before = self.maximum[rows].clone()
-        if self.best is None:
-            tile_max = z.amax(1)
+        before = self.partials[rows]
+        reference = reference_of(torch.maximum(before.maximum, maximum))
+        tile.exps = z if in_place else self.exps[: z.numel()].view(z.shape)
+        tile.work = None if self.work is None else self.work[: z.numel()].view(z.shape)
+        if self.reads_depth:
+            depth = torch.sub(z, reference[:, None], out=tile.work).clamp_(min=FAR)
+            torch.exp(depth, out=tile.exps)
         else:
-            tile_max, index = z.max(1)
-            self.best[rows] = torch.where(tile_max > before, index + columns.start, self.best[rows])
-        now = torch.maximum(before, tile_max)
-        # A row may have seen nothing but -inf so far; its sums are 0 whatever the reference.
-        reference = now.masked_fill(now == -torch.inf, 0.0)
-        rescale = (before - reference).exp()
-        self.maximum[rows] = now
-
-        first = self.scratch[0][: z.numel()].view(z.shape)
-        if self.weighted is None:
-            e = torch.sub(z, reference[:, None], out=z if in_place else first).exp_()
-        else:
-            d = torch.sub(z, reference[:, None], out=first).clamp_(min=_FAR)
-            e = torch.exp(d, out=z if in_place else self.scratch[1][: z.numel()].view(z.shape))
-            moved = self.weighted[rows] + self.total[rows] * (before - reference).clamp(min=_FAR)
-            self.weighted[rows] = rescale * moved + d.mul_(e).sum(1)
-        tile_total = e.sum(1)
-        self.total[rows] = rescale * self.total[rows] + tile_total
+            torch.sub(z, reference[:, None], out=tile.exps).exp_()
+        total = tile.exps.sum(1)
+        parts |= {name: of_exps(tile) for name, of_exps in self.of_exps.items()}
+        here = Partials(maximum, total, torch.where(hit, found, 0.0), parts)
+        self.partials[rows] = before.moved(reference).joined(here)
         if self.log_mass is not None:
-            self.log_mass[rows, columns.start // TILE] = reference + tile_total.log()
-        if self.squares is not None:
-            self.squares[rows] = rescale.square() * self.squares[rows] + torch.square(e, out=first).sum(1)
+            self.log_mass[rows, columns.start // tiling.TILE] = reference + total.log()
         return reference
 
     def stats(self, rows: slice = slice(None)) -> Stats:
-        total, log_total = self.total[rows], self.total[rows].log()
-        lse = self.maximum[rows] + log_total
-        return Stats(
-            logprobs=(self.target[rows] - self.maximum[rows]) - log_total,
-            lse=lse,
-            entropy=None if self.weighted is None else log_total - self.weighted[rows] / total,
-            sum_sq=None if self.squares is None else self.squares[rows] / total.square(),
-            mean_logit=None if self.logit_sum is None else self.logit_sum[rows] / self.vocabulary,
-            is_top1=None if self.best is None else self.best[rows] == self.targets[rows],
-            mass=None if self.log_mass is None else (self.log_mass[rows] - lse[:, None]).exp(),
-        )
+        logprobs, found = self.partials[rows].finish(self.targets[rows], self.vocabulary, self.outputs)
+        mass = None if self.log_mass is None else (self.log_mass[rows] - found["lse"][:, None]).exp()
+        return Stats.of(logprobs, found, mass)
 
 
 @dataclass
@@ -174,17 +117,18 @@ class _BackwardBlock:
     slope: Tensor | None
     keep: Tensor | None  # (n, tiles) bool: the tiles that a filter leaves to a row
     d_x: Tensor | None  # (n, H)
-    head: Head
+    head: Projection
 
     @staticmethod
     def of(
-        op: Operands, x: Tensor, index: slice | Tensor, targets: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
+        op: Operands, x: Tensor, index: slice | Tensor, stats: Stats, grads: TokenGrads, needs: Needs
     ) -> _BackwardBlock:
-        """`index`: the rows of the call; x, targets, stats and grads are theirs already."""
+        """`index`: the rows of the call; x, stats and grads are theirs already."""
+        targets = op.targets[index]
         temperature = op.temperature[index]
         zero = torch.zeros_like(stats.lse)
         g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
-        if op.head.softcap is not None:  # else it is part of scale
+        if op.curved:  # else it is part of scale
             g, h, k = g / temperature, h / temperature, k / temperature
         constant, keep = k - g, None
         if grads.entropy is not None:
@@ -192,7 +136,7 @@ class _BackwardBlock:
             constant = constant - h * stats.entropy
         if stats.mass is not None:
             exact = None if grads.entropy is None else grads.entropy != 0
-            keep = kept_blocks(stats.mass, op.head.grad_filter, targets, TILE, exact)
+            keep = kept_blocks(stats.mass, op.head.grad_filter, targets, tiling.TILE, exact)
         return _BackwardBlock(
             x=x,
             narrow_x=x.to(op.narrow),
@@ -217,37 +161,22 @@ class _BackwardBlock:
             found.d_x = torch.zeros_like(found.x)
         return found
 
-    def add(
-        self,
-        z: Tensor,
-        w: Tensor,
-        columns: slice,
-        d_weight: Tensor | None,
-        d_bias: Tensor | None,
-        d_lora: Tensor | None,
-        first: bool,
-        reference: Tensor | None = None,
-    ) -> None:
-        """Takes in (n, v) logits, which it overwrites; d_weight (v, H) is this tile's, d_bias and d_lora are whole.
+    def add(self, z: Tensor, w: Tensor, into: BlockGrads, reference: Tensor | None = None) -> None:
+        """Takes in the (n, v) logits of the columns of `into`, which it overwrites; w is their rows of the head.
 
         reference: (n,), where z holds exp(logit - reference) already.
         """
         if reference is None:
-            dz = self._to_dlogits_(z, columns)
+            dz = self._to_dlogits_(z, into.columns)
         else:  # never above the lse, but for a row that saw nothing but -inf, whose exponentials are 0
             p_of = (reference - self.lse).clamp(max=0).exp()
-            dz = self._add_onehot_(z.mul_((self.constant * p_of)[:, None]), columns)
-        if d_bias is not None:
-            d_bias[columns].addmv_(dz.T, self.scale)
+            dz = self._add_onehot_(z.mul_((self.constant * p_of)[:, None]), into.columns)
+        if into.bias is not None:
+            into.bias.addmv_(dz.T, self.scale)
         dz = dz.to(self.narrow_x.dtype)
         if self.d_x is not None:
-            add_product_(self.d_x, dz, w, first=False)
-        x, parts = self.head.split(self.narrow_x)
-        if d_weight is not None:
-            add_product_(d_weight, dz.T, x, first)
-        if d_lora is not None:
-            for part in parts:
-                add_product_(d_lora[columns], dz.T, part, first=False)
+            tiling.add_product_(self.d_x, dz, w, first=False)
+        tiling.add_head_products(self.head, into, dz, self.narrow_x)
 
     def d_hidden(self) -> Tensor:
         """(n, H), complete once every tile was added."""
@@ -255,18 +184,16 @@ class _BackwardBlock:
         return self.d_x.mul_(self.scale[:, None])
 
     def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
-        keep = None
-        if self.head.softcap is not None:  # du/dz of the cap is 1 - tanh^2
-            keep = 1 - (z * (self.temperature / self.head.softcap)[:, None]).square_()
+        slope = self.head.transform.slope(z, self.temperature)
         log_p = z.sub_(self.lse[:, None])
         if self.slope is None:
             dz = log_p.exp_().mul_(self.constant[:, None])
         else:
-            log_p.clamp_(min=_FAR)
+            log_p.clamp_(min=FAR)
             coefficient = torch.addcmul(self.constant[:, None], log_p, self.slope[:, None], value=-1)
             dz = log_p.exp_().mul_(coefficient)
         self._add_onehot_(dz, columns)
-        return dz if keep is None else dz.mul_(keep)
+        return dz if slope is None else dz.mul_(slope)
 
     def _add_onehot_(self, dz: Tensor, columns: slice) -> Tensor:
         inside = self.targets - columns.start
@@ -275,61 +202,35 @@ class _BackwardBlock:
         return dz.scatter_add_(1, column, torch.where(hit, self.onehot, 0.0)[:, None])
 
 
-def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    op = Operands(hidden, head, temperature)
-    running = _Running(op, targets, outputs)
-    tile = op.new(min(op.rows, targets.numel()) * TILE)
-    xs = [(rows, op.x(rows)) for rows in slices(targets.numel(), op.rows)]
-    for columns in slices(head.weight.shape[0], TILE):
+def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
+    op = Operands(rows, head)
+    running = _Running(op, rows, outputs)
+    tile = op.new(min(op.rows, rows.count) * tiling.TILE)
+    xs = [(some, op.x(some)) for some in slices(rows.count, op.rows)]
+    for columns in slices(head.vocabulary, tiling.TILE):
         w = op.w(columns)
-        for rows, x in xs:
+        for some, x in xs:
             out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
-            running.update(op.logits(x, w, op.row_scale[rows], temperature[rows], columns, out), rows, columns)
+            running.update(op.logits(x, w, some, columns, out), some, columns)
     return running.stats()
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b, in total's dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)
-    elif first:
-        total.copy_(a @ b)
-    else:
-        total.add_(a @ b)
-
-
-def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if gradient is None or like is None else gradient.to(like.dtype)
-
-
-def _pick(tensors: Stats | TokenGrads, rows: slice | Tensor) -> list[Tensor | None]:
-    return [None if t is None else t[rows] for t in tensors]
-
-
 def mass_blocks(vocabulary: int, device: torch.device) -> int:
-    return -(-vocabulary // TILE)
+    return -(-vocabulary // tiling.TILE)
 
 
-def backward(
-    hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
-) -> Grads:
+def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
     """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
-    op = Operands(hidden, head, temperature)
-    weight, bias = head.weight, head.bias
-    d_weight = torch.empty_like(weight) if needs.weight else None
-    d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
-    d_lora = torch.zeros_like(head.lora_b, dtype=op.wide) if needs.lora and head.lora_b is not None else None
-    tile = op.new(min(op.rows, targets.numel()) * TILE)
-    blocks = []
-    for rows in slices(targets.numel(), op.rows):
-        upstream, known = TokenGrads(*_pick(grads, rows)), Stats(*_pick(stats, rows))  # type: ignore[arg-type]
-        blocks.append((rows, _BackwardBlock.of(op, op.x(rows), rows, targets[rows], known, upstream, needs)))
-    for number, columns in enumerate(slices(weight.shape[0], TILE)):
+    op = Operands(rows, head)
+    sink = head.sink(needs, tiling.TILE)
+    tile = op.new(min(op.rows, rows.count) * tiling.TILE)
+    blocks = [
+        (some, _BackwardBlock.of(op, op.x(some), some, stats.pick(some), upstream.pick(some), needs))
+        for some in slices(rows.count, op.rows)
+    ]
+    for number, columns in enumerate(slices(head.vocabulary, tiling.TILE)):
         w = op.w(columns)
-        d_tile = None
-        if d_weight is not None:
-            d_tile = d_weight[columns] if weight.dtype == op.wide else op.new(len(w), weight.shape[1])
-        first = True
+        into = sink.open(columns)
         for _, whole in blocks:
             block, index = whole, None
             if whole.keep is not None:
@@ -338,78 +239,80 @@ def backward(
                     continue
                 block = whole.pick(index)
             out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
-            z = op.logits(block.x, w, block.scale, block.temperature, columns, out)
-            block.add(z, w, columns, d_tile, d_bias, d_lora, first)
+            block.add(op.logits_of(block.x, w, block.scale, block.temperature, columns, out), w, into)
             if index is not None and whole.d_x is not None and block.d_x is not None:
                 whole.d_x.index_add_(0, index, block.d_x)
-            first = False
-        if d_weight is not None and d_tile is not None:
-            if first:
-                d_tile.zero_()
-            if weight.dtype != op.wide:
-                d_weight[columns] = d_tile
+        sink.close(into)
     d_hidden = None
     if needs.hidden:
-        d_hidden = torch.empty_like(hidden)
-        for rows, block in blocks:
-            d_hidden[rows] = block.d_hidden()
-    return Grads(d_hidden, d_weight, _as(d_bias, bias), _as(d_lora, head.lora_b))
+        d_hidden = torch.empty_like(rows.hidden)
+        for some, block in blocks:
+            d_hidden[some] = block.d_hidden()
+    return sink.grads(d_hidden)
 
 
-def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     return objective(slice(0, logprobs.numel()), logprobs, entropy)
 
 
 def one_pass(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    temperature: Tensor,
-    outputs: tuple[str, ...],
-    objective: BoundObjective,
-    needs: Needs,
+    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
 ) -> tuple[Stats, Tensor, Grads]:
     """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.
 
     What is kept is exp(z - running maximum), which saves the exponential of the way back, unless that needs z itself.
     Holds one fp32 (V, H) accumulator when the weight is narrower than that.
     """
-    op = Operands(hidden, head, temperature)
-    weight, bias, count = head.weight, head.bias, targets.numel()
-    d_hidden = torch.zeros_like(hidden) if needs.hidden else None
-    d_weight = torch.empty_like(weight, dtype=op.wide) if needs.weight else None
-    d_bias = torch.zeros_like(bias, dtype=op.wide) if needs.bias and bias is not None else None
-    d_lora = torch.zeros_like(head.lora_b, dtype=op.wide) if needs.lora and head.lora_b is not None else None
-    running = _Running(op, targets, outputs)
-    losses = torch.zeros_like(temperature)
-    kept = op.new(min(op.rows, count), weight.shape[0])
-    exponentials = head.softcap is None and not objective.needs_entropy
-    first = True
-    for rows in slices(count, op.rows):
-        x = op.x(rows)
+    op = Operands(rows, head)
+    sink = head.sink(needs, tiling.TILE, again=True)
+    d_hidden = torch.zeros_like(rows.hidden) if needs.hidden else None
+    running = _Running(op, rows, outputs)
+    losses = torch.zeros_like(rows.temperature)
+    kept = op.new(min(op.rows, rows.count), head.vocabulary)
+    exponentials = not (op.curved or objective.needs_entropy)
+    for some in slices(rows.count, op.rows):
+        x = op.x(some)
         logits = kept[: x.shape[0]]
         references = []
-        for columns in slices(weight.shape[0], TILE):
-            z = op.logits(x, op.w(columns), op.row_scale[rows], temperature[rows], columns, logits[:, columns])
-            references.append(running.update(z, rows, columns, in_place=exponentials))
-        stats = running.stats(rows)
-        losses[rows], upstream = objective(rows, stats.logprobs, stats.entropy)
-        live = upstream.live(targets[rows])
+        for columns in slices(head.vocabulary, tiling.TILE):
+            z = op.logits(x, op.w(columns), some, columns, logits[:, columns])
+            references.append(running.update(z, some, columns, in_place=exponentials))
+        stats = running.stats(some)
+        losses[some], upstream = objective(some, stats.logprobs, stats.entropy)
+        live = upstream.live(rows.targets[some])
         if not live.any():
             continue
         index = live.nonzero().squeeze(1)
         every = index.numel() == live.numel()
-        here = index + rows.start
-        known, gradient = Stats(*_pick(stats, index)), TokenGrads(*_pick(upstream, index))  # type: ignore[arg-type]
-        block = _BackwardBlock.of(op, x if every else x[index], here, targets[here], known, gradient, needs)
-        for columns, reference in zip(slices(weight.shape[0], TILE), references):
+        here = index + some.start
+        block = _BackwardBlock.of(op, x if every else x[index], here, stats.pick(index), upstream.pick(index), needs)
+        for columns, reference in zip(slices(head.vocabulary, tiling.TILE), references):
             z = logits[:, columns] if every else logits[:, columns].index_select(0, index)
-            d_tile = None if d_weight is None else d_weight[columns]
-            of_exps = reference[index] if exponentials else None
-            block.add(z, op.w(columns), columns, d_tile, d_bias, d_lora, first, of_exps)
+            into = sink.open(columns)
+            block.add(z, op.w(columns), into, reference[index] if exponentials else None)
+            sink.close(into)
         if d_hidden is not None:
-            d_hidden[here] = block.d_hidden().to(hidden.dtype)
-        first = False
-    if d_weight is not None:
-        d_weight = torch.zeros_like(weight) if first else d_weight.to(weight.dtype)
-    return running.stats(), losses, Grads(d_hidden, d_weight, _as(d_bias, bias), _as(d_lora, head.lora_b))
+            d_hidden[here] = block.d_hidden().to(rows.hidden.dtype)
+    return running.stats(), losses, sink.grads(d_hidden)
+
+
+def has_divergence() -> bool:
+    return True
+
+
+def memory(work: Work) -> float:
+    """Tiles that stay in cache; one pass and the divergence keep a block of whole rows.
+
+    Both passes hold the rows' operands and gradients in fp32, and one pass under a bf16 head its dW.
+    """
+    N, H, V = work.rows, work.hidden_size, work.vocabulary
+    if work.route == "divergence":
+        return divergence_memory(work)
+    rows = min(tiling.row_block(V, 4), N)
+    tiles = (3 if work.needs_entropy else 2) * 4.0 * rows * min(tiling.TILE, V)
+    if work.route == "forward":
+        return tiles + 4 * N * H
+    if work.route == "one_pass":
+        wide = 4 * V * H if work.dtype.itemsize < 4 and work.needs.weight else 0
+        return 4.0 * rows * (V + 3 * H) + tiles + wide + work.gradients
+    return tiles + (8 + work.dtype.itemsize) * N * H + work.gradients

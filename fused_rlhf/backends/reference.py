@@ -1,91 +1,149 @@
 """The definition of correct: dense, obvious, any floating dtype (fp64 too).
 
 Everything is written on the whole `[N, V]` matrix of logits. Operands are rounded to `head.compute_dtype`, products and
-logits are fp32 (fp64 when that is the compute dtype); gradients are the closed forms in `kernels/interface.py`.
+logits are fp32 (fp64 when that is the compute dtype); gradients are the closed forms in `kernels/interface.py`, those of a
+divergence autograd's.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import BoundObjective, Grads, Head, Needs, Stats, TokenGrads
+from fused_rlhf.kernels.interface import (
+    BoundObjective,
+    Comparison,
+    Grads,
+    Needs,
+    Projection,
+    RowPairs,
+    Rows,
+    Stats,
+    Sums,
+    TokenGrads,
+    Work,
+)
+from fused_rlhf.kernels.statistics import STATISTICS
+
+EVERYTHING = slice(None)
 
 
-def logits(hidden: Tensor, head: Head, temperature: Tensor) -> Tensor:
-    wide = torch.promote_types(head.compute_dtype, torch.float32)
-    u = hidden.to(head.compute_dtype).to(wide) @ head.rows(slice(None)).to(wide).T
+def logits(hidden: Tensor, head: Projection, temperature: Tensor) -> Tensor:
+    """(N, V)"""
+    u = hidden.to(head.compute_dtype).to(head.wide) @ head.rows(EVERYTHING).to(head.wide).T
     if head.bias is not None:
-        u = u + head.bias.to(wide)
-    u = u * head.logit_scale
-    if head.softcap is not None:
-        u = head.softcap * torch.tanh(u / head.softcap)
-    return u / temperature.to(wide)[:, None]
-
-
-def _stats(z: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Stats:
-    lse = torch.logsumexp(z, dim=-1)
-    p = torch.exp(z - lse[:, None])
-    target_logits = z.gather(-1, targets[:, None]).squeeze(-1)
-    # p z is 0 where a logit is -inf, as for the columns of a padded vocabulary.
-    pz = torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, z))
-    return Stats(
-        logprobs=target_logits - lse,
-        lse=lse,
-        entropy=lse - pz.sum(-1) if "entropy" in outputs else None,
-        sum_sq=(p * p).sum(-1) if "sum_sq" in outputs else None,
-        mean_logit=z.mean(-1) if "mean_logit" in outputs else None,
-        is_top1=z.argmax(-1) == targets if "is_top1" in outputs else None,
-    )
+        u = u + head.bias.to(head.wide)
+    return head.transform.apply(u * head.transform.logit_scale, temperature.to(head.wide))
 
 
 def mass_blocks(vocabulary: int, device: torch.device) -> int:
     return 0  # nothing is left out here, whatever the filter
 
 
-def forward(hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, outputs: tuple[str, ...]) -> Stats:
-    return _stats(logits(hidden, head, temperature), targets, outputs)
+def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
+    z = logits(rows.hidden, head, rows.temperature)
+    lse = torch.logsumexp(z, dim=-1)
+    p = torch.exp(z - lse[:, None])
+    found = {name: STATISTICS[name].define(z, p, lse, rows.targets) for name in ("lse", *outputs)}
+    return Stats.of(z.gather(-1, rows.targets[:, None]).squeeze(-1) - lse, found)
 
 
-def backward(
-    hidden: Tensor, head: Head, targets: Tensor, temperature: Tensor, stats: Stats, grads: TokenGrads, needs: Needs
-) -> Grads:
-    z = logits(hidden, head, temperature)
+def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+    z = logits(rows.hidden, head, rows.temperature)
+    temperature = rows.temperature.to(z.dtype)
     log_p = z - stats.lse[:, None]
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
-    g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in grads)
+    g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
     dz = (k - g) * p
-    dz.scatter_add_(1, targets[:, None], g)
-    if grads.entropy is not None:
+    dz.scatter_add_(1, rows.targets[:, None], g)
+    if upstream.entropy is not None:
         assert stats.entropy is not None
         dz = dz - h * p * torch.where(p == 0, 0.0, log_p + stats.entropy[:, None])
-    du = dz / temperature.to(z.dtype)[:, None]
-    if head.softcap is not None:
-        du = du * (1 - (z * temperature.to(z.dtype)[:, None] / head.softcap).square())
-    du = du * head.logit_scale
-    x, parts = head.split(hidden.to(head.compute_dtype).to(z.dtype))
-    return Grads(
-        (du @ head.rows(slice(None)).to(z.dtype)).to(hidden.dtype) if needs.hidden else None,
-        (du.T @ x).to(head.weight.dtype) if needs.weight else None,
-        du.sum(0).to(head.bias.dtype) if needs.bias and head.bias is not None else None,
-        (du.T @ sum(parts)).to(head.lora_b.dtype) if needs.lora and head.lora_b is not None else None,
-    )
+    du = dz / temperature[:, None]
+    slope = head.transform.slope(z, temperature)
+    if slope is not None:
+        du = du * slope
+    du = du * head.transform.logit_scale
+
+    sink = head.sink(needs, head.vocabulary, direct=False)
+    block = sink.open(slice(0, head.vocabulary))
+    x, parts = head.split(rows.hidden.to(head.compute_dtype).to(z.dtype))
+    if block.weight is not None:
+        block.weight.copy_(du.T @ x)
+    if block.bias is not None:
+        block.bias += du.sum(0)
+    if block.lora is not None:
+        block.lora += du.T @ sum(parts)
+    block.fresh = False
+    sink.close(block)
+    d_hidden = (du @ head.rows(EVERYTHING).to(z.dtype)).to(rows.hidden.dtype) if needs.hidden else None
+    return sink.grads(d_hidden)
 
 
-def evaluate(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     return objective(slice(0, logprobs.numel()), logprobs, entropy)
 
 
 def one_pass(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    temperature: Tensor,
-    outputs: tuple[str, ...],
-    objective: BoundObjective,
-    needs: Needs,
+    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
 ) -> tuple[Stats, Tensor, Grads]:
-    stats = forward(hidden, head, targets, temperature, outputs)
-    loss, grads = objective(slice(0, hidden.shape[0]), stats.logprobs, stats.entropy)
-    return stats, loss, backward(hidden, head, targets, temperature, stats, grads, needs)
+    stats = statistics(rows, head, outputs)
+    contributions, upstream = loss(objective, stats.logprobs, stats.entropy)
+    return stats, contributions, gradients(rows, head, stats, upstream, needs)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    a = log_a.exp()
+    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
+
+
+def _divergence(rows: RowPairs, of: Comparison) -> Tensor:
+    """(N,), on both heads' whole logits."""
+    log_p = torch.log_softmax(logits(rows.hidden, of.policy, rows.temperature), -1)
+    with torch.no_grad():
+        log_q = torch.log_softmax(logits(rows.ref_hidden, of.ref, rows.temperature), -1)
+    if of.kind == "forward":
+        return _kl(log_q, log_p)
+    if of.kind == "reverse":
+        return _kl(log_p, log_q)
+    beta = torch.tensor(of.beta, dtype=log_p.dtype, device=log_p.device)
+    floor = torch.finfo(log_p.dtype).min / 4  # -inf in both would make the gradient of logaddexp a NaN
+    log_m = torch.logaddexp(log_q.clamp(min=floor) + beta.log(), log_p.clamp(min=floor) + (1 - beta).log())
+    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+def has_divergence() -> bool:
+    return True
+
+
+def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+    nothing = torch.zeros_like(rows.temperature)  # the gradient is taken from the definition once more
+    with torch.no_grad():
+        return _divergence(rows, of), Sums(nothing, nothing, nothing, nothing)
+
+
+def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
+    policy = of.policy
+    with torch.enable_grad():
+        hidden, weight, bias, lora_b = leaves = tuple(
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((rows.hidden, policy.weight, policy.bias, policy.lora_b), needs)
+        )
+        assert hidden is not None
+        assert weight is not None
+        head = replace(policy, weight=weight, bias=bias, lora_b=lora_b)
+        values = _divergence(replace(rows, hidden=hidden), replace(of, policy=head))
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(values, wanted, upstream.to(values.dtype)))
+    return Grads(*(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves))
+
+
+def memory(work: Work) -> float:
+    """Logits, probabilities and their gradient, whole."""
+    heads = 2 if work.route == "divergence" else 1
+    copies = heads * (2 if work.route == "forward" else 3)
+    itemsize = max(work.dtype.itemsize, 4)
+    return copies * float(itemsize) * work.rows * work.vocabulary + work.gradients

@@ -26,10 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
+from fused_rlhf.kernels.interface import Stats
 from fused_rlhf.objectives import PRESETS, Count, PolicyLoss
 from fused_rlhf.objectives.registry import keywords
-from fused_rlhf.op import autograd
-from fused_rlhf.op.arguments import Rows, check_head, check_mode, flat_sequences, reference_head, shape
+from fused_rlhf.op.execute import loss_of, statistics
+from fused_rlhf.op.head import Call, Head, check_head, check_reference, shape
+from fused_rlhf.op.rows import flat_sequences, tokens_of
+from fused_rlhf.op.sequences import reference_logprobs
 from fused_rlhf.preferences import PREFERENCES, PreferenceLoss, log1mexp
 from fused_rlhf.segments import Sequences, precise
 
@@ -54,9 +57,12 @@ class _Completions:
     """S completions of N real tokens, scored."""
 
     sequences: Sequences
-    logprobs: Tensor  # (N,), with their graph
-    mean_logit: Tensor  # (N,)
+    stats: Stats  # (N,) log-probs, with their graph, and mean logits
     ref_logprobs: Tensor | None  # (N,)
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.stats.logprobs
 
     def reduce(self, logprobs: Tensor | None, average: bool) -> Tensor:
         """(S,) sums or means over each completion; zeros of None."""
@@ -81,19 +87,17 @@ def _score(
     ref_bias: Tensor | None = None,
 ) -> _Completions:
     """(S, T, H) hidden states of (S, T) targets."""
-    head, temperature = check_head(
-        hidden, weight, target, bias, 1.0, 1.0, None, ignore_index, "auto", round_logits=False
-    )
+    head = Head(weight, bias)
+    projection, temperature = check_head(hidden, head, target, Call(ignore_index=ignore_index))
     if target.dim() != 2:
         raise ValueError(f"target must be (S, T), one row for each completion, got {shape(target)}")
-    reference = reference_head(hidden, weight, bias, head, None, ref_input, ref_weight, ref_bias)
-    index, count = flat_sequences(target, None)
-    rows = Rows.of(target, None, ignore_index, head, temperature, index, count)
-    ref_logprobs = None if reference is None else rows.reference(reference, "auto")
-    mode = check_mode("auto", hidden, head, tokenwise=False, entropy_term=False)
-    stats = rows.statistics(rows.hidden(hidden, head, None), head, ("mean_logit",), "auto", mode)
-    assert stats.mean_logit is not None
-    return _Completions(rows.sequences, stats.logprobs, stats.mean_logit, ref_logprobs)
+    reference = check_reference(hidden, head, projection, None, ref_input, ref_weight, ref_bias)
+    sequence_of, count = flat_sequences(target, None)
+    tokens = tokens_of(target, None, ignore_index, projection.vocabulary, temperature, sequence_of, count)
+    ref_logprobs = None if reference is None else reference_logprobs(reference, tokens, "auto")
+    rows = tokens.rows(hidden, head, projection)
+    stats = statistics(rows, projection, ("mean_logit",), ignore_index, "auto")
+    return _Completions(tokens.sequences, stats, ref_logprobs)
 
 
 def _check_reference(use_ref_model: bool, ref_input: Tensor | None) -> None:
@@ -124,7 +128,7 @@ def _loss(
         num_tokens=1,
         dtype=logprobs.dtype,
     )
-    return autograd.loss_of(logprobs, None, bound, "auto")
+    return loss_of(replace(scored.stats, logprobs=logprobs), bound, "auto")
 
 
 class _PairedLoss(nn.Module):
@@ -168,7 +172,7 @@ class _PairedLoss(nn.Module):
         average = self.average_log_prob or own_mean
         with torch.no_grad():
             logps, ref_logps = (scored.reduce(lp, average) for lp in (scored.logprobs, scored.ref_logprobs))
-            means = [scored.mean_over(scored.mean_logit, keep) for keep in (chosen, ~chosen)]
+            means = [scored.mean_over(scored.stats["mean_logit"], keep) for keep in (chosen, ~chosen)]
             rewards = self.beta * (logps - ref_logps)
         return loss + self.alpha * nll, (*logps.chunk(2), *means, nll.detach(), *rewards.chunk(2))
 
@@ -395,7 +399,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         with torch.no_grad():
             average = self.average_log_prob
             logps, ref_logps = (scored.reduce(lp, average) for lp in (scored.logprobs, scored.ref_logprobs))
-            logits = scored.sequences.sum(scored.mean_logit) * len(lin_weight)
+            logits = scored.sequences.sum(scored.stats["mean_logit"]) * len(lin_weight)
             each = (logps, logits, self.beta * (logps - ref_logps))
             sums = [torch.where(keep, values, 0.0).sum() for values in each for keep in (chosen, ~chosen)]
         return loss, tuple(sums)

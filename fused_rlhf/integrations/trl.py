@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from fused_rlhf import lm_head
 from fused_rlhf.functional import LogProbs, linear_logprobs
-from fused_rlhf.op.arguments import LoRA
+from fused_rlhf.op.head import Head, LoRA
 
 try:
     import trl
@@ -157,12 +157,9 @@ class FusedLogProbs:
         with _gathered(weight, bias):
             out = linear_logprobs(
                 hidden,
-                weight,
+                Head(weight, bias, logit_scale, final_logit_softcapping),
                 targets,
-                bias=bias,
                 temperature=temperature,
-                logit_scale=logit_scale,
-                softcap=final_logit_softcapping,
                 outputs=_our_outputs(outputs),
                 backend=backend,
             )
@@ -213,15 +210,11 @@ def add_fused_lm_head(
         with precision, _gathered(weight, bias, *(lora or ())[:2]):
             out = linear_logprobs(
                 hidden,
-                weight,
+                probed.head(weight, bias, lora),
                 targets,
-                bias=bias,
                 temperature=temperature,
-                logit_scale=probed.logit_scale,
-                softcap=probed.softcap,
                 outputs=wanted,
                 backend=backend,
-                lora=lora,
             )
         scored = targets != -100
         return (*_statistics(out, scored), scored, probed.aux_loss)
@@ -353,7 +346,8 @@ def unpatch_trl() -> None:
         trl_utils._ChunkedLogProbFunction = _stock_kernel.pop()
 
 
-_stock_kernel: list[Any] = []  # TRL's own, while ours is in its place
+# TRL's own, while ours is in its place: the patch is of the whole process, and so is what takes it back.
+_stock_kernel: list[Any] = []
 
 
 @contextlib.contextmanager

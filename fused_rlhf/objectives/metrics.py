@@ -160,6 +160,7 @@ def preference_metrics(
     rewards/{margins, accuracies} of pairs; logps/{chosen, rejected}: both of mean log-probs where the (first) loss is,
     as simpo and orpo, and the rewards under alpha AlphaPO's; nll: over the chosen tokens. Where the statistics
     are given: entropy over all tokens, logits/{chosen, rejected} (mean logit), mean_token_accuracy of chosen tokens.
+    Combined over calls, the margin of unpaired completions is a mean by the number of chosen ones.
     """
     sequences, paired = bound.sequences, bound.objective.paired
     weighted = logprobs if bound.token_weights is None else logprobs * bound.token_weights

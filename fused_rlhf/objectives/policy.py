@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rlhf.kernels.interface import BoundPolicy, TokenGrads
+from fused_rlhf.kernels.interface import BoundPolicy, Stats, TokenGrads
 from fused_rlhf.objectives.registry import check_number, differentiated, keywords, options_of, registered, snake_case
 from fused_rlhf.objectives.surrogates import KL_ESTIMATORS, SURROGATES, TOKEN_WEIGHTS, Count, Surroundings, looks_beyond
 from fused_rlhf.segments import Sequences
@@ -229,6 +229,17 @@ class BoundPolicyLoss(BoundPolicy):
     @property
     def needs_entropy(self) -> bool:
         return self.objective.entropy_coef != 0 or self.objective.top_entropy_quantile < 1
+
+    @property
+    def has_entropy_term(self) -> bool:
+        return self.objective.entropy_coef != 0
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("entropy",) if self.needs_entropy else ()
+
+    def given(self, stats: Stats) -> BoundPolicyLoss:
+        return self  # all that it reads of the statistics comes with each call
 
     def compared(self, rows: slice, logprobs: Tensor) -> Tensor:
         """The old log-probs that make logprob - old the log-ratio of the objective's level, (n,)."""

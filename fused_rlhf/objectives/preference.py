@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fused_rlhf.kernels.interface import BoundPreference, TokenGrads
+from fused_rlhf.kernels.interface import BoundPreference, Stats, TokenGrads
 from fused_rlhf.objectives.preference_losses import PREFERENCES, Examples, Pairs, Side
 from fused_rlhf.objectives.registry import check_number, differentiated, keywords, options_of, registered
 from fused_rlhf.objectives.surrogates import Count
@@ -123,15 +123,20 @@ class PreferenceLoss:
         ref_sums: Tensor | None,
         labels: Tensor | None,
         kl: Tensor | None,
-        num_pairs: Count,
-        num_tokens: Count,
+        num_pairs: Count | None,
+        num_tokens: Count | None,
         dtype: torch.dtype,
     ) -> BoundPreferenceLoss:
         """The objective over N real tokens of S sequences with all but the log-probs known.
 
         ref_logprobs (N,) or ref_sums (S,), or neither; labels (S,) bool and kl 0-d for unpaired losses; num_pairs:
-        of examples, where unpaired; num_tokens: of the chosen completions. The counts are global.
+        of examples, where unpaired; num_tokens: of the chosen completions. The counts are global; None: of this call.
         """
+        half = sequences.count // 2
+        if num_pairs is None:
+            num_pairs = max(half if self.paired else sequences.count, 1)
+        if num_tokens is None:
+            num_tokens = sequences.lengths[:half].sum().clamp(min=1)
         weights = None if self.ld_alpha is None else self._token_weights(sequences, dtype)
         if ref_logprobs is not None:
             ref_sums = sequences.sum(precise(ref_logprobs) if weights is None else precise(ref_logprobs) * weights)
@@ -176,7 +181,18 @@ class BoundPreferenceLoss(BoundPreference):
     num_tokens: Count
     tokenwise: bool = False
     needs_entropy: bool = False
-    log_sum_sq: Tensor | None = None  # (N,), set once the op has it: only WPO's weights read it
+    log_sum_sq: Tensor | None = None  # (N,), for WPO's weights
+
+    @property
+    def has_entropy_term(self) -> bool:
+        return False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return self.objective.outputs
+
+    def given(self, stats: Stats) -> BoundPreferenceLoss:
+        return replace(self, log_sum_sq=stats["sum_sq"].log()) if self.objective.use_weighting else self
 
     def sides(self, logprobs: Tensor) -> tuple[Side, Side]:
         """Chosen and rejected, (P,) each."""

@@ -1,11 +1,14 @@
+"""The op itself: which rows reach a backend, in which dtypes, and what comes back."""
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import fused_rlhf as fr
-from fused_rlhf import autograd, chunked
-from fused_rlhf.kernels.interface import Grads
-from tests.helpers import ALL_OUTPUTS, dense, inputs, relative, worst
+from fused_rlhf.backends import chunked, tiling
+from fused_rlhf.kernels.interface import Grads, Needs
+from fused_rlhf.op import logprobs
+from tests.helpers import ALL_OUTPUTS, inputs, relative, worst
 
 BACKENDS = ["reference", "chunked"]
 
@@ -18,13 +21,13 @@ def leaf(tensor):
 def backward_calls(monkeypatch):
     """What reaches the chunked backend's backward: (number of rows, needs) per call."""
     calls = []
-    original = chunked.backward
+    original = chunked.gradients
 
-    def watched(hidden, head, targets, temperature, stats, grads, needs):
-        calls.append((hidden.shape[0], needs))
-        return original(hidden, head, targets, temperature, stats, grads, needs)
+    def watched(rows, head, stats, upstream, needs):
+        calls.append((rows.count, needs))
+        return original(rows, head, stats, upstream, needs)
 
-    monkeypatch.setattr(chunked, "backward", watched)
+    monkeypatch.setattr(chunked, "gradients", watched)
     return calls
 
 
@@ -42,36 +45,6 @@ def test_gradcheck(backend, softcap, output):
         return getattr(found, output)
 
     assert torch.autograd.gradcheck(f, [leaf(data[k]) for k in ("hidden", "weight", "bias")])
-
-
-@pytest.mark.parametrize("mode", ["one_pass", "two_phase"])
-def test_backward_twice_with_an_upstream_that_is_not_one(mode):
-    data = inputs(37, 8, 1003)
-    advantages = torch.linspace(-1, 1, 37, dtype=torch.float64)
-
-    def gradient(*scales):
-        hidden, weight = leaf(data["hidden"]), leaf(data["weight"])
-        loss, _ = fr.linear_policy_loss(
-            hidden, weight, data["targets"], advantages=advantages, objective=fr.GRPO(), mode=mode
-        )
-        for scale in scales[:-1]:
-            (scale * loss).backward(retain_graph=True)
-        (scales[-1] * loss).backward()
-        return hidden.grad, weight.grad
-
-    for twice, once in zip(gradient(3.7, 1.0), gradient(4.7)):
-        assert relative(twice, once) < 1e-14
-
-
-def test_one_pass_refuses_a_backward_that_retained_nothing():
-    data = inputs(4, 3, 9)
-    loss, _ = fr.linear_policy_loss(
-        leaf(data["hidden"]), data["weight"], data["targets"], advantages=torch.ones(4), objective=fr.GRPO()
-    )
-    doubled = 2 * loss
-    doubled.backward()
-    with pytest.raises(RuntimeError, match="retain_graph"):
-        loss.backward()
 
 
 def test_rows_with_zero_upstream_never_reach_the_backend(backward_calls):
@@ -105,9 +78,9 @@ def test_frozen_parts_get_no_gradient_and_no_work(monkeypatch, backward_calls, t
     hidden = data["hidden"].requires_grad_(train_hidden)
     weight = data["weight"].requires_grad_(train_weight)
     products = []
-    original = chunked.add_product_
+    original = tiling.add_product_
     monkeypatch.setattr(
-        chunked,
+        tiling,
         "add_product_",
         lambda total, *rest, **more: (products.append(total.shape), original(total, *rest, **more)),
     )
@@ -121,10 +94,8 @@ def test_frozen_parts_get_no_gradient_and_no_work(monkeypatch, backward_calls, t
 
 def test_ignored_rows_cost_nothing_and_may_hold_nan(monkeypatch):
     seen = []
-    original = chunked.forward
-    monkeypatch.setattr(
-        chunked, "forward", lambda hidden, *rest: (seen.append(hidden.shape[0]), original(hidden, *rest))[1]
-    )
+    original = chunked.statistics
+    monkeypatch.setattr(chunked, "statistics", lambda some, *rest: (seen.append(some.count), original(some, *rest))[1])
     data = inputs(12, 4, 40, per_token=True)
     ignored = torch.tensor([0, 5, 11])
     data["targets"][ignored] = -100
@@ -140,23 +111,6 @@ def test_ignored_rows_cost_nothing_and_may_hold_nan(monkeypatch):
     assert (hidden.grad[ignored] == 0).all()
     assert not hidden.grad.isnan().any()
     assert not weight.grad.isnan().any()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [0, 3])
-def test_no_tokens_gives_differentiable_zeros(backend, rows):
-    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    targets = torch.full((rows,), -100)
-    found = fr.linear_logprobs(hidden, weight, targets, outputs=ALL_OUTPUTS, backend=backend)
-    loss, metrics = fr.linear_policy_loss(
-        hidden, weight, targets, advantages=torch.ones(rows), objective=fr.GRPO(), outputs=("entropy",), backend=backend
-    )
-    assert loss == 0
-    assert all(torch.isfinite(v) for v in metrics.values())
-    (found.logprobs.sum() + found.entropy.sum() + loss).backward()
-    assert (weight.grad == 0).all()
-    assert weight.grad.shape == weight.shape
-    assert hidden.grad.shape == hidden.shape
 
 
 def test_one_row():
@@ -183,7 +137,7 @@ def test_autocast_rounds_operands_and_nothing_else(mode):
     assert worst(found.logprobs, fr.linear_logprobs(**data, backend="reference").logprobs) > 1e-4
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
     exact = [leaf(t) for t in (hidden.detach().bfloat16().double(), weight.detach().bfloat16().double())]
-    fr.linear_policy_loss(*exact, data["targets"], **{**options, "mode": "two_phase"})[0].backward()
+    fr.linear_policy_loss(exact[0], exact[1], data["targets"], **{**options, "mode": "two_phase"})[0].backward()
     for ours, truth in zip((hidden, weight), exact):
         assert relative(ours.grad, truth.grad) < 2**-8
 
@@ -252,88 +206,8 @@ def test_compiles_without_a_graph_break(masked):
         assert worst(a, b) < 1e-6
 
 
-def test_scatter_is_the_inverse_of_select():
-    values = torch.randn(5, 3)
-    rows = torch.tensor([1, 4])
-    back = autograd.scatter(autograd.select(values, rows), rows, 5)
-    assert torch.equal(back[rows], values[rows])
-    assert (back[[0, 2, 3]] == 0).all()
-    assert autograd.scatter(None, rows, 5) is None
-
-
 def test_gradients_not_needed_are_empty_not_none():
     hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
-    needs = autograd.Needs(True, False, False)
-    found = autograd._materialise(Grads(None, None, None), (hidden, weight, None, None), needs)
+    absent = torch.empty(0)
+    found = logprobs._materialise(Grads(None, None, None), (hidden, weight, absent, absent), Needs(True, False, False))
     assert [g.numel() for g in found] == [6, 0, 0, 0]
-
-
-def lora_case(dtype, n=23, h=8, v=61, r=3, seed=0):
-    data = inputs(n, h, v, dtype, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(r, h, generator=generator, dtype=torch.float64) / h**0.5
-    b = torch.randn(v, r, generator=generator, dtype=torch.float64)
-    return data, a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), 0.7
-
-
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("train_weight", [False, True])
-def test_a_low_rank_head_equals_the_merged_one(backend, train_weight):
-    """Values and all gradients against the dense computation on W + s B A, in fp64; a masked row holds NaN."""
-    data, a, b, scale = lora_case(torch.float64)
-    data["targets"][4] = -100
-    data["hidden"][4] = torch.nan
-    hidden, weight = data["hidden"].requires_grad_(), data["weight"].requires_grad_(train_weight)
-    found = fr.linear_logprobs(
-        hidden, weight, data["targets"], lora=(a, b, scale), softcap=5.0, outputs=("entropy", "lse"), backend=backend
-    )
-    live = data["targets"] != -100
-    truth = dense(hidden[live], weight + scale * b @ a, data["targets"][live], softcap=5.0)
-    wanted = [hidden, a, b, *([weight] if train_weight else [])]
-    upstream = torch.linspace(-1, 2, int(live.sum()), dtype=torch.float64)
-    total = (found.logprobs[live] * upstream + 0.3 * found.entropy[live] + 0.2 * found.lse[live]).sum()
-    expected = (truth["logprobs"] * upstream + 0.3 * truth["entropy"] + 0.2 * truth["lse"]).sum()
-    assert worst(found.logprobs[live], truth["logprobs"]) < 1e-13
-    for ours, theirs in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(expected, wanted)):
-        assert ours.isfinite().all()
-        assert relative(ours, theirs) < 1e-12
-
-
-@pytest.mark.parametrize("mode", ["one_pass", "two_phase"])
-def test_objectives_take_a_low_rank_head(mode):
-    data, a, b, scale = lora_case(torch.float64)
-    hidden, weight = data["hidden"].requires_grad_(), data["weight"]
-    batch = {"advantages": torch.linspace(-1, 1, 23, dtype=torch.float64), "objective": fr.GRPO()}
-    loss, _ = fr.linear_policy_loss(hidden, weight, data["targets"], lora=(a, b, scale), mode=mode, **batch)
-    merged, _ = fr.linear_policy_loss(hidden, weight + scale * b @ a, data["targets"], mode="two_phase", **batch)
-    wanted = [hidden, a, b]
-    for ours, theirs in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(merged, wanted)):
-        assert relative(ours, theirs) < 1e-12
-
-
-def test_a_low_rank_head_in_bf16_does_not_round_its_activations():
-    """h A^T comes in two bf16 parts: within the numerics contract of fp64 on the same bf16 operands."""
-    data, a, b, scale = lora_case(torch.bfloat16, n=64, h=64, v=301, r=4)
-    data["hidden"] = data["hidden"] * 4
-    found = fr.linear_logprobs(data["hidden"], data["weight"], data["targets"], lora=(a, b, scale)).logprobs
-    exact = [t.double() for t in (data["hidden"], data["weight"], a.detach(), b.detach())]
-    truth = dense(exact[0], exact[1] + scale * exact[3] @ exact[2], data["targets"])["logprobs"]
-    rounded = (exact[0] @ exact[2].T).bfloat16().double() @ exact[3].T * scale + exact[0] @ exact[1].T
-    rough = rounded.log_softmax(-1).gather(1, data["targets"][:, None])[:, 0]
-    assert worst(found, truth) < 2e-2 * worst(rough, truth)
-
-
-@pytest.mark.parametrize(
-    ("lora", "error", "message"),
-    [
-        ("adapter", TypeError, r"lora must be \(A, B, scale\), got str"),
-        ((torch.zeros(3, 7), torch.zeros(61, 3), 1.0), ValueError, r"lora must be A \(r, H\) and B \(V, r\) with H=8"),
-        ((torch.zeros(3, 8), torch.zeros(61, 2), 1.0), ValueError, "lora must be A"),
-        ((torch.zeros(3, 8), torch.zeros(61, 3), torch.inf), ValueError, "lora scale must be finite"),
-        ((None, torch.zeros(61, 3), 1.0), TypeError, "lora A must be a tensor"),
-    ],
-)
-def test_a_wrong_adapter_is_refused(lora, error, message):
-    data, *_ = lora_case(torch.float32)
-    with pytest.raises(error, match=message):
-        fr.linear_logprobs(data["hidden"], data["weight"], data["targets"], lora=lora)

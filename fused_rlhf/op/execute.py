@@ -1,0 +1,250 @@
+"""An objective over real rows: decides how it is computed, and computes it, for policies and preferences alike.
+
+two_phase   statistics, the loss of them, and in the backward the logits once more        any objective
+one_pass    statistics, loss and gradients block by block: nothing is recomputed          token by token
+frozen      statistics and dlogprob/dhidden, which under a frozen head is all that a loss
+            of log-probs can need                                                          any, without entropy terms
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_rlhf import backends, private
+from fused_rlhf.kernels.interface import (
+    BoundObjective,
+    BoundPolicy,
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    TokenGrads,
+)
+from fused_rlhf.kernels.statistics import OUTPUTS
+from fused_rlhf.op.adapter import no_autocast
+from fused_rlhf.op.logprobs import linear_logprobs
+from fused_rlhf.op.rows import check_temperature
+
+Mode = Literal["auto", "one_pass", "two_phase"]
+
+
+class Objective(BoundObjective, Protocol):
+    """A bound objective, and what it needs of the op."""
+
+    @property
+    def has_entropy_term(self) -> bool:
+        """Whether the loss has a gradient in the entropy."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Statistics that the loss reads beside the log-probs."""
+        ...
+
+    def given(self, stats: Stats) -> BoundObjective:
+        """With the statistics it reads, for the loss over all rows."""
+        ...
+
+
+def execute(
+    rows: Rows,
+    head: Projection,
+    objective: Objective,
+    outputs: tuple[str, ...],
+    ignore_index: int,
+    mode: Mode,
+    backend: str,
+) -> tuple[Tensor, Stats]:
+    """Sum of the objective over the rows, differentiable, and the statistics asked for and needed, (N,) each."""
+    computed = tuple(name for name in OUTPUTS if name in outputs or name in objective.outputs)
+    serves = objective.tokenwise or not (trains(head) or objective.has_entropy_term)
+    one_pass = mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head))
+    if one_pass and rows.count > 0 and objective.tokenwise:
+        return _one_pass_loss(rows, head, computed, objective, backend)
+    if one_pass and rows.count > 0:
+        stats = _frozen_logprobs(rows, head, computed, backend)
+    else:
+        stats = linear_logprobs(rows, head, ignore_index, computed, backend)
+    return loss_of(stats, objective, backend), stats
+
+
+def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], ignore_index: int, backend: str) -> Stats:
+    """For a loss of log-probs alone: those are differentiable, the other statistics maybe not."""
+    if rows.count > 0 and not trains(head) and _pays(rows, head):
+        return _frozen_logprobs(rows, head, outputs, backend)
+    return linear_logprobs(rows, head, ignore_index, outputs, backend)
+
+
+def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
+    """Sum of the objective over all rows, differentiable in their log-probs and entropies."""
+    entropy = stats.entropy if objective.needs_entropy else None
+    return _Loss.apply(stats.logprobs, entropy, objective.given(stats.map(torch.Tensor.detach)), backend)
+
+
+def check_mode(mode: Mode, hidden: Tensor, head: Projection, tokenwise: bool, entropy_term: bool) -> None:
+    """Refuses a mode that is none, and "one_pass" where it does not serve."""
+    if mode not in ("auto", "one_pass", "two_phase"):
+        raise ValueError(f"mode must be 'auto', 'one_pass' or 'two_phase', got {mode!r}")
+    if mode == "one_pass" and torch.float16 in (hidden.dtype, head.weight.dtype):
+        raise ValueError("mode='one_pass' must not be used with fp16, whose gradients underflow; use 'two_phase'")
+    if mode == "one_pass" and not (tokenwise or not (trains(head) or entropy_term)):
+        raise ValueError(
+            "mode='one_pass' needs an objective whose terms are known token by token, or a frozen head and no entropy "
+            "bonus; use 'two_phase'"
+        )
+
+
+def trains(head: Projection) -> bool:
+    return any(t is not None and t.requires_grad for t in (head.weight, head.bias, head.lora_b))
+
+
+def _pays(rows: Rows, head: Projection) -> bool:
+    """Whether gradients are wanted at all, and can be held: those of fp16 would underflow before a loss scale."""
+    wanted = torch.is_grad_enabled() and (rows.hidden.requires_grad or trains(head))
+    half = torch.float16 in (rows.hidden.dtype, head.weight.dtype)
+    return wanted and not half and not torch.compiler.is_compiling()
+
+
+class _Loss(torch.autograd.Function):
+    """Sum of an objective over log-probs that are already there; its derivatives come with its value."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, objective: BoundObjective, backend: str
+    ) -> Tensor:
+        loss, grads = backends.resolve(backend, logprobs).loss(objective, logprobs, entropy)
+        ctx.grads = grads
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+        by_logprob, by_entropy = (None if g is None else g * upstream for g in ctx.grads[:2])
+        return by_logprob, by_entropy, None, None
+
+
+class _OnePassLoss(torch.autograd.Function):
+    """Sum of a token-level objective. The forward leaves gradients for an upstream of 1; the backward scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_b: Tensor | None,
+        rows: Rows,
+        head: Projection,
+        outputs: tuple[str, ...],
+        objective: BoundObjective,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        needs = Needs(*ctx.needs_input_grad[:4])
+        with no_autocast(hidden):
+            stats, loss, grads = backends.resolve(backend, hidden).one_pass(rows, head, outputs, objective, needs)
+        ctx.grads = grads
+        values = _flat(stats, outputs)
+        ctx.mark_non_differentiable(*values)
+        ctx.set_materialize_grads(False)
+        return (loss.sum(), *values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        grads: Grads | None = ctx.grads
+        nothing = (None,) * 5
+        if grads is None:
+            raise RuntimeError("one-pass gradients were already handed out; call backward with retain_graph=True first")
+        if upstream is None:
+            return (None, None, None, None, *nothing)
+        if private.keeps_graph():
+            return (*(None if g is None else g * upstream for g in grads), *nothing)
+        # The last use: the buffers themselves become the gradients, so that no second dW ever exists.
+        ctx.grads = None
+        return (*(None if g is None else g.mul_(upstream) for g in grads), *nothing)
+
+
+def _one_pass_loss(
+    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, backend: str
+) -> tuple[Tensor, Stats]:
+    check_temperature(rows.temperature)
+    total, *values = _OnePassLoss.apply(
+        rows.hidden, head.weight, head.bias, head.lora_b, rows, head, outputs, objective, backend
+    )
+    return total, _named(tuple(values), outputs)
+
+
+def _names(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("lse", *outputs)))
+
+
+def _flat(stats: Stats, outputs: tuple[str, ...]) -> list[Tensor]:
+    """As an autograd function returns them."""
+    return [stats.logprobs, *(stats[name] for name in _names(outputs))]
+
+
+def _named(values: tuple[Tensor, ...], outputs: tuple[str, ...]) -> Stats:
+    """The inverse of `_flat`."""
+    logprobs, *found = values
+    return Stats.of(logprobs, dict(zip(_names(outputs), found)))
+
+
+@dataclass(kw_only=True)
+class _Unit(BoundPolicy):
+    """The sum of the log-probs as an objective: its gradients are those of each token's own log-prob."""
+
+    tokenwise: bool = True
+    needs_entropy: bool = False
+
+    def __call__(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
+        return logprobs, TokenGrads(torch.ones_like(logprobs))
+
+    @staticmethod
+    def over(like: Tensor) -> _Unit:
+        """For (N,) rows in the dtype of `like`."""
+        return _Unit(
+            surrogate="reinforce",
+            kl="",
+            old_logprobs=None,
+            ref_logprobs=None,
+            advantages=torch.full_like(like, -1.0),
+            token_weights=torch.ones_like(like),
+            entropy_weight=0.0,
+            beta=0.0,
+            options={},
+            level="token",
+            offsets=torch.tensor([0, like.numel()], device=like.device),
+            plain=True,
+        )
+
+
+class _FrozenLogprobs(torch.autograd.Function):
+    """Log-probs under a head that takes no gradient. Four products in all: none is left for the backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str
+    ) -> tuple[Tensor, ...]:
+        unit, needs = _Unit.over(rows.temperature), Needs(True, False, False)
+        with no_autocast(hidden):
+            stats, _, grads = backends.resolve(backend, hidden).one_pass(rows, head, outputs, unit, needs)
+        ctx.save_for_backward(grads.hidden)
+        values = _flat(stats, outputs)
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
+        (unit,) = ctx.saved_tensors
+        d_hidden = None if upstream is None else (unit * upstream[:, None]).to(unit.dtype)
+        return d_hidden, None, None, None, None
+
+
+def _frozen_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
+    """Only the log-probs are differentiable, and only in hidden."""
+    check_temperature(rows.temperature)
+    return _named(_FrozenLogprobs.apply(rows.hidden, rows, head, outputs, backend), outputs)

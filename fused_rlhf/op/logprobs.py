@@ -1,0 +1,188 @@
+"""The op itself: a pair of custom ops over any flat rows, so that torch.compile keeps it as one node although the number
+of real rows depends on the data.
+
+Rows that must cost nothing are dropped here, before any backend sees them: ignored targets on the way forward, rows
+whose upstream gradient is exactly zero on the way back.
+
+A custom op takes tensors, numbers and one string, and tensors are what it returns: what is absent has no elements. Its
+results follow from the records of `kernels/statistics.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rlhf import backends
+from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, Stats, TokenGrads
+from fused_rlhf.kernels.statistics import STATISTICS
+from fused_rlhf.kernels.transforms import Transform
+from fused_rlhf.op.adapter import no_autocast
+from fused_rlhf.op.rows import check_temperature, live_rows, scatter
+
+RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass")
+DIFFERENTIABLE = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
+
+
+class _Options(NamedTuple):
+    """What is no tensor, as a custom op takes it."""
+
+    ignore_index: int
+    numbers: list[float]  # logit_scale, the curve's parameter, grad_filter
+    names: str  # the curve, the backend and the outputs, between commas
+    compute_dtype: torch.dtype
+    round_logits: bool
+
+    @staticmethod
+    def of(head: Projection, ignore_index: int, outputs: tuple[str, ...], backend: str) -> _Options:
+        transform = head.transform
+        numbers = [transform.logit_scale, transform.parameter, head.grad_filter]
+        names = ",".join((transform.curve, backend, *outputs))
+        return _Options(ignore_index, numbers, names, head.compute_dtype, head.round_logits)
+
+    def head(self, weight: Tensor, bias: Tensor, lora_b: Tensor) -> Projection:
+        logit_scale, parameter, grad_filter = self.numbers
+        transform = Transform(logit_scale, self.names.split(",")[0], parameter)
+        operands = _or_none(bias), _or_none(lora_b)
+        return Projection(
+            weight, operands[0], transform, self.compute_dtype, self.round_logits, grad_filter, operands[1]
+        )
+
+    @property
+    def backend(self) -> str:
+        return self.names.split(",")[1]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(self.names.split(",")[2:])
+
+
+def linear_logprobs(rows: Rows, head: Projection, ignore_index: int, outputs: tuple[str, ...], backend: str) -> Stats:
+    """Statistics of any flat rows, zero where the target is `ignore_index`; differentiable."""
+    absent = rows.hidden.new_empty(0)
+    operands = [absent if t is None else t for t in (head.weight, head.bias, head.lora_b)]
+    options = _Options.of(head, ignore_index, outputs, backend)
+    found = torch.ops.fused_rlhf.logprobs(rows.hidden, operands, rows.targets, rows.temperature, *options)
+    named = dict(zip(RESULTS, found))
+    return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)})
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+_OPTIONS = "SymInt ignore_index, float[] numbers, str names, ScalarType compute_dtype, bool round_logits"
+_OPERANDS = "Tensor hidden, Tensor[] head, Tensor targets, Tensor temperature"
+
+
+@torch.library.custom_op(
+    "fused_rlhf::logprobs",
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(RESULTS))})",
+)
+def _logprobs(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-def]
+    asked = _Options(*options)
+    projection = asked.head(*head)
+    index = live_rows(targets, asked.ignore_index, projection.vocabulary)
+    empty = _empty(hidden, projection, targets, temperature, asked)
+    rows = Rows(hidden, targets, temperature).pick(index)
+    if rows.count == 0:
+        return empty
+    check_temperature(rows.temperature)
+    with no_autocast(hidden):
+        stats = backends.resolve(asked.backend, hidden).statistics(rows, projection, asked.outputs)
+    found = {"logprobs": stats.logprobs, "lse": stats.lse, "mass": stats.mass, **stats.extra}
+    full = [scatter(found.get(name), index, targets.numel()) for name in RESULTS]
+    return tuple(e if value is None else value for value, e in zip(full, empty))
+
+
+def _empty(
+    hidden: Tensor, head: Projection, targets: Tensor, temperature: Tensor, asked: _Options
+) -> tuple[Tensor, ...]:
+    """Zeros of the op's result shapes; what was not asked for has no elements."""
+    count = targets.numel()
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", *asked.outputs), (count,))
+    if head.grad_filter > 0:
+        blocks = backends.resolve(asked.backend, hidden).mass_blocks(head.vocabulary, hidden.device)
+        shapes["mass"] = (count, blocks)
+    boolean = {name for name, record in STATISTICS.items() if record.boolean}
+    dtypes = {name: torch.bool if name in boolean else temperature.dtype for name in RESULTS}
+    return tuple(torch.zeros(shapes.get(n, (0,)), dtype=dtypes[n], device=hidden.device) for n in RESULTS)
+
+
+@_logprobs.register_fake
+def _(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-def]
+    asked = _Options(*options)
+    return _empty(hidden, asked.head(*head), targets, temperature, asked)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, head, targets, temperature, *options = inputs
+    found = dict(zip(RESULTS, output))
+    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass")]
+    ctx.save_for_backward(hidden, *head, targets, temperature, *kept)
+    ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
+    hidden, weight, bias, lora_b, targets, temperature, *kept = ctx.saved_tensors
+    absent = hidden.new_empty(0)
+    given = dict(zip(RESULTS, upstream))
+    wanted = [given["logprobs"], given["entropy"] if kept[2].numel() else None, given["lse"]]
+    need_hidden, need_head = ctx.needs_input_grad[:2]
+    grads = torch.ops.fused_rlhf.logprobs_backward(
+        [absent if g is None else g for g in wanted],
+        hidden,
+        [weight, bias, lora_b],
+        targets,
+        temperature,
+        kept,
+        [bool(need) for need in (need_hidden, *need_head)],
+        *ctx.options,
+    )
+    d_hidden, *d_head = (g if need else None for g, need in zip(grads, (need_hidden, *need_head)))
+    return (d_hidden, d_head, *[None] * (2 + len(ctx.options)))
+
+
+_logprobs.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "fused_rlhf::logprobs_backward",
+    mutates_args=(),
+    schema=f"(Tensor[] upstream, {_OPERANDS}, Tensor[] kept, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs, *options):  # type: ignore[no-untyped-def]
+    asked, wanted = _Options(*options), Needs(*needs)
+    given = TokenGrads(*map(_or_none, upstream))
+    index = (given.live(targets) & (targets != asked.ignore_index)).nonzero().squeeze(-1)
+    operands = (hidden, *head)
+    if index.numel() == 0:
+        return _materialise(Grads(None, None, None), operands, wanted)
+    some = None if index.numel() == targets.numel() else index
+    logprobs, lse, entropy, mass = kept
+    extra = {"entropy": entropy} if entropy.numel() else {}
+    stats = Stats(logprobs, lse, extra, _or_none(mass)).pick(some)
+    rows = Rows(hidden, targets, temperature).pick(some)
+    with no_autocast(hidden):
+        backend = backends.resolve(asked.backend, hidden)
+        grads = backend.gradients(rows, asked.head(*head), stats, given.pick(some), wanted)
+    return _materialise(grads._replace(hidden=scatter(grads.hidden, some, targets.numel())), operands, wanted)
+
+
+def _materialise(grads: Grads, operands: tuple[Tensor, ...], needs: Needs) -> tuple[Tensor, ...]:
+    """Zeros where a needed gradient was not computed, no elements where it is not needed."""
+    absent = operands[0].new_empty(0)
+    return tuple(
+        grad if grad is not None else (torch.zeros_like(like) if need else absent.clone())
+        for grad, like, need in zip(grads, operands, needs)
+    )
+
+
+@_logprobs_backward.register_fake
+def _(upstream, hidden, head, targets, temperature, kept, needs, *options):  # type: ignore[no-untyped-def]
+    return _materialise(Grads(None, None, None), (hidden, *head), Needs(*needs))

@@ -1,0 +1,85 @@
+"""What the losses over sequences refuse, and the reference's log-probs where it is computed in the same call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fused_rlhf.objectives.policy import PolicyLoss
+from fused_rlhf.objectives.preference import PreferenceLoss
+from fused_rlhf.op.head import Reference, shape
+from fused_rlhf.op.logprobs import linear_logprobs
+from fused_rlhf.op.rows import Tokens, check_shapes, flat_sequences
+from fused_rlhf.segments import precise
+
+
+def check_policy(
+    targets: Tensor,
+    objective: PolicyLoss,
+    completion_mask: Tensor | None,
+    per_token: Mapping[str, Tensor | None],
+    reference: Reference | None,
+    advantages: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, int]:
+    """-> the sequence of each flat position, (B T,), and the number of sequences."""
+    if not isinstance(objective, PolicyLoss):
+        raise TypeError(f"objective must be a PolicyLoss such as GRPO(), got {type(objective).__name__}")
+    check_shapes(targets, completion_mask=completion_mask, **per_token)
+    if objective.beta != 0 and per_token["ref_logprobs"] is None and reference is None:
+        raise ValueError(
+            f"ref_logprobs or ref_hidden must be given when beta is not 0, got neither with beta={objective.beta}"
+        )
+    sequence_of, count = flat_sequences(targets, cu_seqlens)
+    if advantages.shape not in (targets.shape, (count,)):
+        raise ValueError(
+            f"advantages must have shape {(count,)} or that of targets {shape(targets)}, got {shape(advantages)}"
+        )
+    return sequence_of, count
+
+
+def check_preference(
+    targets: Tensor,
+    objective: PreferenceLoss,
+    completion_mask: Tensor | None,
+    ref_logprobs: Tensor | None,
+    ref_computed: bool,
+    labels: Tensor | None,
+    kl: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, int, Tensor | None]:
+    """As `check_policy`; and the reference's sums (S,) in fp64, where ref_logprobs are such."""
+    if not isinstance(objective, PreferenceLoss):
+        raise TypeError(f"objective must be a PreferenceLoss such as DPO(), got {type(objective).__name__}")
+    if targets.dim() == 1 and cu_seqlens is None:
+        raise ValueError("cu_seqlens must be given for flat (N,) targets, got None")
+    sequence_of, count = flat_sequences(targets, cu_seqlens)
+    summed = ref_logprobs is not None and ref_logprobs.shape == (count,) != targets.shape
+    check_shapes(targets, completion_mask=completion_mask, ref_logprobs=None if summed else ref_logprobs)
+    given = ref_logprobs is not None or ref_computed
+    if objective.needs_reference and not given:
+        raise ValueError(f"ref_logprobs or ref_hidden must be given for {objective.losses}, got neither")
+    if given and not objective.needs_reference:
+        name = "ref_hidden" if ref_logprobs is None else "ref_logprobs"
+        raise ValueError(f"{name} must be None for {objective.losses}, which have no reference")
+    if objective.paired:
+        if count % 2:
+            raise ValueError(f"targets must hold as many rejected as chosen sequences, got {count} in all")
+        if labels is not None:
+            raise ValueError(f"labels must be None for {objective.losses}, which compare pairs")
+    elif labels is None or labels.shape != (count,):
+        got = "None" if labels is None else shape(labels)
+        raise ValueError(f"labels must be ({count},), one for each sequence, for {objective.losses}; got {got}")
+    if kl is not None and ("kto" not in objective.losses or kl.dim() != 0):
+        raise ValueError(f"kl must be a 0-d tensor, and given for kto alone; got {shape(kl)} with {objective.losses}")
+    sums = precise(ref_logprobs.detach()).contiguous() if summed and ref_logprobs is not None else None
+    return sequence_of, count, sums
+
+
+def reference_logprobs(reference: Reference, tokens: Tokens, backend: str) -> Tensor:
+    """(N,), without a graph."""
+    with torch.no_grad():
+        rows = tokens.rows(reference.hidden, reference.head, reference.projection)
+        return linear_logprobs(rows, reference.projection, tokens.ignore_index, (), backend).logprobs

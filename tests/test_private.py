@@ -1,0 +1,60 @@
+"""What we use of torch without its promise: each test says what breaks when it changes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_rlhf import private
+
+
+class Asks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, upstream):
+        ctx.seen.append(private.keeps_graph())
+        return upstream * 2, None
+
+
+def test_keeps_graph_tells_a_backward_that_another_may_follow():
+    """Else one-pass losses hold two copies of their gradients, or refuse the second backward of `retain_graph`."""
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = Asks.apply(x, seen).sum()
+    y.backward(retain_graph=True)
+    torch.autograd.grad(y, x, retain_graph=True)
+    y.backward()
+    assert seen == [True, True, False]
+
+
+def test_has_native_bf16_answers():
+    """Else bf16 on a CPU runs in the slower of the two ways."""
+    found = private.has_native_bf16()
+    assert isinstance(found, bool)
+    flags = torch.backends.cpu.get_cpu_capability()
+    if flags == "DEFAULT":
+        assert not found
+
+
+def test_is_compiled_knows_both_ways():
+    """Else hooks on a compiled model's head are traced into the graph or left out of it, and no head is found."""
+    model = nn.Linear(2, 2)
+    assert not private.is_compiled(model)
+    compiled: Any = torch.compile(model)
+    assert private.is_compiled(compiled)
+    model.compile()
+    assert private.is_compiled(model)
+
+
+def test_compiled_graphs_counts_them():
+    """Else the benchmark's column of recompiles is always 0."""
+    before = private.compiled_graphs()
+    double = torch.compile(lambda x: 2 * x, backend="eager")
+    double(torch.ones(3))
+    assert private.compiled_graphs() == before + 1
+    double(torch.ones(3))
+    assert private.compiled_graphs() == before + 1
