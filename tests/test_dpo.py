@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 from fused_rlhf.trainers import cli, dpo
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers.dpo import Config, Totals
+from fused_rlhf.trainers.dpo import Config, DPOTrainer, Totals
 from fused_rlhf.trainers.engine import NonFiniteLoss
 from tests import launch, tiny, tiny_vision
-from tests.launch import without_seconds
-from tests.test_pairs import GSM8K, needs_gsm8k
-from tests.test_resume import killed, logged
+from tests.gsm8k import GSM8K, needs_gsm8k
+from tests.launch import killed, logged, without_seconds
 
 # Which of the two digits is even, after prompts and with completions of several lengths.
 ROWS = [
@@ -28,7 +28,7 @@ ROWS = [
 
 
 def small(tmp_path, name="run", **changes):
-    options = {
+    options: dict[str, Any] = {
         "hidden_size": 32,
         "num_layers": 1,
         "steps": 3,
@@ -81,6 +81,7 @@ def close(found, expected, tolerance=2e-5):
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
+@pytest.mark.curves
 def test_the_margin_rises_on_pairs_that_were_held_out(tmp_path, capsys):
     config = small(tmp_path, steps=40, batch_size=16, micro_batch_size=32, eval_steps=20)
     result = dpo.train(config, rows=ROWS)
@@ -149,12 +150,12 @@ def given(policy):
 def test_loss_and_metrics_are_those_of_dense_logits(tmp_path, truth):
     policy, reference = other_model(1), truth[1]
     config = small(tmp_path, beta=0.3, learning_rate=1e-9)
-    state = dpo.prepare(config, ROWS, **given(policy), ref_model=other_model(2))
-    batch = dpo.data.batch_at(state.train, config.seed, 0, config.batch_size)
+    trainer = dpo.prepare(config, ROWS, **given(policy), ref_model=other_model(2))
+    batch = dpo.data.batch_at(trainer.train, config.seed, 0, config.batch_size)
     lp, ref = dense_sums(truth[0], batch), dense_sums(reference, batch)
     rewards = 0.3 * (lp - ref)
     margins = rewards[:, 0] - rewards[:, 1]
-    row = dpo.fit(state).metrics[1]
+    row = dpo.fit(trainer).metrics[1]
     expected = {
         "loss": -logsigmoid(margins).mean(),
         "rewards/chosen": rewards[:, 0].mean(),
@@ -172,23 +173,28 @@ def test_loss_and_metrics_are_those_of_dense_logits(tmp_path, truth):
 
 @pytest.mark.parametrize("losses", [("sigmoid",), ("ipo", "sft"), ("simpo",)])
 def test_neither_micro_batches_nor_packing_change_a_step(tmp_path, losses):
-    model = {} if losses == ("simpo",) else {"ref_model": other_model(2)}
+    model: dict[str, Any] = {} if losses == ("simpo",) else {"ref_model": other_model(2)}
     config = small(tmp_path, "a", loss_type=losses, batch_size=7, micro_batch_size=14, use_weighting=True)
     whole = first_step(config, **given(None), **model)
-    for i, change in enumerate(({"micro_batch_size": 4}, {"packing": True}, {"packing": True, "micro_batch_size": 6})):
+    changes: list[dict[str, Any]] = [
+        {"micro_batch_size": 4},
+        {"packing": True},
+        {"packing": True, "micro_batch_size": 6},
+    ]
+    for i, change in enumerate(changes):
         changed = dataclasses.replace(config, output=str(tmp_path / f"b{i}"), **change)
         close(first_step(changed, **given(None), **model), whole)
 
 
 def test_an_evaluation_counts_every_test_pair_once(tmp_path):
     config = small(tmp_path, steps=0, num_test=11, micro_batch_size=22, eval_samples=0)
-    state = dpo.prepare(config, ROWS, **given(None), ref_model=other_model(2))
-    whole = dpo.evaluate(state)
-    state.config = dataclasses.replace(config, micro_batch_size=4)
-    assert dpo.evaluate(state) == pytest.approx(whole, rel=1e-5)
-    state.config = dataclasses.replace(config, eval_samples=3)
-    assert dpo.evaluate(state)["eval_loss"] != pytest.approx(whole["eval_loss"], rel=1e-3)
-    lp, ref = dense_sums(other_model(1), state.test), dense_sums(other_model(2), state.test)
+    trainer = dpo.prepare(config, ROWS, **given(None), ref_model=other_model(2))
+    whole = trainer.evaluate()
+    trainer.config = dataclasses.replace(config, micro_batch_size=4)
+    assert trainer.evaluate() == pytest.approx(whole, rel=1e-5)
+    trainer.config = dataclasses.replace(config, eval_samples=3)
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(whole["eval_loss"], rel=1e-3)
+    lp, ref = dense_sums(other_model(1), trainer.test), dense_sums(other_model(2), trainer.test)
     margins = 0.1 * ((lp - ref)[:, 0] - (lp - ref)[:, 1])
     assert whole["eval_rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-4)
 
@@ -205,10 +211,10 @@ def test_the_reference_may_be_a_folder_an_object_numbers_in_the_rows_or_taken_on
 
     close(first_step(changed("b", ref_model=str(tmp_path / "ref")), **given(None)), expected)
     close(first_step(changed("c", precompute_ref=True), **given(None), ref_model=other_model(2)), expected)
-    state = dpo.prepare(changed("d"), ROWS, **given(other_model(2)))
-    batch = dpo.assemble(state, state.train)
-    sums = state.engine(dpo.sums, state.config, batch).detach().view(2, -1).T.tolist()
-    by_row = {pair.where: dict(zip(dpo.pairs.REFERENCE, ref)) for pair, ref in zip(state.train, sums, strict=True)}
+    trainer = dpo.prepare(changed("d"), ROWS, **given(other_model(2)))
+    batch = dpo.assemble(trainer, trainer.train)
+    sums = trainer.engine(dpo.sums, trainer.config, batch).detach().view(2, -1).T.tolist()
+    by_row = {pair.where: dict(zip(dpo.pairs.REFERENCE, ref)) for pair, ref in zip(trainer.train, sums, strict=True)}
     rows = [row | by_row[f"row {i}"] for i, row in enumerate(ROWS, 1)]
     close(first_step(changed("e"), rows, **given(None)), expected)
 
@@ -218,16 +224,16 @@ def test_with_lora_the_reference_is_the_model_without_its_adapters(tmp_path, pre
     base = tiny.saved_model(tmp_path / "base", pad_token=None)  # EOS pads then
     options = {"lora_r": 4, "steps": 8, "learning_rate": 2e-2, "precompute_ref": precompute_ref}
     config = small(tmp_path, model=base, hidden_size=128, num_layers=4, **options)
-    state = dpo.prepare(config, ROWS)
-    assert state.reference is None
-    before = {n: p.detach().clone() for n, p in state.loaded.model.named_parameters() if "lora" not in n}
-    result = dpo.fit(state)
+    trainer = dpo.prepare(config, ROWS)
+    assert trainer.reference is None
+    before = {n: p.detach().clone() for n, p in trainer.loaded.model.named_parameters() if "lora" not in n}
+    result = dpo.fit(trainer)
     assert result.before["eval_rewards/margins"] == 0.0
     assert result.after["eval_rewards/margins"] > 0.1
-    after = dict(state.loaded.model.named_parameters())
+    after = dict(trainer.loaded.model.named_parameters())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    lp = dense_sums(state.loaded.model, state.test)
-    ref = dense_sums(AutoModelForCausalLM.from_pretrained(base), state.test)
+    lp = dense_sums(trainer.loaded.model, trainer.test)
+    ref = dense_sums(AutoModelForCausalLM.from_pretrained(base), trainer.test)
     margins = 0.1 * ((lp - ref)[:, 0] - (lp - ref)[:, 1])
     assert result.after["eval_rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-3)
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
@@ -237,7 +243,7 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
     tokenizer = models.char_tokenizer()
     torch.manual_seed(0)
     experts = MixtralForCausalLM(
-        MixtralConfig(
+        MixtralConfig(  # type: ignore[call-arg]
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=32,
@@ -251,12 +257,12 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
             bos_token_id=None,
         )
     )
-    objects = {"model": experts, "tokenizer": tokenizer}
+    objects: dict[str, Any] = {"model": experts, "tokenizer": tokenizer}
     config = small(tmp_path, router_aux_loss_coef=0.5, learning_rate=1e-9, micro_batch_size=12)
     row = first_step(config, **objects)
     plain = first_step(small(tmp_path, "b", learning_rate=1e-9, micro_batch_size=12), **objects)
-    state = dpo.prepare(dataclasses.replace(config, output=str(tmp_path / "c")), ROWS, **objects)
-    batch = dpo.assemble(state, sorted(dpo.data.batch_at(state.train, 0, 0, 6), key=dpo.length))
+    trainer = dpo.prepare(dataclasses.replace(config, output=str(tmp_path / "c")), ROWS, **objects)
+    batch = dpo.assemble(trainer, sorted(dpo.data.batch_at(trainer.train, 0, 0, 6), key=lambda pair: pair.length))
     with torch.no_grad():
         aux = experts(input_ids=batch.input_ids, **batch.model_inputs, output_router_logits=True).aux_loss.item()
     assert row["aux_loss"] == pytest.approx(aux, rel=1e-5)
@@ -283,9 +289,9 @@ def test_the_options_of_the_objective_reach_it(tmp_path, options):
     objective = config.loss()
     assert objective.beta == 0.1
     reference = {"ref_model": other_model(2)} if objective.needs_reference else {}
-    state = dpo.prepare(config, ROWS, **given(None), **reference)
-    batch = dpo.with_reference(state, dpo.assemble(state, dpo.data.batch_at(state.train, 0, 0, 6)))
-    inputs = fr.lm_head.forward(state.loaded.model, batch.input_ids, **batch.model_inputs)
+    trainer = dpo.prepare(config, ROWS, **given(None), **reference)
+    batch = dpo.with_reference(trainer, dpo.assemble(trainer, dpo.data.batch_at(trainer.train, 0, 0, 6)))
+    inputs = fr.lm_head.forward(trainer.loaded.model, batch.input_ids, **batch.model_inputs)
     expected, _ = fr.linear_preference_loss(
         inputs.hidden[:, :-1],
         inputs.head.weight,
@@ -295,7 +301,7 @@ def test_the_options_of_the_objective_reach_it(tmp_path, options):
         ref_logprobs=batch.ref_logprobs,
         **inputs.head.kwargs(),
     )
-    assert dpo.step(state, 1)["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.step(1)["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
@@ -321,10 +327,10 @@ def test_a_vision_language_model_learns_from_what_it_sees(tmp_path):
     result = dpo.train(config, rows=picture_rows(30), model=model, tokenizer=processor)
     assert result.after["eval_rewards/accuracies"] > 0.99  # chance, without the picture, is one half
     assert result.after["eval_rewards/margins"] > 0.2
-    state = dpo.prepare(small(tmp_path, "b", loss_type=("sft",)), picture_rows(6), model=model, tokenizer=processor)
-    (pair,) = (state.encoder.with_images(pair) for pair in state.train[:1])
-    batch = dpo.assemble(state, state.train[:1])
-    found = state.engine(dpo.sums, state.config, batch)
+    trainer = dpo.prepare(small(tmp_path, "b", loss_type=("sft",)), picture_rows(6), model=model, tokenizer=processor)
+    (pair,) = (trainer.encoder.with_images(pair) for pair in trainer.train[:1])
+    batch = dpo.assemble(trainer, trainer.train[:1])
+    found = trainer.engine(dpo.sums, trainer.config, batch)
     inputs = {name: value[:1] for name, value in batch.model_inputs.items() if name != "pixel_values"}
     inputs["pixel_values"] = pair.extras["pixel_values"]
     with torch.no_grad():
@@ -346,18 +352,18 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, monkeypatch
     part = dataclasses.replace(config, output=str(tmp_path / "b"))
     calls = 0
 
-    def interrupted(state, number):
+    def interrupted(trainer, number):
         nonlocal calls
         calls += 1
         if number == 4:
             raise KeyboardInterrupt
-        return step(state, number)
+        return step(trainer, number)
 
-    step = dpo.step
-    monkeypatch.setattr(dpo, "step", interrupted)
+    step = DPOTrainer.step
+    monkeypatch.setattr(DPOTrainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         dpo.train(part, rows=ROWS)
-    monkeypatch.setattr(dpo, "step", step)
+    monkeypatch.setattr(DPOTrainer, "step", step)
     resumed = dpo.train(dataclasses.replace(part, resume=True), rows=ROWS)
     assert calls == 4
     assert without_seconds(resumed.metrics) == without_seconds(whole.metrics)
@@ -367,16 +373,16 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, monkeypatch
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_leaves_a_checkpoint(tmp_path, monkeypatch):
-    state = dpo.prepare(small(tmp_path, save_steps=1), ROWS)
+    trainer = dpo.prepare(small(tmp_path, save_steps=1), ROWS)
 
     def broken(model, config, batch, totals):
         loss, metrics = share(model, config, batch, totals)
-        return (loss * math.nan if state.engine.updates == 1 else loss), metrics
+        return (loss * math.nan if trainer.engine.updates == 1 else loss), metrics
 
     share = dpo.preference_loss
     monkeypatch.setattr(dpo, "preference_loss", broken)
     with pytest.raises(NonFiniteLoss, match=r"step 2 \(pairs 6 to 11 of the shuffled training set\): the loss is nan"):
-        dpo.fit(state)
+        dpo.fit(trainer)
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
@@ -436,11 +442,11 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(tmp_path
 def test_the_recipe_runs_on_the_real_solutions(tmp_path):
     config = cli.parse("dpo", ["--config", "gsm8k_dpo", "--data", str(GSM8K), "--output", str(tmp_path / "run")])
     config = dataclasses.replace(config, hidden_size=32, num_layers=1, warmup_steps=1, steps=1, eval_samples=8)
-    state = dpo.prepare(dataclasses.replace(config, batch_size=2, warmup_batch_size=2))
-    assert (len(state.train), len(state.test)) == (1749, 410)  # those of 2429 within max_length
-    assert all(dpo.length(pair) <= config.max_length for pair in state.train)
-    assert not {pair.text for pair in state.train} & {pair.text for pair in state.test}
-    after = dpo.fit(state).after
+    trainer = dpo.prepare(dataclasses.replace(config, batch_size=2, warmup_batch_size=2))
+    assert (len(trainer.train), len(trainer.test)) == (1749, 410)  # those of 2429 within max_length
+    assert all(pair.length <= config.max_length for pair in trainer.train)
+    assert not {pair.text for pair in trainer.train} & {pair.text for pair in trainer.test}
+    after = dpo.fit(trainer).after
     assert after["eval_loss"] == pytest.approx(math.log(2), abs=0.05)
 
 
@@ -497,7 +503,7 @@ def test_options_that_make_no_sense_are_refused_by_name(tmp_path, options, messa
 
 def test_what_prepare_refuses(tmp_path):
     config = small(tmp_path)
-    refused = [
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"rows": None}, {}, "data: expected where the pairs of the task 'pairs' are read from; got None"),
         ({"rows": ROWS}, {"data": "x.jsonl"}, "data: expected none where rows are given"),
         ({"rows": []}, {}, "data: expected at least one pair to train on"),

@@ -151,13 +151,13 @@ def test_a_step_equals_trls(tmp_path, name):
         settings = {"r": mine["lora_r"], "lora_alpha": 16, "target_modules": list(mine["lora_target_modules"])}
         its = {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM", **settings)}
     trainer = theirs(tmp_path, TEXTS, model(1), None if "peft_config" in its else model(2), **its)
-    state = dpo.prepare(ours(tmp_path, **mine), TEXTS, **given)
+    own = dpo.prepare(ours(tmp_path, **mine), TEXTS, **given)
     if "lora_r" in mine:
         set_adapters(trainer.model)
-        set_adapters(state.loaded.model)
+        set_adapters(own.loaded.model)
     trainer.train()
     log = next(row for row in trainer.state.log_history if "grad_norm" in row)
-    row = dpo.fit(state).metrics[1]
+    row = dpo.fit(own).metrics[1]
     assert row["grad_norm"] > 1e-3
     assert abs(row["rewards/margins"]) > 1e-2  # the policy is not its own reference
     wrong = {key: (row[key], log[key]) for key in METRICS if row[key] != pytest.approx(log[key], rel=2e-5, abs=2e-5)}

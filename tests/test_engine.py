@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,16 +9,11 @@ from accelerate.utils import is_deepspeed_available
 from torch import nn
 
 import fused_rlhf as fr
+from fused_rlhf.objectives.reductions import Side
 from fused_rlhf.trainers import engine
 from fused_rlhf.trainers.engine import NonFiniteLoss
 from tests import tiny
-
-IDS = torch.randint(3, 90, (6, 9), generator=torch.Generator().manual_seed(0))
-COUNT = 6 * 8
-
-
-def pieces(*sizes):
-    return [(ids, COUNT) for ids in IDS.split(list(sizes))]
+from tests.tiny import COUNT, IDS, pieces
 
 
 def test_an_update_is_that_of_plain_torch(tmp_path):
@@ -41,9 +37,35 @@ def test_micro_batches_add_up(tmp_path):
     parts, _ = tiny.build(tmp_path)
     one, three = whole.update(tiny.logprob_loss, pieces(6)), parts.update(tiny.logprob_loss, pieces(1, 3, 2))
     assert one["tokens"] == three["tokens"] == COUNT
-    assert one["least_min"] == pytest.approx(three["least_min"], rel=1e-5)  # the least of all, not their sum
+    assert one["worst"] == pytest.approx(three["worst"], rel=1e-5)  # the least of all, not their sum
     assert one["loss"] == pytest.approx(three["loss"], rel=1e-6)
     assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_metrics_come_with_a_loss_in_any_precision(tmp_path, precision):
+    own, _ = tiny.build(tmp_path, mixed_precision=precision)
+    loss, metrics = own.measure(tiny.logprob_loss, IDS, COUNT)
+    want = own(lambda model: fr.lm_head.logprobs(model, IDS).logprobs)
+    assert loss.item() == pytest.approx(-want.mean().item(), rel=1e-6)
+    assert loss.dtype == torch.float32
+    assert own.combine([metrics]) == {"tokens": COUNT, "worst": want.min().item()}
+    assert own.combine([]) == {}
+
+
+def test_values_are_merged_across_processes(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    mine, its = torch.tensor([1.0, -2.0]), torch.tensor([3.0, -5.0])
+
+    class Two:
+        def gather(self, values):
+            return torch.cat([values, its[None]])
+
+    assert torch.equal(own.across(mine, "sum"), mine)  # one process alone
+    own.world, own.accelerator = 2, Two()
+    merged: dict[Side, list[float]] = {"sum": [4.0, -7.0], "min": [1.0, -5.0], "max": [3.0, -2.0]}
+    for how, want in merged.items():
+        assert own.across(mine, how).tolist() == want
 
 
 def test_the_learning_rate_follows_its_schedule(tmp_path):
@@ -77,8 +99,9 @@ def test_a_loss_that_is_not_finite_is_named_and_not_used(tmp_path):
 def test_gradient_checkpointing_changes_nothing_and_dropout_is_off(tmp_path):
     plain, _ = tiny.build(tmp_path)
     kept, _ = tiny.build(tmp_path, gradient_checkpointing=True)
-    calls = []
-    kept.module.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    calls: list[int] = []
+    module: Any = kept.module
+    module.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     assert plain.update(tiny.logprob_loss, pieces(6)) == kept.update(tiny.logprob_loss, pieces(6))
     assert len(calls) == 2  # once more in the backward
     assert not kept.module.training
@@ -105,8 +128,9 @@ def test_the_shares_of_processes_are_all_of_it(tmp_path):
 
 def test_autocast_and_whole(tmp_path):
     own, loaded = tiny.build(tmp_path, mixed_precision="bf16")
-    dtypes = []
-    own.module.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
+    dtypes: list[torch.dtype] = []
+    module: Any = own.module
+    module.model.layers[0].mlp.up_proj.register_forward_hook(lambda m, i, output: dtypes.append(output.dtype))
     own(lambda model: model(IDS))
     with own.whole() as model:
         assert model is loaded.model

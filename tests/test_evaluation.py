@@ -3,6 +3,7 @@ import torch
 from fused_rlhf.trainers import evaluation
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.inputs import encode
+from fused_rlhf.trainers.rollout import generate
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests import tiny
 
@@ -21,9 +22,7 @@ def test_unseen_prompts_are_counted_apart():
 
 def test_correct_compares_the_greedy_answer(tmp_path):
     own, loaded = tiny.build(tmp_path)
-    greedy = evaluation.generate(
-        loaded.model, loaded.tokenizer, [encode(loaded.tokenizer, None, "1+1=")], max_new_tokens=3
-    )
+    greedy = generate(loaded.model, loaded.tokenizer, [encode(loaded.tokenizer, None, "1+1=")], max_new_tokens=3)
     samples = [{"prompt": "1+1=", "answer": greedy.texts[0]}, {"prompt": "1+1=", "answer": greedy.texts[0] + "1"}]
     config = RolloutConfig(max_new_tokens=3, micro_batch_size=1)
     right = evaluation.correct(own, loaded, Task([], samples, "exact_match"), config, samples)

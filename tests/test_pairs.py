@@ -1,6 +1,5 @@
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from fused_rlhf.trainers import pairs
 from fused_rlhf.trainers.model import char_tokenizer
 from fused_rlhf.trainers.pairs import Encoder, Pair, check_row, collate
 from tests import tiny_vision
-
-GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
-needs_gsm8k = pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the GSM8K files are not at {GSM8K}")
+from tests.gsm8k import GSM8K, needs_gsm8k
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<eos>' if m.role == 'assistant' }}{% endfor %}"
@@ -128,8 +125,8 @@ def test_files_of_every_kind_hold_the_same_pairs(tmp_path):
     for name, some in (("train", rows[5:]), ("test", rows[:5])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     found = [pairs.load("pairs", str(source), num_test=4, seed=0) for source in (jsonl, parquet)]
-    for some in found:
-        assert (len(some.train), len(some.test)) == (16, 4)
+    for split in found:
+        assert (len(split.train), len(split.test)) == (16, 4)
     assert [p.chosen for p in found[0].test] == [p.chosen for p in found[1].test]
     assert found[0].train[0].where.startswith(f"{jsonl}, row ")
     split = pairs.load("pairs", str(folder), num_test=4, seed=0)
@@ -165,8 +162,8 @@ def test_solutions_of_the_real_file():
     assert set(per_prompt.values()) == {3, 4}  # one or three of four are right: 3 pairs; two: 4
     assert not {p.prompt for p in train} & {p.prompt for p in test}
     truth = {f"Question: {row['question']}\nAnswer:": row["ground_truth"].rpartition("A: ")[2] for row in rows}
-    agree = [p.chosen.rpartition("A: ")[2].strip() == truth[p.prompt] for p in train]
-    wrong = [p.rejected.rpartition("A: ")[2].strip() == truth[p.prompt] for p in train]
+    agree = [str(p.chosen).rpartition("A: ")[2].strip() == truth[str(p.prompt)] for p in train]
+    wrong = [str(p.rejected).rpartition("A: ")[2].strip() == truth[str(p.prompt)] for p in train]
     assert sum(agree) > 0.99 * len(train)  # 18 or 18.0
     assert sum(wrong) < 0.01 * len(train)
     assert pairs.load("gsm8k-solutions", str(GSM8K / "example_model_solutions.jsonl"), 500, 0) == pairs.Preferences(
@@ -341,6 +338,10 @@ SOME = [
     Pair("row 1", "", [1, 2, 3], [4, 5], [6], ref=(-1.0, -2.0)),
     Pair("row 2", "", [7], [8], [9, 10, 11], ref=(-3.0, -4.0)),
 ]
+
+
+def test_the_length_of_a_pair_is_that_of_its_longer_sequence():
+    assert [pair.length for pair in SOME] == [5, 4]
 
 
 def test_a_padded_batch():

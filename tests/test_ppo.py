@@ -2,16 +2,18 @@ import copy
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fused_rlhf.trainers import cli, loop, ppo
+from fused_rlhf.objectives.reductions import combine
+from fused_rlhf.trainers import cli, ppo
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.ppo import Config, KLController
-from fused_rlhf.trainers.rollout import slices
+from fused_rlhf.trainers.rollout import minibatches, slices
 from fused_rlhf.trainers.value import ScalarModel
 from tests import launch, tiny_vision
 from tests.helpers import relative
@@ -21,7 +23,7 @@ TASK = Task(SEVEN, SEVEN, "exact_match")
 
 
 def small(tmp_path, **changes):
-    options = {
+    options: dict[str, Any] = {
         "hidden_size": 32,
         "num_layers": 1,
         "steps": 3,
@@ -34,12 +36,6 @@ def small(tmp_path, **changes):
         "save_steps": 0,
     }
     return Config(**(options | changes))
-
-
-@pytest.fixture(autouse=True)
-def without_curves(monkeypatch):
-    """Drawing them takes longer than the rest of a small run; test_loop.py has a test of it."""
-    monkeypatch.setattr(loop.Run, "plot", lambda self, names: None)
 
 
 def digits(completions, **_):
@@ -55,8 +51,8 @@ def without_time(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def one(state, number=1):
-    return ppo.collect(state, number)
+def one(trainer, number=1):
+    return ppo.collect(trainer, number)
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
@@ -105,9 +101,9 @@ def test_the_kl_follows_its_coefficient_and_its_target(tmp_path):
 
 
 def test_without_a_kl_coefficient_there_is_no_reference(tmp_path):
-    state = ppo.prepare(small(tmp_path, kl_coef=0.0), TASK, [digits])
-    assert state.reference is None
-    result = ppo.fit(state)
+    trainer = ppo.prepare(small(tmp_path, kl_coef=0.0), TASK, [digits])
+    assert trainer.reference is None
+    result = ppo.fit(trainer)
     assert {row["objective/kl"] for row in result.metrics if "objective/kl" in row} == {0.0}
 
 
@@ -133,7 +129,7 @@ def test_the_controller_by_hand_and_its_state():
 
 
 @pytest.fixture(params=["shared", "copy"])
-def state(tmp_path, request):
+def trainer(tmp_path, request):
     """A policy away from its reference, with values that are not zero."""
     config = small(
         tmp_path,
@@ -150,12 +146,12 @@ def state(tmp_path, request):
         vf_coef=0.3,
         entropy_coef=0.02,
     )
-    state = ppo.prepare(config, TASK, [digits])
+    trainer = ppo.prepare(config, TASK, [digits])
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in state.engine.module.parameters():
+        for p in trainer.engine.module.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    return state
+    return trainer
 
 
 def dense(module, some, temperature):
@@ -172,11 +168,11 @@ def dense(module, some, temperature):
     return logprobs, entropy, (hidden[:, :-1] * linear.weight[0]).sum(-1) + linear.bias
 
 
-def expected(state, batch):
+def expected(trainer, batch):
     """What a rollout should hold, sequence by sequence and token by token."""
-    config, some = state.config, batch.completions
-    module = copy.deepcopy(state.engine.module).double()
-    reference = copy.deepcopy(state.reference.module).double()
+    config, some = trainer.config, batch.completions
+    module = copy.deepcopy(trainer.engine.module).double()
+    reference = copy.deepcopy(trainer.reference.module).double()
     with torch.no_grad():
         logprobs, _, values = dense(module, some, config.temperature)
         logits = reference(some.input_ids, some.attention_mask.long()).logits[:, :-1] / config.temperature
@@ -207,14 +203,14 @@ def expected(state, batch):
     }
 
 
-def test_a_rollout_holds_what_the_formulas_say(state):
-    batch = one(state)
+def test_a_rollout_holds_what_the_formulas_say(trainer):
+    batch = one(trainer)
     assert batch.completions.truncated.any()
     assert not batch.completions.truncated.all()
     assert (batch.mask == batch.completions.completion_mask[:, 1:]).all()
-    for name, want in expected(state, batch).items():
+    for name, want in expected(trainer, batch).items():
         got = torch.where(batch.mask, getattr(batch, name), 0.0)
-        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4, msg=f"{name}: {{}}".format)
 
 
 def perturbed(batch, seed=2):
@@ -226,10 +222,10 @@ def perturbed(batch, seed=2):
     )
 
 
-def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(state):
-    batch, config = perturbed(one(state)), state.config
+def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(trainer):
+    batch, config = perturbed(one(trainer)), trainer.config
     mask, n = batch.mask, batch.mask.sum()
-    module = copy.deepcopy(state.engine.module).double()
+    module = copy.deepcopy(trainer.engine.module).double()
     logprobs, entropy, values = dense(module, batch.completions, config.temperature)
     adv, ret, old, old_v = (
         x.double()[mask] for x in (batch.advantages, batch.returns, batch.old_logprobs, batch.values)
@@ -242,14 +238,14 @@ def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(state):
     want = pg.sum() / n + 0.3 * vf.sum() / n - 0.02 * h.sum() / n
     truth = torch.autograd.grad(want, list(module.parameters()))
 
+    own: Any = trainer.engine.module
     for size in (24, 5, 7):
-        pieces = [ppo.ppo_loss(state.engine.module, config, batch[rows], n) for rows in slices(slice(0, 24), size)]
-        loss = sum(piece[0] for piece in pieces)
-        grads = torch.autograd.grad(loss, list(state.engine.module.parameters()))
+        pieces = [ppo.ppo_loss(own, config, batch[rows], n) for rows in slices(slice(0, 24), size)]
+        loss = torch.stack([piece[0] for piece in pieces]).sum()
+        grads = torch.autograd.grad(loss, list(own.parameters()))
         assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
         assert relative(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in truth])) < 1e-5
-        got = {name: sum(piece[1][name].item() for piece in pieces) for name in pieces[0][1]}
-        got["val/ratio_var"] -= (got["val/ratio"] - 1) ** 2
+        got = {name: value.item() for name, value in combine([piece[1] for piece in pieces]).items()}
         hit = (ratio.clamp(0.8, 1.2) - ratio).abs() > 0
         by_hand = {
             "loss/policy_avg": pg.mean(),
@@ -266,12 +262,12 @@ def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(state):
         assert got == pytest.approx({name: value.item() for name, value in by_hand.items()}, rel=1e-4, abs=1e-6)
 
 
-def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(state):
+def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(trainer):
     """Two epochs of two mini-batches by hand, each from the gradient of its own loss."""
-    config = dataclasses.replace(state.config, num_ppo_epochs=2)
-    state = dataclasses.replace(state, config=config)
-    batch = one(state)
-    module = copy.deepcopy(state.engine.module)
+    config = dataclasses.replace(trainer.config, num_ppo_epochs=2)
+    trainer = dataclasses.replace(trainer, config=config)
+    batch = one(trainer)
+    module = copy.deepcopy(trainer.engine.module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=0.0)
     norms = []
     for _ in range(2):
@@ -280,27 +276,27 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(state
             ppo.ppo_loss(module, config, batch[rows], batch.mask[rows].sum())[0].backward()
             norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm).item())
             optimizer.step()
-    metrics = ppo.update(state, batch)
+    metrics = ppo.update(trainer, batch)
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
     assert metrics["lr"] == config.learning_rate
-    for mine, its in zip(module.parameters(), state.engine.module.parameters(), strict=True):
+    for mine, its in zip(module.parameters(), trainer.engine.module.parameters(), strict=True):
         # AdamW's first steps are signs of gradients: where one is next to nothing, rounding may decide.
         assert ((mine - its).abs() > 1e-4).float().mean() < 0.01
 
 
-def test_before_the_first_update_the_ratio_is_exactly_one(state):
-    batch = one(state)
-    for mini in ppo.minibatches(24, state.config):
+def test_before_the_first_update_the_ratio_is_exactly_one(trainer):
+    batch = one(trainer)
+    for mini in minibatches(24, trainer.config):
         for rows in slices(mini, 5):
-            _, metrics = ppo.ppo_loss(state.engine.module, state.config, batch[rows], batch.mask[rows].sum())
+            _, metrics = ppo.ppo_loss(trainer.engine.module, trainer.config, batch[rows], batch.mask[rows].sum())
             assert metrics["val/ratio"].item() == 1.0
             assert metrics["policy/approxkl_avg"].item() == 0.0
-    assert ppo.update(state, batch)["policy/approxkl_avg"] > 0
+    assert ppo.update(trainer, batch)["policy/approxkl_avg"] > 0
 
 
-def test_the_summary_is_made_of_the_completions_tokens_alone(state):
-    batch = one(state)
-    got = ppo.summary(state, batch)
+def test_the_summary_is_made_of_the_completions_tokens_alone(trainer):
+    batch = one(trainer)
+    got = ppo.summary(trainer, batch)
     kl, entropy, scores = [], [], digits(batch.completions.texts)
     scores = [s - 0.5 * cut for s, cut in zip(scores, batch.completions.truncated.tolist())]
     for i in range(24):
@@ -321,8 +317,8 @@ def test_the_summary_is_made_of_the_completions_tokens_alone(state):
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
     garbage = batch.old_logprobs.masked_fill(~batch.mask, -50.0)
     dirty = dataclasses.replace(batch, old_logprobs=garbage, kl=batch.kl.masked_fill(~batch.mask, 9.0))
-    assert ppo.summary(state, dirty) == got
-    assert ppo.update(state, dirty)["loss/policy_avg"] == pytest.approx(0.0, abs=0.2)
+    assert ppo.summary(trainer, dirty) == got
+    assert ppo.update(trainer, dirty)["loss/policy_avg"] == pytest.approx(0.0, abs=0.2)
 
 
 # --------------------------------------------------------------------------------------------------------- the parts
@@ -330,11 +326,11 @@ def test_the_summary_is_made_of_the_completions_tokens_alone(state):
 
 def test_the_sampler_is_cut_by_top_k_and_top_p_and_the_log_probs_are_not(tmp_path):
     for cut in ({"top_k": 1}, {"top_p": 1e-6}):
-        state = ppo.prepare(small(tmp_path, temperature=0.7, **cut), TASK, [digits])
-        batch = one(state)
-        greedy = ppo.sample_completions(state, batch.samples, uniforms=None)
+        trainer = ppo.prepare(small(tmp_path, temperature=0.7, **cut), TASK, [digits])
+        batch = one(trainer)
+        greedy = ppo.sample_completions(trainer, batch.samples, uniforms=None)
         assert batch.completions.texts == greedy.texts
-        want = expected(state, dataclasses.replace(batch))["old_logprobs"]
+        want = expected(trainer, dataclasses.replace(batch))["old_logprobs"]
         torch.testing.assert_close(
             torch.where(batch.mask, batch.old_logprobs, 0.0).double(), want, atol=1e-5, rtol=1e-5
         )
@@ -344,13 +340,15 @@ def test_the_sampler_is_cut_by_top_k_and_top_p_and_the_log_probs_are_not(tmp_pat
 
 
 def test_a_stop_token_ends_a_completion_and_a_missing_end_costs(tmp_path):
-    state = ppo.prepare(small(tmp_path, stop_token="7", missing_eos_penalty=2.0, max_new_tokens=8), TASK, [digits])
-    seven, eos = state.loaded.tokenizer.convert_tokens_to_ids(["7", "<eos>"])
+    trainer = ppo.prepare(small(tmp_path, stop_token="7", missing_eos_penalty=2.0, max_new_tokens=8), TASK, [digits])
+    seven, eos = map(trainer.loaded.tokenizer.convert_tokens_to_ids, ("7", "<eos>"))
     with torch.no_grad():  # the 7 is as likely as the rest together
-        state.loaded.model.model.embed_tokens.weight[seven] = 0.5 * state.loaded.model.model.embed_tokens.weight.mean(0)
+        trainer.loaded.model.model.embed_tokens.weight[seven] = (
+            0.5 * trainer.loaded.model.model.embed_tokens.weight.mean(0)
+        )
     ended = {"7": 0, "eos": 0, "cut": 0}
     for number in range(1, 9):
-        some = (batch := one(state, number)).completions
+        some = (batch := one(trainer, number)).completions
         for i in range(24):
             tokens = some.input_ids[i][some.completion_mask[i]].tolist()
             assert not {seven, eos} & set(tokens[:-1])
@@ -365,8 +363,8 @@ def test_what_cannot_be_scored_takes_no_part(tmp_path):
     def odd(completions, prompts, **_):
         return [None if int(p[:-1]) % 2 else x for p, x in zip(prompts, digits(completions))]
 
-    state = ppo.prepare(small(tmp_path, micro_batch_size=24), TASK, [odd])
-    batch = one(state)
+    trainer = ppo.prepare(small(tmp_path, micro_batch_size=24), TASK, [odd])
+    batch = one(trainer)
     lost = batch.scores.isnan()
     assert lost.any()
     assert not batch.mask[lost].any()
@@ -374,17 +372,18 @@ def test_what_cannot_be_scored_takes_no_part(tmp_path):
     live = batch.advantages[batch.mask]
     assert live.mean().item() == pytest.approx(0, abs=1e-6)
     assert live.std().item() == pytest.approx(1, abs=1e-3)
-    assert ppo.summary(state, batch)["objective/scores"] == pytest.approx(batch.scores.nanmean().item())
-    loss, _ = ppo.ppo_loss(state.engine.module, state.config, batch, batch.mask.sum())
+    assert ppo.summary(trainer, batch)["objective/scores"] == pytest.approx(batch.scores.nanmean().item())
+    module: Any = trainer.engine.module
+    loss, _ = ppo.ppo_loss(module, trainer.config, batch, batch.mask.sum())
     ids = batch.completions.input_ids.clone()
     ids[lost] = 5
     other = dataclasses.replace(batch, completions=dataclasses.replace(batch.completions, input_ids=ids))
-    assert ppo.ppo_loss(state.engine.module, state.config, other, batch.mask.sum())[0].item() == pytest.approx(
+    assert ppo.ppo_loss(module, trainer.config, other, batch.mask.sum())[0].item() == pytest.approx(
         loss.item(), rel=1e-5
     )
 
     nothing = ppo.prepare(small(tmp_path, target_kl=1.0), TASK, [lambda completions, **_: [None] * len(completions)])
-    metrics = ppo.step(nothing, 1)
+    metrics = nothing.step(1)
     assert metrics["loss"] == 0
     assert math.isnan(metrics["objective/scores"])
     assert nothing.kl.coef == nothing.config.kl_coef
@@ -506,16 +505,19 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_after_the_warm_up_reference_and_value_model_are_the_policy(tmp_path):
-    state = ppo.prepare(small(tmp_path, warmup_steps=3, warmup_batch_size=8, value_model="copy"), TASK, [digits])
-    state.run.open()
-    untrained = copy.deepcopy(state.loaded.model)
-    ppo.warm(state)
-    policy = state.loaded.model
+    trainer = ppo.prepare(small(tmp_path, warmup_steps=3, warmup_batch_size=8, value_model="copy"), TASK, [digits])
+    trainer.run.open()
+    untrained = copy.deepcopy(trainer.loaded.model)
+    assert trainer.warm()
+    policy = trainer.loaded.model
     assert any((a != b).any() for a, b in zip(policy.parameters(), untrained.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), state.reference.module.parameters(), strict=True))
-    body = state.engine.module.value.body
+    assert all(
+        torch.equal(a, b) for a, b in zip(policy.parameters(), trainer.reference.module.parameters(), strict=True)
+    )
+    module: Any = trainer.engine.module
+    body = module.value.body
     assert all(torch.equal(a, b) for a, b in zip(policy.base_model.parameters(), body.parameters(), strict=True))
-    assert one(state).kl.abs().max() == 0
+    assert one(trainer).kl.abs().max() == 0
 
 
 def test_lora_trains_adapters_and_values_and_its_reference_is_the_model_without_them(tmp_path):
@@ -534,14 +536,14 @@ def test_lora_trains_adapters_and_values_and_its_reference_is_the_model_without_
         sample_steps=0,
         eval_steps=0,
     )
-    state = ppo.prepare(config, TASK, [digits])
-    assert state.reference is None
-    base = {name: p.clone() for name, p in state.engine.module.named_parameters() if not p.requires_grad}
-    result = ppo.fit(state)
+    trainer = ppo.prepare(config, TASK, [digits])
+    assert trainer.reference is None
+    base = {name: p.clone() for name, p in trainer.engine.module.named_parameters() if not p.requires_grad}
+    result = ppo.fit(trainer)
     rows = [row for row in result.metrics if "objective/kl" in row]
     assert rows[0]["objective/kl"] == 0
     assert abs(rows[-1]["objective/kl"]) > 1e-3
-    now = dict(state.engine.module.named_parameters())
+    now = dict(trainer.engine.module.named_parameters())
     assert all(torch.equal(now[name], p) for name, p in base.items())
     assert now["value.weight"].abs().max() > 0
     assert (result.model_path / "adapter_model.safetensors").is_file()
@@ -551,12 +553,12 @@ def test_lora_trains_adapters_and_values_and_its_reference_is_the_model_without_
     "changes", [{"mixed_precision": "bf16"}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
 )
 def test_other_precisions_and_checkpointing_run_and_begin_on_policy(tmp_path, changes):
-    state = ppo.prepare(small(tmp_path, steps=2, num_ppo_epochs=1, **changes), TASK, [digits])
-    metrics = ppo.step(state, 1)
+    trainer = ppo.prepare(small(tmp_path, steps=2, num_ppo_epochs=1, **changes), TASK, [digits])
+    metrics = trainer.step(1)
     assert metrics["objective/kl"] == 0
     assert metrics["val/ratio"] == 1
     assert all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm", "policy/entropy_avg"))
-    assert ppo.step(state, 2)["objective/kl"] != 0
+    assert trainer.step(2)["objective/kl"] != 0
 
 
 @pytest.mark.parametrize("value_model", ["shared", "copy"])
@@ -577,17 +579,17 @@ def test_images_reach_policy_and_values(tmp_path, value_model):
         output=str(tmp_path / "run"),
         sample_steps=0,
     )
-    state = ppo.prepare(config, Task(rows, rows, "exact_match"), [digits], None, model, processor)
-    result = ppo.fit(state)
+    trainer = ppo.prepare(config, Task(rows, rows, "exact_match"), [digits], None, model, processor)
+    result = ppo.fit(trainer)
     assert all(math.isfinite(row["loss"]) for row in result.metrics if "loss" in row)
-    batch = one(state)
-    alone = dataclasses.replace(state, config=dataclasses.replace(config, micro_batch_size=1))
+    batch = one(trainer)
+    alone = dataclasses.replace(trainer, config=dataclasses.replace(config, micro_batch_size=1))
     again = one(alone)
     torch.testing.assert_close(again.values[batch.mask], batch.values[batch.mask], atol=1e-5, rtol=0)
     blank = [{**row, "images": [tiny_vision.picture(255)]} for row in rows]
-    state.task = Task(blank, blank, "exact_match")
+    trainer.task = Task(blank, blank, "exact_match")
     first = batch.mask.long().argmax(dim=1, keepdim=True)  # before anything is sampled
-    assert (one(state).values.gather(1, first) != batch.values.gather(1, first)).any()
+    assert (one(trainer).values.gather(1, first) != batch.values.gather(1, first)).any()
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -647,11 +649,12 @@ def test_a_reward_that_breaks_and_a_loss_that_is_not_finite_say_where(tmp_path):
 
     with pytest.raises(ValueError, match=r"step 1 \(prompts 0 to 23 .*'breaks' returned 1 values for 24 completions"):
         ppo.train(small(tmp_path), task=TASK, reward_functions=[breaks])
-    state = ppo.prepare(small(tmp_path, output=str(tmp_path / "other"), micro_batch_size=12), TASK, [digits])
+    trainer = ppo.prepare(small(tmp_path, output=str(tmp_path / "other"), micro_batch_size=12), TASK, [digits])
+    module: Any = trainer.engine.module
     with torch.no_grad():
-        state.engine.module.value.bias.fill_(math.inf)
+        module.value.bias.fill_(math.inf)
     with pytest.raises(FloatingPointError, match=r"step 1 \(prompts 0 to 23 of the shuffled training set\): the loss"):
-        ppo.fit(state)
+        ppo.fit(trainer)
 
 
 def test_the_command_line_and_its_plan(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_sampling_is_from_the_whole_distribution_whatever_the_models_own_configu
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.1}, {"min_p": 0.95}])
 def test_a_distribution_can_be_cut(pair, cut):
-    got, logits = frequencies(*pair, 5000, **cut)
+    got, logits = frequencies(pair[0], pair[1], 5000, **cut)
     p, order = logits.softmax(-1), logits.argsort(descending=True)
     kept = {
         "top_k": order[:5],

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import assemble
 from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel
+
+# transformers takes any field of a configuration, and its signature names some.
+ONE: dict[str, Any] = {"num_labels": 1}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def test_values_are_the_head_on_the_last_hidden_state_and_begin_at_zero(pair, co
         assert values.shape == (3, completions.input_ids.shape[1] - 1)
         assert values.dtype == torch.float32
         assert values.abs().max() == 0
-        linear = head if source == "shared" else head.score
+        linear: Any = head if source == "shared" else head.score
         nn.init.normal_(linear.weight)
         linear.bias.fill_(0.5)
         inputs, values = both(completions)
@@ -85,7 +89,7 @@ def test_a_shared_head_trains_the_body_and_a_copy_leaves_the_policy_alone(pair, 
     for source, touched in (("shared", True), ("copy", False)):
         policy = copy.deepcopy(pair[0])
         both = PolicyAndValue(policy, value.value_of(Config(value_model=source), policy))
-        linear = both.value if source == "shared" else both.value.score
+        linear: Any = both.value if source == "shared" else both.value.score
         nn.init.ones_(linear.weight)
         both(completions)[1].square().sum().backward()
         assert (policy.model.layers[0].mlp.up_proj.weight.grad is not None) == touched
@@ -94,7 +98,7 @@ def test_a_shared_head_trains_the_body_and_a_copy_leaves_the_policy_alone(pair, 
 
 def test_a_reward_models_own_head_stays_in_a_value_model(pair, completions, classifier):
     policy = copy.deepcopy(pair[0])
-    critic = value.value_of(Config(value_model=str(classifier)), policy)
+    critic: Any = value.value_of(Config(value_model=str(classifier)), policy)
     theirs = AutoModelForSequenceClassification.from_pretrained(classifier)
     assert torch.equal(critic.score.weight, theirs.score.weight)
 
@@ -124,7 +128,7 @@ def test_the_copy_of_a_lora_policy_has_adapters_of_its_own(pair, completions):
 def test_any_model_with_a_score_is_a_reward_model_and_any_head_can_be_put_on(pair, completions):
     vocabulary = len(pair[1])
     gpt2 = GPT2ForSequenceClassification(
-        GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=1, pad_token_id=0)
+        GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=0, **ONE)
     ).eval()
     got = value.rewards_of(value.reward_of(Config(), gpt2, pair[1]), completions)
     want = gpt2(completions.input_ids, attention_mask=completions.attention_mask.long()).logits[:, 0]

@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 
+from fused_rlhf.objectives.reductions import Metrics, least, total
 from fused_rlhf.trainers import engine
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.engine import Engine
 
+IDS = torch.randint(3, 90, (6, 9), generator=torch.Generator().manual_seed(0))
+COUNT = 6 * 8  # tokens that they predict
+
+
+def pieces(*sizes: int) -> list[tuple[torch.Tensor, int]]:
+    """What `Engine.update` takes of IDS in micro-batches of these sizes."""
+    return [(ids, COUNT) for ids in IDS.split(list(sizes))]
+
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(**({"hidden_size": 32, "num_layers": 1, "output": str(folder / "run")} | changes))
+    options: dict[str, Any] = {"hidden_size": 32, "num_layers": 1, "output": str(folder / "run")}
+    return TrainConfig(**(options | changes))
 
 
 def build(folder: Path, num_updates: int = 10, **changes: Any) -> tuple[Engine, models.Loaded]:
@@ -36,9 +46,10 @@ def saved_model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def logprob_loss(model: Any, input_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def logprob_loss(model: Any, input_ids: torch.Tensor, count: int) -> tuple[torch.Tensor, Metrics]:
     """-mean log-prob of the tokens, as one share of `count` of them."""
     import fused_rlhf as fr
 
     out = fr.lm_head.logprobs(model, input_ids).logprobs
-    return -out.sum() / count, {"tokens": torch.tensor(float(out.numel())), "least_min": out.detach().min()}
+    found = {"tokens": total(torch.tensor(float(out.numel()))), "worst": least(out.detach().min())}
+    return -out.sum() / count, Metrics(found)

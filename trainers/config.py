@@ -42,6 +42,13 @@ class TrainConfig:
     lora_target_modules: tuple[str, ...] = ()
     """LoRA: names of the layers that get adapters. Default: every linear layer but the head."""
 
+    warmup_steps: int = 0
+    """Supervised steps before the run's own; the reference is the model after them."""
+    warmup_batch_size: int = 256
+    """Samples in a supervised step, over all processes."""
+    warmup_learning_rate: float = 1e-3
+    """Learning rate of the supervised steps."""
+
     steps: int = 200
     """Steps of the run."""
     micro_batch_size: int = 256
@@ -93,8 +100,8 @@ class TrainConfig:
         require_choices(self)
         require_at_least(self, 1, "micro_batch_size", "keep_checkpoints", "hidden_size", "num_layers")
         require_at_least(self, 0, "steps", "lr_warmup_updates", "threads", "eval_samples", "eval_steps", "save_steps")
-        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay")
-        require_positive(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps")
+        require_positive(self, "learning_rate", "warmup_learning_rate", "max_grad_norm", "lora_alpha")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
         built = self.model is None

@@ -18,6 +18,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused_rlhf.trainers.rollout_config import RolloutConfig
+
 Sample = dict[str, Any]
 T = TypeVar("T")
 
@@ -40,6 +42,16 @@ class Task:
     test: Sequence[Sample]
     reward: str
     note: str = ""  # where the samples come from, and what was left out
+
+
+def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None, answers: bool = True) -> Task:
+    """The task that `config` asks for, or the one given, maybe as a list of samples; checked as `check` says."""
+    if given is None:
+        task = load(config.task, config.data, max_operand=config.max_operand, seed=config.seed, answers=answers)
+    else:
+        task = given if isinstance(given, Task) else in_memory(given, seed=config.seed)
+    check(task, answers)
+    return task
 
 
 def load(name: str, source: str | None, *, max_operand: int, seed: int, answers: bool = True) -> Task:
@@ -241,6 +253,6 @@ def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]
     ]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)  # a shuffle of the whole set; every sample of a step asks for one
 def _order(length: int, seed: int, epoch: int) -> list[int]:
     return random.Random(f"{seed} {epoch}").sample(range(length), length)

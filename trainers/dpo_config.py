@@ -41,8 +41,6 @@ class Config(TrainConfig):
     """Supervised steps on the completions, chosen and rejected, before DPO; the reference is the model after them."""
     warmup_batch_size: int = 32
     """Pairs in a supervised step, over all processes."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the supervised steps."""
 
     ref_model: str | None = None
     """Folder or hub id of the reference. None: the model as the DPO steps begin with (LoRA: its adapters off)."""
@@ -87,8 +85,8 @@ class Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "batch_size", "warmup_batch_size", "sample_tokens")
-        require_at_least(self, 0, "num_test", "warmup_steps", "rpo_alpha", "router_aux_loss_coef")
-        require_positive(self, "warmup_learning_rate", "beta")
+        require_at_least(self, 0, "num_test", "rpo_alpha", "router_aux_loss_coef")
+        require_positive(self, "beta")
         micro, longest = self.micro_batch_size, self.max_length
         require(micro % 2 == 0, "micro_batch_size", micro, "an even number: chosen and rejected go together")
         require(longest is None or longest >= 2, "max_length", longest, "at least 2, or None")

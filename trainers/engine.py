@@ -13,7 +13,6 @@ import copy
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, is_deepspeed_available, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
@@ -30,10 +28,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
+from fused_rlhf.objectives import reductions
+from fused_rlhf.objectives.reductions import OF_SIDE, Metrics, Side
+from fused_rlhf.trainers import private
 from fused_rlhf.trainers.config import TrainConfig, require
 
 T = TypeVar("T")
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[..., tuple[Tensor, Metrics]]
 
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 TRAINED = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
@@ -51,13 +52,13 @@ def start(config: TrainConfig) -> Accelerator:
     set_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
-    AcceleratorState._reset_state()  # else a second run in one process could have no other precision
+    private.forget_accelerators()
     plugin = None
     if config.deepspeed:
         require(Path(config.deepspeed).is_file(), "deepspeed", config.deepspeed, "a DeepSpeed configuration file")
         require(is_deepspeed_available(), "deepspeed", config.deepspeed, "none: the package deepspeed is not installed")
         plugin = DeepSpeedPlugin(hf_ds_config=config.deepspeed, gradient_accumulation_steps=1)
-    known, installed = sorted(LOGGER_TYPE_TO_CLASS), {str(name) for name in get_available_trackers()}
+    known, installed = private.trackers(), {str(name) for name in get_available_trackers()}
     for name in config.report_to:
         require(name in known, "report_to", name, f"one of {known}")
         require(name in installed, "report_to", name, f"a tracker whose package is installed (pip install {name})")
@@ -93,22 +94,17 @@ class _Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._no_split_modules = sorted(_blocks(module))  # where accelerate looks for what to shard
+        private.declare_blocks(self, private.blocks_of(module))
 
     def forward(self, function: Callable[..., T], *args: Any) -> T:
         return function(self.module, *args)
-
-
-def _blocks(module: nn.Module) -> set[str]:
-    """Class names of the transformer blocks, as transformers declares them."""
-    return {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
 
 
 def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
     """FSDP2 on any device: a group for each transformer block, and one for the rest."""
     half = mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    blocks = _blocks(wrapper)
+    blocks = private.blocks_of(wrapper)
     for child in wrapper.modules():
         if type(child).__name__ in blocks:
             fully_shard(child, mp_policy=policy)
@@ -166,7 +162,7 @@ class Placed:
                 group.set_reshard_after_forward(group is not self.wrapped, recurse=False)
                 group.reshard()
 
-    def state(self, module: nn.Module | None = None) -> dict[str, Any]:
+    def weights(self, module: nn.Module | None = None) -> dict[str, Any]:
         """All parameters of `module` (default: the whole) on the CPU of process 0; every process must call.
 
         On a CPU they may be the parameters themselves, not copies.
@@ -175,10 +171,31 @@ class Placed:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as a controller: a reference that is not the model as it was loaded."""
-        return self.state()
+        return self.weights()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         dcp.set_model_state_dict(self.module, state, options=dcp.StateDictOptions(full_state_dict=True))
+
+    def measure(self, function: Loss, *args: Any) -> tuple[Tensor, Metrics]:
+        """`function(module, *args)`, a loss and its metrics, as of a call."""
+        found: list[Metrics] = []
+
+        def loss_of(module: nn.Module, *args: Any) -> Tensor:
+            loss, metrics = function(module, *args)
+            found.append(metrics)
+            return loss
+
+        # accelerate rebuilds the containers that a forward returns, out of their tensors alone: metrics go past it.
+        return self(loss_of, *args), found[0]
+
+    def across(self, values: Tensor, how: Side) -> Tensor:
+        """The elementwise sum, minimum or maximum over all processes: the same bits on each of them."""
+        return values if self.world == 1 else OF_SIDE[how](self.accelerator.gather(values.unsqueeze(0)), dim=0)
+
+    def combine(self, parts: Sequence[Metrics]) -> dict[str, float]:
+        """The metrics of all parts and processes, as numbers."""
+        found = reductions.combine(parts, self.across)
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -247,8 +264,8 @@ class Engine(Placed):
         """One optimiser update.
 
         Args:
-            function: `function(module, *piece) -> (loss, metrics)`. Both are shares: they are added up over pieces and
-                processes, so they must be divided by global counts. Metrics named *_min or *_max are combined so.
+            function: `function(module, *piece) -> (loss, metrics)`. The loss is a share of the whole: losses are added
+                up over pieces and processes, so they must be divided by global counts.
             pieces: the arguments of each micro-batch, the same number on every process.
 
         Returns:
@@ -257,17 +274,17 @@ class Engine(Placed):
         Raises:
             NonFiniteLoss: before the optimiser steps, on every process.
         """
-        parts: list[dict[str, Tensor]] = []
+        parts: list[Metrics] = []
         # Else the modules stay in evaluation mode: a token's log-prob must not differ from call to call.
         self.module.train(self.config.gradient_checkpointing or self.config.lora_dropout > 0)
         learning_rate = self.scheduler.get_last_lr()[0]
         for piece in pieces:
             last = len(parts) == len(pieces) - 1
             with nullcontext() if last else self._without_sync():
-                loss, metrics = self(function, *piece)
-                parts.append({name: value.detach() for name, value in (metrics | {"loss": loss}).items()})
+                loss, metrics = self.measure(function, *piece)
+                parts.append(Metrics(metrics.parts | {"loss": reductions.total(loss.detach())}))
                 if last:  # before DeepSpeed, whose last backward is its step
-                    combined = self._combine(parts)
+                    combined = self.combine(parts)
                     self._check(combined["loss"], "loss", parts)
                 # Engines average gradients over processes.
                 self.accelerator.backward(loss * self.world)
@@ -284,8 +301,7 @@ class Engine(Placed):
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
         """Gradients stay on this process."""
-        state = self.accelerator.gradient_state
-        state._set_sync_gradients(False)
+        private.sync_gradients(self.accelerator, False)
         sharded = isinstance(self.wrapped, FSDPModule)
         if sharded:
             self.wrapped.set_requires_gradient_sync(False)  # type: ignore[operator]
@@ -293,27 +309,11 @@ class Engine(Placed):
             with nullcontext() if sharded else self.accelerator.no_sync(self.wrapped):
                 yield
         finally:
-            state._set_sync_gradients(True)
+            private.sync_gradients(self.accelerator, True)
             if sharded:
                 self.wrapped.set_requires_gradient_sync(True)  # type: ignore[operator]
 
-    def _combine(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of all pieces and processes: sums, or by their names minima and maxima."""
-        columns: dict[str, list[Tensor]] = defaultdict(list)
-        for part in parts:
-            for name, value in part.items():
-                columns[name].append(value.float())
-        result: dict[str, float] = {}
-        for how, suffix in ((torch.amin, "_min"), (torch.amax, "_max"), (torch.sum, "")):
-            names = [n for n in columns if (n[-4:] == suffix if suffix else n[-4:] not in ("_min", "_max"))]
-            if names:
-                values = how(torch.stack([torch.stack(columns[name]) for name in names], dim=1), dim=0)
-                if self.world > 1:
-                    values = how(self.accelerator.gather(values.unsqueeze(0)), dim=0)
-                result |= dict(zip(names, values.tolist(), strict=True))
-        return result
-
-    def _check(self, value: float, what: str, parts: Sequence[dict[str, Tensor]]) -> None:
+    def _check(self, value: float, what: str, parts: Sequence[Metrics]) -> None:
         if math.isfinite(value):
             return
         bad = [f"micro-batch {i} of process {self.rank}" for i, p in enumerate(parts, 1) if not p["loss"].isfinite()]

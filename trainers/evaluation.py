@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Engine
-from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rewards import Reward, RewardError, resolve, score
-from fused_rlhf.trainers.rollout import Completions, generate
+from fused_rlhf.trainers.rollout import Completions, complete, encoded
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
@@ -36,17 +35,15 @@ def score_together(
 def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, samples: Sequence[Sample]) -> Tensor:
     """The task's reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
     mine = engine.mine(samples) or samples[:1]  # nobody may stay away from what all do together
-    prompts = [encode_prompt(loaded.tokenizer, loaded.processor, sample, config.chat_template) for sample in mine]
-    with engine.whole():
-        completions = generate(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.micro_batch_size,
-        )
+    completions = complete(engine, loaded, encoded(loaded, mine, config), config, batch_size=config.micro_batch_size)
     right = score_together(engine, [resolve(task.reward)], completions, mine)[:, 0].tolist()
     return torch.tensor(engine.gather(right if engine.mine(samples) else []))
+
+
+def accuracy(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig) -> dict[str, float]:
+    """`accuracies` of the first `eval_samples` test samples."""
+    samples = task.test[: config.eval_samples or None]
+    return accuracies(correct(engine, loaded, task, config, samples), samples, task.train)
 
 
 def accuracies(right: Tensor, samples: Sequence[Sample], train: Sequence[Sample]) -> dict[str, float]:

@@ -13,10 +13,9 @@ began with. Current, old and reference log-probs come from one op, which never h
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,40 +24,62 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 import fused_rlhf as fr
 from fused_rlhf import advantages
-from fused_rlhf.trainers import data, engine, evaluation, loop, planning, rewards, rollout, warmup
+from fused_rlhf.objectives.reductions import Metrics
+from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
-from fused_rlhf.trainers.engine import Engine, Placed
 from fused_rlhf.trainers.grpo_config import Config
-from fused_rlhf.trainers.inputs import encode_prompt
-from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
-from fused_rlhf.trainers.rollout import Completions, Sampler, minibatches, slices
+from fused_rlhf.trainers.rollout import Completions, Sampler, slices
+from fused_rlhf.trainers.run import Logged, Run
+from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
 
-__all__ = ["Config", "Result", "State", "fit", "plan", "prepare", "train"]
-
-SHOWN = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
-PLOTTED = ("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm", "completion_length")
+__all__ = ["Config", "GRPOTrainer", "Result", "fit", "plan", "prepare", "train"]
 
 
-@dataclass
-class State:
-    """What the steps of a run share."""
+@dataclass(kw_only=True)
+class GRPOTrainer(Trainer):
+    """GRPO's data and verbs. It keeps no reference where beta is 0."""
 
     config: Config
     task: Task
     rewards: Sequence[rewards.Reward]
-    loaded: models.Loaded
-    engine: Engine
-    reference: Placed | None  # None where beta is 0, and with LoRA, where it is the model without its adapters
     sampler: Sampler | None  # None: the model itself
-    run: Run
-    longest_prompt: int
+
+    name = "GRPO"
+    shown = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
+    plotted = (
+        *("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm"),
+        "completion_length",
+    )
+
+    def supervise(self) -> None:
+        warmup.on_answers(self.run, self.loaded, self.task, self.config)
+
+    def step(self, number: int) -> Logged:
+        """One rollout and its updates."""
+        n = self.config.prompts_per_step
+        rollout = collect(self, number, data.batch_at(self.task.train, self.config.seed, (number - 1) * n, n))
+        metrics = summary(self, rollout) | update(self, rollout)
+        if self.samples_due(number):
+            rows = zip(rollout.samples, rollout.completions.texts, rollout.rewards.tolist())
+            self.run.samples(
+                number, [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows]
+            )
+        return metrics
+
+    def evaluate(self) -> Logged:
+        """Accuracies."""
+        return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
+
+    def describe(self, metrics: Logged) -> str:
+        return evaluation.describe(metrics)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """This process's B completions of one rollout, those of a prompt side by side, T tokens at most."""
+class Rollout:
+    """This process's B completions of one step, those of a prompt side by side, T tokens at most."""
 
     samples: Sequence[Sample]
     completions: Completions
@@ -68,6 +89,16 @@ class Batch:
     advantages: Tensor  # (B,) fp32
     old_logprobs: Tensor | None  # (B, T - 1) fp32; None where the only update is on-policy
     ref_logprobs: Tensor | None  # (B, T - 1) fp32; None where beta is 0
+
+    def __getitem__(self, rows: slice) -> Rollout:
+        """Some of the completions, cut to the longest of them."""
+        some = self.completions[rows]
+        old, ref = (
+            None if x is None else x[rows, : some.input_ids.shape[1] - 1]
+            for x in (self.old_logprobs, self.ref_logprobs)
+        )
+        scores, rewards, lengths = self.scores[rows], self.rewards[rows], self.lengths[rows]
+        return Rollout(self.samples[rows], some, scores, rewards, lengths, self.advantages[rows], old, ref)
 
 
 def train(
@@ -97,7 +128,7 @@ def prepare(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     sampler: Sampler | None = None,
-) -> State:
+) -> GRPOTrainer:
     """Load and check everything, so that what can be refused is refused before the first step; writes nothing."""
     accelerator = engine.start(config)
     processes, n = accelerator.num_processes, config.prompts_per_step
@@ -105,233 +136,139 @@ def prepare(
     require(processes == 1 or n % share == 0, "prompts_per_step", n, f"a multiple of {share}, the mini-batches' shares")
     external = config.importance_sampling != "none"
     require(sampler is not None or not external, "importance_sampling", config.importance_sampling, "a sampler with it")
-    if task is None:
-        task = data.load(config.task, config.data, max_operand=config.max_operand, seed=config.seed)
-    elif not isinstance(task, Task):
-        task = data.in_memory(task, seed=config.seed)
-    data.check(task)
-    functions = rewards.choose(
-        reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
-    )
+    task = data.load_for(config, task)
+    functions = rewards.choose(reward_functions, config, task, accelerator.device)
     loaded = models.load_for(config, model, tokenizer)
-    longest = rollout.longest_prompt(loaded, task, config)
-    fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+    work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = copy.deepcopy(loaded.model) if config.beta and not config.lora_r else None
-    placed = Engine(config, accelerator, loaded.model, config.steps * config.num_iterations * config.num_minibatches)
-    reference = None if frozen is None else placed.frozen(frozen)
-    return State(config, task, functions, loaded, placed, reference, sampler, Run(placed), longest)
-
-
-def plan(state: State) -> str:
-    """What the run would do and need, for `--dry-run`."""
-    config = state.config
-    sequences = config.prompts_per_step * config.num_generations
-    return planning.describe(
-        state.engine,
-        state.loaded,
-        reference=state.reference is not None,
-        sequences=sequences,
-        length=state.longest_prompt + config.max_new_tokens,
-        updates_per_step=config.num_iterations * config.num_minibatches,
-        data=f"{len(state.task.train)} training and {len(state.task.test)} test prompts; {state.task.note}",
+    placed, reference = place(config, accelerator, loaded, work, frozen)
+    return GRPOTrainer(
+        config=config,
+        loaded=loaded,
+        engine=placed,
+        reference=reference,
+        workload=work,
+        run=Run(placed),
+        task=task,
+        rewards=functions,
+        sampler=sampler,
     )
-
-
-def fit(state: State) -> Result:
-    """The run itself: warm-up, accuracy, the steps of GRPO, accuracy."""
-    config, task, run = state.config, state.task, state.run
-    size = state.loaded.model.num_parameters()
-    run.say(f"{size:,} parameters; {len(task.train)} training and {len(task.test)} test prompts")
-    if task.note:
-        run.say(task.note)
-    n = config.prompts_per_step
-    kept = config.warmup_steps > 0 and state.reference is not None
-    verbs = Verbs(
-        name="GRPO",
-        step=partial(step, state),
-        evaluate=partial(evaluate, state),
-        export=partial(models.save, state.engine, state.loaded),
-        shown=SHOWN,
-        plotted=PLOTTED,
-        describe=evaluation.describe,
-        batch=lambda i: f"prompts {(i - 1) * n} to {i * n - 1} of the shuffled training set",
-        warm=partial(warm, state) if config.warmup_steps else None,
-        controllers={"reference": state.reference} if kept and state.reference else None,
-    )
-    return loop.fit(run, verbs)
-
-
-def warm(state: State) -> None:
-    """Supervised steps; the reference begins where they end."""
-    warmup.warm_up(state.run, state.loaded, state.task, state.config)
-    if state.reference is not None:
-        engine.copy_parameters(state.engine.module, state.reference.module)
-
-
-def step(state: State, number: int) -> Metrics:
-    """One rollout and its updates."""
-    config, n = state.config, state.config.prompts_per_step
-    prompts = data.batch_at(state.task.train, config.seed, (number - 1) * n, n)
-    batch = collect(state, number, prompts)
-    metrics = summary(state, batch) | update(state, batch)
-    if config.sample_steps and (number == 1 or number % config.sample_steps == 0):
-        rows = zip(batch.samples, batch.completions.texts, batch.rewards.tolist())
-        state.run.samples(number, [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows])
-    return metrics
 
 
 @torch.no_grad()
-def collect(state: State, number: int, prompts: Sequence[Sample]) -> Batch:
+def collect(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample]) -> Rollout:
     """Sample `num_generations` completions of this process's prompts, score them, take old and reference log-probs."""
-    config, G = state.config, state.config.num_generations
-    own = rollout.own_rows(state.engine, len(prompts), config)
+    config, G = trainer.config, trainer.config.num_generations
+    own = rollouts.own_rows(trainer.engine, len(prompts), config)
     samples = [prompts[i] for i in own for _ in range(G)]
-    completions = sample_completions(state, number, prompts, own)
-    scores = evaluation.score_together(state.engine, state.rewards, completions, samples, config.reward_timeout)
+    completions = sample_completions(trainer, number, prompts, own)
+    scores = evaluation.score_together(trainer.engine, trainer.rewards, completions, samples, config.reward_timeout)
     lengths = completions.completion_mask.sum(dim=1)
-    weights = config.reward_weights or [1.0] * len(state.rewards)
-    values = relative_rewards(state, scores, weights, lengths)
+    weights = config.reward_weights or [1.0] * len(trainer.rewards)
+    values = relative_rewards(trainer, scores, weights, lengths)
     if config.mask_truncated:
         completions = completions.without_truncated()
-    old = logprobs(state, state.engine, completions) if config.off_policy else None
-    ref = None
-    if config.beta:
-        with models.without_adapters(state.loaded.model) if config.lora_r else nullcontext():
-            ref = logprobs(state, state.reference or state.engine, completions)
-    total = advantages.weighted_sum(scores, weights)
-    return Batch(samples, completions, scores, total, lengths, values, old, ref)
+    old = logprobs(config, trainer.engine, completions) if config.off_policy else None
+    ref = logprobs(config, trainer.by_reference, completions) if config.beta else None
+    return Rollout(samples, completions, scores, advantages.weighted_sum(scores, weights), lengths, values, old, ref)
 
 
-def sample_completions(state: State, number: int, prompts: Sequence[Sample], own: Sequence[int]) -> Completions:
-    config, loaded, G = state.config, state.loaded, state.config.num_generations
-    encoded = [encode_prompt(loaded.tokenizer, loaded.processor, prompts[i], config.chat_template) for i in own]
-    encoded = [prompt for prompt in encoded for _ in range(G)]
-    if state.sampler is not None:
-        tokens, sampled = state.sampler([prompt.ids for prompt in encoded])
-        ends = rollout.eos_ids(loaded.model, loaded.tokenizer)
-        return rollout.assemble(encoded, tokens, ends, loaded.tokenizer, state.engine.device, sampled)
-    drawn = rollout.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
-    with state.engine.whole():
-        return rollout.generate(
-            loaded.model,
-            loaded.tokenizer,
-            encoded,
-            max_new_tokens=config.max_new_tokens,
-            uniforms=drawn.view(len(prompts), G, -1)[list(own)].flatten(0, 1),
-            temperature=config.temperature,
-            batch_size=config.rollout_batch_size or None,
-        )
+def sample_completions(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample], own: Sequence[int]) -> Completions:
+    """`num_generations` for each of the prompts `own`, by the model or the external sampler."""
+    config, loaded, G = trainer.config, trainer.loaded, trainer.config.num_generations
+    grouped = [prompt for prompt in rollouts.encoded(loaded, [prompts[i] for i in own], config) for _ in range(G)]
+    if trainer.sampler is not None:
+        tokens, sampled = trainer.sampler([prompt.ids for prompt in grouped])
+        ends = rollouts.eos_ids(loaded.model, loaded.tokenizer)
+        return rollouts.assemble(grouped, tokens, ends, loaded.tokenizer, trainer.engine.device, sampled)
+    drawn = rollouts.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
+    drawn = drawn.view(len(prompts), G, -1)[list(own)].flatten(0, 1)
+    return rollouts.complete(trainer.engine, loaded, grouped, config, drawn)
 
 
-def relative_rewards(state: State, scores: Tensor, weights: Sequence[float], lengths: Tensor) -> Tensor:
+def relative_rewards(trainer: GRPOTrainer, scores: Tensor, weights: Sequence[float], lengths: Tensor) -> Tensor:
     """(B,) advantages; statistics of the batch are those of all processes."""
-    config, G, B = state.config, state.config.num_generations, len(scores)
+    config, G, B = trainer.config, trainer.config.num_generations, len(scores)
     if config.baseline == "leave_one_out":
         return advantages.rloo_advantages(advantages.weighted_sum(scores, weights), G)
     if config.baseline == "length_weighted":
         return advantages.opo_advantages(advantages.weighted_sum(scores, weights), lengths, G)
-    everyone = state.engine.accelerator.gather(scores) if state.engine.world > 1 else scores
+    everyone = trainer.engine.accelerator.gather(scores) if trainer.engine.world > 1 else scores
     values = advantages.combine_rewards(everyone, weights, G, config.combine_rewards, config.scale_rewards)
-    return values[state.engine.rank * B : (state.engine.rank + 1) * B]
+    return values[trainer.engine.rank * B : (trainer.engine.rank + 1) * B]
 
 
-def logprobs(state: State, placed: Placed, completions: Completions) -> Tensor:
-    """Log-probs of the completions, (B, T - 1), 0 elsewhere; over the very micro-batches of the updates.
+def logprobs(config: Config, call: Callable[..., Tensor], completions: Completions) -> Tensor:
+    """Log-probs of the completions, (B, T - 1), 0 elsewhere, by `call(function, *args)` with a model before them.
 
-    A matrix product's last bits may depend on its number of rows: with the same rows, the ratio is 1 on-policy.
+    Over the very micro-batches of the updates: a matrix product's last bits may depend on its number of rows, and with
+    the same rows the ratio is 1 on-policy.
     """
-    config = state.config
     B, T = completions.input_ids.shape
-
-    def of(model: Any, some: Completions) -> Tensor:
-        return fr.lm_head.logprobs(
-            model,
-            some.input_ids,
-            some.attention_mask,
-            completion_mask=some.completion_mask,
-            temperature=config.temperature,
-            backend=config.backend,
-            **some.model_inputs(),
-        ).logprobs
-
     result = torch.zeros(B, T - 1, device=completions.input_ids.device)
-    for rows in (micro for mini in minibatches(B, config) for micro in slices(mini, config.micro_batch_size)):
+    for rows in rollouts.microbatches(B, config):
         some = completions[rows]
-        result[rows, : some.input_ids.shape[1] - 1] = placed(of, some)
+        found = call(rollouts.completion_logprobs, some, config.temperature, config.backend)
+        result[rows, : some.input_ids.shape[1] - 1] = found
     return result
 
 
-def update(state: State, batch: Batch) -> Metrics:
+def update(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
     """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
-    config = state.config
-    updates: list[Metrics] = []
-    for mini in minibatches(len(batch.samples), config) * config.num_iterations:
-        rows = slices(mini, config.micro_batch_size)
-        num_sequences = (mini.stop - mini.start) * state.engine.world
-        num_tokens = state.engine.sum(batch.completions.completion_mask[mini].sum()).clamp(min=1)
+    config, own, updates = trainer.config, trainer.engine, []
+    for mini in rollouts.minibatches(len(rollout.samples), config) * config.num_iterations:
+        mask, rows = rollout.completions.completion_mask, slices(mini, config.micro_batch_size)
+        num_sequences = (mini.stop - mini.start) * own.world
         if config.objective == "bnpo":  # a mean over each micro-batch's own tokens
-            own = [batch.completions.completion_mask[micro].sum().clamp(min=1) for micro in rows]
-            counts = [count * len(rows) * state.engine.world for count in own]
+            counts = [mask[micro].sum().clamp(min=1) * len(rows) * own.world for micro in rows]
         else:
-            counts = [num_tokens] * len(rows)
-        pieces = [(config, batch, micro, num_sequences, num_tokens, count) for micro, count in zip(rows, counts)]
-        updates.append(state.engine.update(policy_loss, pieces))
-    result = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
-    result["ratio_var"] = result.pop("ratio_sq") - result["ratio_mean"] ** 2
-    return result | {"learning_rate": updates[-1]["learning_rate"]}
+            counts = [own.sum(mask[mini].sum()).clamp(min=1)] * len(rows)
+        pieces = [(config, rollout[micro], num_sequences, count) for micro, count in zip(rows, counts, strict=True)]
+        updates.append(own.update(policy_loss, pieces))
+    result = means(updates)
+    # Over the tokens of all updates: between them, too.
+    result["ratio_var"] += statistics.pvariance([metrics["ratio_mean"] for metrics in updates])
+    return result
 
 
 def policy_loss(
-    model: Any, config: Config, batch: Batch, rows: slice, num_sequences: int, num_tokens: Tensor, normaliser: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of some rows in the loss of a mini-batch with these counts, and in its metrics."""
-    some = batch.completions[rows]
-    width = some.input_ids.shape[1] - 1
-    objective = config.loss()
+    model: Any, config: Config, rollout: Rollout, num_sequences: int, num_tokens: Tensor
+) -> tuple[Tensor, Metrics]:
+    """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics."""
+    some = rollout.completions
     more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
     inputs = fr.lm_head.forward(model, some.input_ids, some.attention_mask, **some.model_inputs(), **more)
-    loss, means = fr.linear_policy_loss(
+    loss, metrics = fr.linear_policy_loss(
         inputs.hidden[:, :-1],
-        inputs.head.weight,
+        inputs.head,
         some.input_ids[:, 1:],
-        advantages=batch.advantages[rows],
+        advantages=rollout.advantages,
         completion_mask=some.completion_mask[:, 1:],
-        old_logprobs=None if batch.old_logprobs is None else batch.old_logprobs[rows, :width],
-        ref_logprobs=None if batch.ref_logprobs is None else batch.ref_logprobs[rows, :width],
+        old_logprobs=rollout.old_logprobs,
+        ref_logprobs=rollout.ref_logprobs,
         sampling_logprobs=some.sampling_logprobs if config.importance_sampling != "none" else None,
-        objective=objective,
+        objective=config.loss(),
         num_sequences=num_sequences,
-        num_tokens=normaliser,
+        num_tokens=num_tokens,
         temperature=config.temperature,
         outputs=("entropy",),
         backend=config.backend,
-        **inputs.head.kwargs(),
     )
-    of_tokens = some.completion_mask.sum() / num_tokens
-    of_rows = torch.full_like(of_tokens, (rows.stop - rows.start) / num_sequences)
     if inputs.aux_loss is not None and config.router_aux_loss_coef:
-        loss = loss + config.router_aux_loss_coef * of_rows * inputs.aux_loss
-    means["ratio_sq"] = means.pop("ratio_var") + means["ratio_mean"].square()
-    whole = objective.level in ("sequence", "sequence_sum")
-    return loss, {name: value * share(name, whole, of_tokens, of_rows) for name, value in means.items()}
+        loss = loss + config.router_aux_loss_coef * len(some.texts) / num_sequences * inputs.aux_loss
+    return loss, metrics
 
 
-def share(name: str, whole: bool, of_tokens: Tensor, of_rows: Tensor) -> Tensor | float:
-    """What a micro-batch's metric counts for: extremes as they are, means over tokens or over sequences by their number."""
-    if name.endswith(("_min", "_max")):
-        return 1.0
-    return of_rows if name == "phi_mean" or (whole and name.startswith("clip_ratio/")) else of_tokens
-
-
-def summary(state: State, batch: Batch) -> Metrics:
+def summary(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
     """Rewards and lengths of a rollout, over all processes; NaN where nothing could be scored."""
-    some, one = batch.completions, state.engine.world == 1
+    some, one = rollout.completions, trainer.engine.world == 1
     table = torch.cat(
-        [batch.rewards[:, None], batch.lengths[:, None].float(), some.truncated[:, None].float(), batch.scores], dim=1
+        [rollout.rewards[:, None], rollout.lengths[:, None].float(), some.truncated[:, None].float(), rollout.scores],
+        dim=1,
     )
-    table = table if one else state.engine.accelerator.gather(table)
+    table = table if one else trainer.engine.accelerator.gather(table)
     total, lengths, truncated, *scores = table.unbind(dim=1)
-    spread = advantages.std(total.view(-1, state.config.num_generations))
+    spread = advantages.std(total.view(-1, trainer.config.num_generations))
     metrics = {
         "reward": total.nanmean(),
         "reward_std": spread.mean(),
@@ -342,19 +279,12 @@ def summary(state: State, batch: Batch) -> Metrics:
         "completion_length/max": lengths.max(),
         "truncated": truncated.mean(),
     }
-    for function, column in zip(state.rewards, scores):
+    for function, column in zip(trainer.rewards, scores):
         metrics[f"rewards/{rewards.name_of(function)}"] = column.nanmean()
         metrics[f"rewards/{rewards.name_of(function)}/std"] = advantages.std(column[None])[0]
-    if some.sampling_logprobs is not None and batch.old_logprobs is not None:
+    if some.sampling_logprobs is not None and rollout.old_logprobs is not None:
         mask = some.completion_mask[:, 1:]
-        difference = (batch.old_logprobs - some.sampling_logprobs).abs().nan_to_num(0.0) * mask
-        sums = state.engine.sum(torch.stack([difference.sum(), mask.sum()]))
+        difference = (rollout.old_logprobs - some.sampling_logprobs).abs().nan_to_num(0.0) * mask
+        sums = trainer.engine.sum(torch.stack([difference.sum(), mask.sum()]))
         metrics["sampling/logprob_difference"] = sums[0] / sums[1].clamp(min=1)
     return {name: value.item() for name, value in metrics.items()}
-
-
-def evaluate(state: State) -> Metrics:
-    """Accuracies on the first `eval_samples` test samples."""
-    task, samples = state.task, state.task.test[: state.config.eval_samples or None]
-    right = evaluation.correct(state.engine, state.loaded, task, state.config, samples)
-    return evaluation.accuracies(right, samples, task.train)

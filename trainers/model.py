@@ -235,8 +235,8 @@ def save(placed: Placed, loaded: Loaded, folder: Path) -> None:
 def save_part(placed: Placed, model: Any, folder: Path) -> None:
     """Write the placed module `model`, or a model that is a part of it."""
     first, every = ({name for name, _ in model.named_parameters(remove_duplicate=once)} for once in (True, False))
-    state = placed.state(model)
+    weights = placed.weights(model)
     if placed.rank == 0:
         # The second names of tied weights: gathered from shards, they no longer look like one tensor.
-        whole = {name: value for name, value in state.items() if name not in every - first}
+        whole = {name: value for name, value in weights.items() if name not in every - first}
         model.save_pretrained(folder, state_dict=whole)

@@ -5,7 +5,7 @@
                 ref_chosen_logps, ref_rejected_logps: summed log-probs of a reference, where they are known
     Preference  a row that has been checked
     Pair        its token ids
-    Batch       P pairs: the P chosen sequences, then the P rejected ones in the same order
+    PairBatch   P pairs: the P chosen sequences, then the P rejected ones in the same order
 
 A completion is tokenised as the continuation of its prompt, unless a token would span the boundary: the prompt's ids are
 those that the model sees when it is to answer. A text ends with EOS, a conversation as its chat template ends it.
@@ -20,15 +20,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, read_jsonl, read_splits, require_columns
 from fused_rlhf.trainers.inputs import Message
+
+if TYPE_CHECKING:
+    from fused_rlhf.trainers.dpo_config import Config
 
 Truncate = Literal["prompt_start", "completion_end", "drop"]
 Text = str | list[Message]
@@ -59,6 +63,16 @@ class Preferences:
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows
+
+
+def load_for(config: Config, rows: Sequence[Sample] | None, test_rows: Sequence[Sample]) -> Preferences:
+    """The pairs that `config` asks for, or the rows given. Raises as `load` and `check_row`."""
+    if rows is None:
+        require(config.data is not None, "data", None, f"where the pairs of the task {config.task!r} are read from")
+        return load(config.task, str(config.data), config.num_test, config.seed)
+    require(config.data is None, "data", config.data, "none where rows are given")
+    train, test = check(rows, "row"), check(test_rows, "test row")
+    return Preferences(train, test) if test else Preferences(*hold_out(train, config.num_test, config.seed))
 
 
 def load(task: str, source: str, num_test: int, seed: int) -> Preferences:
@@ -205,6 +219,11 @@ class Pair:
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the processor makes of the images
     ref: tuple[float, float] | None = None
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of its two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -342,7 +361,7 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PairBatch:
     """P pairs as S = 2 P sequences: padded (S, T), or packed into one row (1, N)."""
 
     input_ids: Tensor  # (S, T) or (1, N) int64
@@ -357,13 +376,26 @@ class Batch:
     def num_pairs(self) -> int:
         return len(self.lengths) // 2
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> PairBatch:
         moved: dict[str, Any] = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
         moved["model_inputs"] = {name: x.to(device) for name, x in self.model_inputs.items()}
         return dataclasses.replace(self, **moved)
 
 
-def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> Batch:
+@dataclass(frozen=True)
+class Totals:
+    """Counts over the pairs of all micro-batches and processes, by which losses are divided."""
+
+    pairs: int
+    chosen: int  # tokens of completions
+    rejected: int
+
+    @staticmethod
+    def of(some: Sequence[Pair]) -> Totals:
+        return Totals(len(some), sum(len(pair.chosen) for pair in some), sum(len(pair.rejected) for pair in some))
+
+
+def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> PairBatch:
     """The chosen sequences, then the rejected ones, each after its prompt.
 
     Padding is on the right; packed, the sequences are told apart by position_ids that begin anew.
@@ -389,7 +421,7 @@ def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> 
         model_inputs = {"attention_mask": (torch.arange(T) < sizes[:, None]).long()}
         model_inputs |= inputs.collate([pair.extras for pair in pairs] * 2, T)
     known = [pair.ref for pair in pairs if pair.ref is not None]
-    return Batch(
+    return PairBatch(
         input_ids=input_ids,
         completion_mask=completion_mask,
         lengths=torch.tensor([len(ids) for ids in completions]),

@@ -12,37 +12,55 @@ out; with gradient checkpointing they are about one hidden state per layer and t
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import fused_rlhf as fr
+import torch
+
+from fused_rlhf import backends
+from fused_rlhf.kernels.interface import Work
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.model import Loaded
 
 
-def describe(
-    engine: Engine,
-    loaded: Loaded,
-    *,
-    reference: bool,
-    sequences: int,
-    length: int,
-    updates_per_step: int,
-    data: str,
-) -> str:
-    """The plan as text: `sequences` of at most `length` tokens in a step, over all processes."""
+@dataclass(frozen=True)
+class Workload:
+    """What a run takes in."""
+
+    unit: str  # what its steps take of the training set, in the plural
+    per_step: int  # over all processes, as all that follow
+    train: int
+    test: int
+    note: str  # where they come from
+    sequences: int  # in a step
+    length: int  # tokens of the longest
+    updates: int  # in a step
+
+    @property
+    def samples(self) -> str:
+        return f"{self.train} training and {self.test} test {self.unit}"
+
+    def of_step(self, number: int) -> str:
+        """What step `number`, from 1 on, takes."""
+        first, beyond = (number - 1) * self.per_step, number * self.per_step
+        return f"{self.unit} {first} to {beyond - 1} of the shuffled training set"
+
+
+def describe(engine: Engine, loaded: Loaded, workload: Workload, reference: bool) -> str:
+    """The plan as text."""
     config, world = engine.config, engine.world
     text = loaded.model.config.get_text_config()
     V, H, layers = text.vocab_size, text.hidden_size, text.num_hidden_layers
+    sequences, length, updates = workload.sequences, workload.length, workload.updates
     micro = min(config.micro_batch_size, max(sequences // world, 1))
     N = micro * length
     sizes = memory(engine, N, V, H, reference)
     checkpointed = layers * N * H * (2 if config.mixed_precision != "no" else 4)
     activations = f"about {size(checkpointed)}" if config.gradient_checkpointing else "not known beforehand"
     lines = [
-        f"data            {data}",
+        f"data            {workload.samples}; {workload.note}",
         f"model           {loaded.model.num_parameters():,} parameters, V={V}, H={H}, {layers} layers",
         f"processes       {world} on {engine.device.type}, {'sharded (FSDP2)' if engine.sharded else 'replicated'}",
-        f"steps           {config.steps}, {updates_per_step} updates each; {config.steps * updates_per_step} in all",
+        f"steps           {config.steps}, {updates} updates each; {config.steps * updates} in all",
         f"a step          {sequences} sequences of at most {length} tokens: {sequences * length:,} tokens",
         f"a micro-batch   {micro} sequences of one process: {N:,} tokens",
         "memory of one process",
@@ -54,20 +72,32 @@ def describe(
 
 
 def memory(engine: Engine, tokens: int, vocabulary: int, hidden: int, reference: bool) -> dict[str, int]:
-    """Bytes that one process holds at the peak of an update, by what for."""
+    """Bytes that one process holds at the peak of an update, by what for.
+
+    head: what the op's backend says of one pass over a micro-batch, the gradient of hidden included; that of the head's
+    weight is among the others.
+    """
     shards = engine.world if engine.sharded else 1
     parameters = list(engine.module.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    logits = 4 * tokens * vocabulary
-    backend: Any = fr.backends.resolve(engine.config.backend, next(iter(parameters)))
-    kept = 3 * logits if engine.config.backend == "reference" else min(logits, backend.ONE_PASS_BYTES)
+    some = parameters[0]
+    dtype = torch.bfloat16 if engine.config.mixed_precision == "bf16" else some.dtype
+    work = Work("one_pass", tokens, hidden, vocabulary, dtype)
+    head = backends.resolve(engine.config.backend, some).memory(work) - vocabulary * hidden * dtype.itemsize
     return {
         "weights": weights // shards * (2 if reference else 1),
         "gradients": trained // shards,
         "optimiser": 2 * trained // shards,
-        "head": kept + 4 * tokens * hidden,
+        "head": int(head),
     }
+
+
+def parameters(engine: Engine, loaded: Loaded) -> str:
+    """How many there are: of the model, and of what is trained besides."""
+    own = set(loaded.model.parameters())
+    more = sum(p.numel() for p in engine.module.parameters() if p not in own)
+    return f"{loaded.model.num_parameters():,} parameters" + (f" and {more:,} of the values" if more else "")
 
 
 def size(count: float) -> str:

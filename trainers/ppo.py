@@ -17,9 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,68 +26,88 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 import fused_rlhf as fr
 from fused_rlhf.advantages import at_last_token, gae, moments, weighted_sum, whiten
-from fused_rlhf.lm_head import HeadInputs
-from fused_rlhf.objectives import KL_ESTIMATORS
+from fused_rlhf.objectives import KL_ESTIMATORS, reductions
+from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.objectives.value import value_loss, value_metrics
-from fused_rlhf.trainers import data, engine, evaluation, loop, planning, rewards, rollout, warmup
+from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
-from fused_rlhf.trainers.engine import Engine, Placed, copy_parameters
-from fused_rlhf.trainers.inputs import encode_prompt
-from fused_rlhf.trainers.loop import Metrics, Result, Run, Verbs
+from fused_rlhf.trainers.engine import Placed, copy_parameters
+from fused_rlhf.trainers.kl_control import KLController
 from fused_rlhf.trainers.ppo_config import Config
-from fused_rlhf.trainers.rollout import Completions, minibatches, slices
-from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, reward_of, rewards_of, value_of
+from fused_rlhf.trainers.rollout import Completions, slices
+from fused_rlhf.trainers.run import Logged, Run
+from fused_rlhf.trainers.trainer import Controller, Result, Trainer, fit, means, place, plan
+from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, logprobs_and_values, reward_of, rewards_of, value_of
 
-__all__ = ["Config", "KLController", "Result", "State", "fit", "plan", "prepare", "train"]
+__all__ = ["Config", "KLController", "PPOTrainer", "Result", "fit", "plan", "prepare", "train"]
 
-SHOWN = ("objective/scores", "objective/kl", "val/explained_variance", "policy/clipfrac_avg", "accuracy", "score")
-PLOTTED = (
-    *("accuracy", "score", "objective/scores", "objective/kl", "objective/kl_coef", "objective/entropy"),
-    *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/explained_variance"),
-)
-
-
-class KLController:
-    """kl_coef, adapted after each rollout of n completions whose mean KL is known (arXiv:1909.08593):
-
-    kl_coef <- kl_coef (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon)            target None: it stays as it is
-    """
-
-    def __init__(self, coef: float, target: float | None, horizon: int) -> None:
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl: float, count: int) -> None:
-        if self.target is not None and not math.isnan(kl):  # NaN: nothing could be scored
-            self.coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * count / self.horizon
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coef = state["coef"]
+# PPO's names for metrics of the objective.
+POLICY_METRICS = {
+    "policy/approxkl_avg": "approx_kl",
+    "policy/clipfrac_avg": "clip_ratio/region_mean",
+    "policy/entropy_avg": "entropy",
+    "val/ratio": "ratio_mean",
+    "val/ratio_var": "ratio_var",
+}
 
 
-@dataclass
-class State:
-    """What the steps of a run share."""
+@dataclass(kw_only=True)
+class PPOTrainer(Trainer):
+    """PPO's data and verbs. Its engine is that of a PolicyAndValue; it keeps no reference where kl_coef is 0."""
 
     config: Config
     task: Task
     rewards: Sequence[rewards.Reward]
-    loaded: models.Loaded
-    engine: Engine  # of a PolicyAndValue around the loaded model
-    reference: Placed | None  # None where kl_coef is 0, and with LoRA, where it is the policy without its adapters
     reward_model: Placed | None
     kl: KLController
-    run: Run
-    longest_prompt: int
+
+    name = "PPO"
+    shown = ("objective/scores", "objective/kl", "val/explained_variance", "policy/clipfrac_avg", "accuracy", "score")
+    plotted = (
+        *("accuracy", "score", "objective/scores", "objective/kl", "objective/kl_coef", "objective/entropy"),
+        *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/explained_variance"),
+    )
+
+    def supervise(self) -> None:
+        """Values on a body of their own begin where the policy's warm-up ends, as the reference does."""
+        warmup.on_answers(self.run, self.loaded, self.task, self.config, loss=answer_loss)
+        if self.config.value_model == "copy":
+            module: Any = self.engine.module
+            copy_parameters(self.loaded.model.base_model, module.value.body)
+
+    def controllers(self) -> dict[str, Controller]:
+        return super().controllers() | {"kl": self.kl}
+
+    def step(self, number: int) -> Logged:
+        """One rollout and its updates."""
+        n = self.config.prompts_per_step
+        experience = collect(self, number)
+        metrics = summary(self, experience) | update(self, experience)
+        self.kl.update(metrics["objective/kl"], n)
+        if self.samples_due(number):
+            rows = zip(experience.samples, experience.completions.texts, experience.scores.tolist())
+            self.run.samples(number, [{**sample, "completion": text, "score": score} for sample, text, score in rows])
+        return metrics | {"episode": number * n}
+
+    @torch.no_grad()
+    def evaluate(self) -> Logged:
+        """Of greedy answers: accuracies, or with a reward model the mean score."""
+        if self.reward_model is None:
+            return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
+        mine = self.engine.mine(self.task.test[: self.config.eval_samples or None])
+        scores = score(self, sample_completions(self, mine, uniforms=None), mine).tolist() if mine else []
+        return {"score": torch.tensor(self.engine.gather(scores)).nanmean().item()}
+
+    def describe(self, metrics: Logged) -> str:
+        return evaluation.describe(metrics) if self.reward_model is None else f"score {metrics['score']:.4g}"
 
 
 @dataclass(frozen=True)
-class Batch:
-    """This process's B completions of one rollout, T tokens at most. [:, t] of a (B, T - 1) belongs to token t + 1."""
+class Experience:
+    """This process's B completions of one step, T tokens at most. [:, t] of a (B, T - 1) belongs to token t + 1."""
 
     samples: Sequence[Sample]
     completions: Completions
@@ -101,23 +119,25 @@ class Batch:
     advantages: Tensor
     returns: Tensor
 
-    def __getitem__(self, rows: slice) -> Batch:
+    def __getitem__(self, rows: slice) -> Experience:
+        """Some of the completions, cut to the longest of them."""
         some = self.completions[rows]
         width = some.input_ids.shape[1] - 1
         tokens = (self.mask, self.old_logprobs, self.kl, self.values, self.advantages, self.returns)
-        return Batch(self.samples[rows], some, self.scores[rows], *(x[rows, :width] for x in tokens))
+        return Experience(self.samples[rows], some, self.scores[rows], *(x[rows, :width] for x in tokens))
 
 
 def train(
     config: Config,
     *,
-    task: Task | None = None,
+    task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
     reward_model: PreTrainedModel | ScalarModel | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> Result:
-    """Run PPO as `config` says; task, rewards, reward model, model and tokenizer may be given as objects instead.
+    """Run PPO as `config` says; task (or a list of samples), rewards, reward model, model and tokenizer may be given as
+    objects instead.
 
     Raises ValueError, TypeError or OSError for bad input before the first step; RewardError and NonFiniteLoss during
     the run, with a checkpoint left behind. Ctrl-C leaves the model in `<output>/model`, says so, and goes on as
@@ -128,12 +148,12 @@ def train(
 
 def prepare(
     config: Config,
-    task: Task | None = None,
+    task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
     scorer: PreTrainedModel | ScalarModel | str | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
-) -> State:
+) -> PPOTrainer:
     """Load and check everything, so that what can be refused is refused before the first step; writes nothing."""
     accelerator = engine.start(config)
     share = config.num_minibatches * accelerator.num_processes
@@ -141,272 +161,150 @@ def prepare(
     require(even, "prompts_per_step", config.prompts_per_step, f"a multiple of num_minibatches x processes = {share}")
     scorer = scorer or config.reward_model
     named = bool(reward_functions or config.rewards or scorer is None)
-    answers = named or config.warmup_steps > 0
-    task = task or data.load(
-        config.task, config.data, max_operand=config.max_operand, seed=config.seed, answers=answers
-    )
-    data.check(task, answers)
-    functions: list[rewards.Reward] = []
-    if named:
-        functions = rewards.choose(
-            reward_functions, config.rewards, config.reward_weights, task, config.reward_timeout, accelerator.device
-        )
+    task = data.load_for(config, task, answers=named or config.warmup_steps > 0)
+    functions = rewards.choose(reward_functions, config, task, accelerator.device) if named else []
     loaded = models.load_for(config, model, tokenizer)
-    longest = rollout.longest_prompt(loaded, task, config)
+    work = rollouts.workload(loaded, task, config, generations=1, passes=config.num_ppo_epochs)
     if config.stop_token is not None:
-        ends = rollout.eos_ids(loaded.model, loaded.tokenizer)
-        loaded.model.generation_config.eos_token_id = [*ends, stop_id(config.stop_token, loaded.tokenizer)]
-    fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+        rollouts.end_at(config.stop_token, loaded)
     judge = None if scorer is None else reward_of(config, scorer, loaded.tokenizer)
     frozen = copy.deepcopy(loaded.model) if config.kl_coef and not config.lora_r else None
-    trained = PolicyAndValue(loaded.model, value_of(config, loaded.model)).eval()
-    placed = Engine(config, accelerator, trained, config.steps * config.num_ppo_epochs * config.num_minibatches)
-    reference = None if frozen is None else placed.frozen(frozen)
-    reward_model = None if judge is None else placed.frozen(judge.eval())
-    kl = KLController(config.kl_coef, config.target_kl, config.kl_horizon)
-    return State(config, task, functions, loaded, placed, reference, reward_model, kl, Run(placed), longest)
-
-
-def stop_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    require(len(ids) == 1 and ids[0] != tokenizer.unk_token_id, "stop_token", token, "one token of the tokenizer")
-    return ids[0]
-
-
-def plan(state: State) -> str:
-    """What the run would do and need, for `--dry-run`."""
-    config = state.config
-    return planning.describe(
-        state.engine,
-        state.loaded,
-        reference=state.reference is not None,
-        sequences=config.prompts_per_step,
-        length=state.longest_prompt + config.max_new_tokens,
-        updates_per_step=config.num_ppo_epochs * config.num_minibatches,
-        data=f"{len(state.task.train)} training and {len(state.task.test)} test prompts; {state.task.note}",
+    both = PolicyAndValue(loaded.model, value_of(config, loaded.model)).eval()
+    placed, reference = place(config, accelerator, loaded, work, frozen, both)
+    return PPOTrainer(
+        config=config,
+        loaded=loaded,
+        engine=placed,
+        reference=reference,
+        workload=work,
+        run=Run(placed),
+        task=task,
+        rewards=functions,
+        reward_model=None if judge is None else placed.frozen(judge.eval()),
+        kl=KLController(config.kl_coef, config.target_kl, config.kl_horizon),
     )
 
 
-def fit(state: State) -> Result:
-    """The run itself: warm-up, evaluation, the steps of PPO, evaluation."""
-    config, task, run, n = state.config, state.task, state.run, state.config.prompts_per_step
-    policy, both = state.loaded.model.num_parameters(), sum(p.numel() for p in state.engine.module.parameters())
-    sizes = f"{policy:,} parameters and {both - policy:,} of the values"
-    run.say(f"{sizes}; {len(task.train)} training, {len(task.test)} test prompts")
-    if task.note:
-        run.say(task.note)
-    controllers: dict[str, loop.Controller] = {"kl": state.kl}
-    if config.warmup_steps and state.reference is not None:
-        controllers["reference"] = state.reference
-    verbs = Verbs(
-        name="PPO",
-        step=partial(step, state),
-        evaluate=partial(evaluate, state),
-        export=partial(models.save, state.engine, state.loaded),
-        shown=SHOWN,
-        plotted=PLOTTED,
-        describe=evaluation.describe if state.reward_model is None else lambda m: f"score {m['score']:.4g}",
-        batch=lambda i: f"prompts {(i - 1) * n} to {i * n - 1} of the shuffled training set",
-        warm=partial(warm, state) if config.warmup_steps else None,
-        controllers=controllers,
-    )
-    return loop.fit(run, verbs)
-
-
-def warm(state: State) -> None:
-    """Supervised steps; reference and values begin where they end."""
-    trained: Any = state.engine.module
-    warmup.warm_up(state.run, state.loaded, state.task, state.config, loss=supervised_loss)
-    if state.reference is not None:
-        copy_parameters(state.loaded.model, state.reference.module)
-    if state.config.value_model == "copy":
-        copy_parameters(state.loaded.model.base_model, trained.value.body)
-
-
-def supervised_loss(
-    module: PolicyAndValue, some: Completions, num_tokens: Tensor, backend: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def answer_loss(module: PolicyAndValue, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
     """The share of some rows in the loss of a batch with this many answer tokens."""
-    loss, metrics = warmup.supervised_loss(module.policy, some, num_tokens, backend)
+    loss, metrics = warmup.answer_loss(module.policy, some, num_tokens, backend)
     # DDP waits for the gradient of every parameter, those of the values too.
     return loss + 0.0 * module(some[:1])[1].sum(), metrics
 
 
-def logprobs_of(inputs: HeadInputs, some: Completions, temperature: float, backend: str) -> Tensor:
-    """Log-probs of the completions' tokens, (B, T - 1) fp32, 0 elsewhere."""
-    targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
-    with inputs.autocast():
-        return fr.linear_logprobs(
-            inputs.hidden[:, :-1],
-            inputs.head.weight,
-            targets,
-            temperature=temperature,
-            backend=backend,
-            **inputs.head.kwargs(),
-        ).logprobs
-
-
-def step(state: State, number: int) -> Metrics:
-    """One rollout and its updates."""
-    config = state.config
-    batch = collect(state, number)
-    metrics = summary(state, batch) | update(state, batch)
-    state.kl.update(metrics["objective/kl"], config.prompts_per_step)
-    if config.sample_steps and (number == 1 or number % config.sample_steps == 0):
-        rows = zip(batch.samples, batch.completions.texts, batch.scores.tolist())
-        state.run.samples(number, [{**sample, "completion": text, "score": score} for sample, text, score in rows])
-    return metrics | {"episode": number * config.prompts_per_step}
-
-
 @torch.no_grad()
-def collect(state: State, number: int) -> Batch:
+def collect(trainer: PPOTrainer, number: int) -> Experience:
     """Sample and score the completions of this process's prompts; what was expected, and what to learn from them."""
-    config, n = state.config, state.config.prompts_per_step
-    prompts = data.batch_at(state.task.train, config.seed, (number - 1) * n, n)
-    own = rollout.own_rows(state.engine, n, config)
-    samples = [prompts[i] for i in own]
-    drawn = rollout.uniforms(config.seed, number, n, config.max_new_tokens)[own]
-    completions = sample_completions(state, samples, uniforms=drawn)
-    scores = score(state, completions, samples) - config.missing_eos_penalty * completions.truncated
+    config, own, n = trainer.config, trainer.engine, trainer.config.prompts_per_step
+    prompts = data.batch_at(trainer.task.train, config.seed, (number - 1) * n, n)
+    mine = rollouts.own_rows(own, n, config)
+    samples = [prompts[i] for i in mine]
+    completions = sample_completions(
+        trainer, samples, rollouts.uniforms(config.seed, number, n, config.max_new_tokens)[mine]
+    )
+    scores = score(trainer, completions, samples) - config.missing_eos_penalty * completions.truncated
     mask = completions.completion_mask[:, 1:] & ~scores.isnan().unsqueeze(1)
     old_logprobs, kl, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     # Micro-batches as in the updates: the same shapes give the same bits, and a ratio of 1 before the first update.
-    for rows in (micro for mini in minibatches(len(own), config) for micro in slices(mini, config.micro_batch_size)):
+    for rows in rollouts.microbatches(len(mine), config):
         some = completions[rows]
         width = some.input_ids.shape[1] - 1
-        logprobs, values[rows, :width] = state.engine(policy_and_values, config, some)
+        logprobs, values[rows, :width] = own(logprobs_and_values, some, config.temperature, config.backend)
         old_logprobs[rows, :width] = logprobs
         if config.kl_coef:
-            kl[rows, :width] = KL_ESTIMATORS[config.kl_estimator](logprobs, reference_logprobs(state, some))
-    token_rewards = at_last_token(scores, mask) - state.kl.coef * kl
+            ref = trainer.by_reference(rollouts.completion_logprobs, some, config.temperature, config.backend)
+            kl[rows, :width] = KL_ESTIMATORS[config.kl_estimator](logprobs, ref)
+    token_rewards = at_last_token(scores, mask) - trainer.kl.coef * kl
     if config.whiten_rewards:
-        token_rewards = whiten(token_rewards, mask, shift_mean=False, total=state.engine.sum)
+        token_rewards = whiten(token_rewards, mask, shift_mean=False, total=own.sum)
     advantages, returns = gae(token_rewards, values, mask, gamma=config.gamma, lam=config.lam)
     if config.whiten_advantages:
-        advantages = whiten(advantages, mask, total=state.engine.sum)
-    return Batch(samples, completions, scores, mask, old_logprobs, kl, values, advantages, returns)
+        advantages = whiten(advantages, mask, total=own.sum)
+    return Experience(samples, completions, scores, mask, old_logprobs, kl, values, advantages, returns)
 
 
-def sample_completions(state: State, samples: Sequence[Sample], uniforms: Tensor | None) -> Completions:
+def sample_completions(trainer: PPOTrainer, samples: Sequence[Sample], uniforms: Tensor | None) -> Completions:
     """One completion for each sample; greedy without uniforms."""
-    config, loaded = state.config, state.loaded
-    prompts = [encode_prompt(loaded.tokenizer, loaded.processor, sample, config.chat_template) for sample in samples]
-    with state.engine.whole():
-        return rollout.generate(
-            loaded.model,
-            loaded.tokenizer,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            uniforms=uniforms,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            batch_size=config.rollout_batch_size or None,
-        )
+    config, loaded = trainer.config, trainer.loaded
+    prompts = rollouts.encoded(loaded, samples, config)
+    return rollouts.complete(trainer.engine, loaded, prompts, config, uniforms, top_k=config.top_k, top_p=config.top_p)
 
 
-def score(state: State, completions: Completions, samples: Sequence[Sample]) -> Tensor:
+def score(trainer: PPOTrainer, completions: Completions, samples: Sequence[Sample]) -> Tensor:
     """(B,) fp32: weighted sum of the rewards, plus the reward model's; NaN where none of them could score."""
-    config, columns = state.config, []
-    if state.rewards:
-        timeout = config.reward_timeout
-        columns.append(evaluation.score_together(state.engine, state.rewards, completions, samples, timeout))
-    if state.reward_model is not None:
-        with state.reward_model.whole() as module:
+    config, own, columns = trainer.config, trainer.engine, []
+    if trainer.rewards:
+        columns.append(evaluation.score_together(own, trainer.rewards, completions, samples, config.reward_timeout))
+    if trainer.reward_model is not None:
+        with trainer.reward_model.whole() as module:
             rows = slices(slice(0, len(samples)), config.micro_batch_size)
             columns.append(torch.cat([rewards_of(module, completions[some]) for some in rows]).unsqueeze(1))
-    weights = [*(config.reward_weights or [1.0] * len(state.rewards)), *([1.0] if state.reward_model else [])]
-    return weighted_sum(torch.cat([column.to(state.engine.device) for column in columns], dim=1), weights)
+    weights = [*(config.reward_weights or [1.0] * len(trainer.rewards)), *([1.0] if trainer.reward_model else [])]
+    return weighted_sum(torch.cat([column.to(own.device) for column in columns], dim=1), weights)
 
 
-def policy_and_values(module: PolicyAndValue, config: Config, some: Completions) -> tuple[Tensor, Tensor]:
-    inputs, values = module(some)
-    return logprobs_of(inputs, some, config.temperature, config.backend), values
-
-
-def reference_logprobs(state: State, some: Completions) -> Tensor:
-    config, lora = state.config, state.config.lora_r > 0
-
-    def of(module: Any) -> Tensor:
-        model = module.policy if lora else module
-        inputs = fr.lm_head.forward(model, some.input_ids, some.attention_mask, **some.model_inputs())
-        return logprobs_of(inputs, some, config.temperature, config.backend)
-
-    with models.without_adapters(state.loaded.model) if lora else nullcontext():
-        return (state.reference or state.engine)(of)
-
-
-def update(state: State, batch: Batch) -> Metrics:
+def update(trainer: PPOTrainer, experience: Experience) -> Logged:
     """`num_ppo_epochs` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
-    config, updates = state.config, []
-    for mini in minibatches(len(batch.samples), config) * config.num_ppo_epochs:
-        num_tokens = state.engine.sum(batch.mask[mini].sum()).clamp(min=1)
-        pieces = [(config, batch[rows], num_tokens) for rows in slices(mini, config.micro_batch_size)]
-        metrics = state.engine.update(ppo_loss, pieces)
-        metrics["val/ratio_var"] -= (metrics["val/ratio"] - 1) ** 2
-        updates.append(metrics)
-    means = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
-    del means["learning_rate"]
-    return means | {"lr": updates[-1]["learning_rate"]}
+    config, updates = trainer.config, []
+    for mini in rollouts.minibatches(len(experience.samples), config) * config.num_ppo_epochs:
+        num_tokens = trainer.engine.sum(experience.mask[mini].sum()).clamp(min=1)
+        pieces = [(config, experience[rows], num_tokens) for rows in slices(mini, config.micro_batch_size)]
+        updates.append(trainer.engine.update(ppo_loss, pieces))
+    result = means(updates)
+    return result | {"lr": result.pop("learning_rate")}
 
 
 def ppo_loss(
-    module: PolicyAndValue, config: Config, batch: Batch, num_tokens: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of a micro-batch in the loss of a mini-batch with this many tokens, and in its metrics."""
-    some = batch.completions
+    module: PolicyAndValue, config: Config, experience: Experience, num_tokens: Tensor
+) -> tuple[Tensor, Metrics]:
+    """The share of a micro-batch in the loss of a mini-batch with this many tokens, and its metrics."""
+    some = experience.completions
     inputs, values = module(some)
     with inputs.autocast():
-        policy, means = fr.linear_policy_loss(
+        policy, found = fr.linear_policy_loss(
             inputs.hidden[:, :-1],
-            inputs.head.weight,
+            inputs.head,
             some.input_ids[:, 1:],
-            advantages=batch.advantages,
-            completion_mask=batch.mask,
-            old_logprobs=batch.old_logprobs,
+            advantages=experience.advantages,
+            completion_mask=experience.mask,
+            old_logprobs=experience.old_logprobs,
             objective=config.loss(),
             num_tokens=num_tokens,
             temperature=config.temperature,
             outputs=("entropy",),
             backend=config.backend,
-            **inputs.head.kwargs(),
         )
-    targets = batch.returns, batch.values, batch.mask
+    targets = experience.returns, experience.values, experience.mask
     value = value_loss(values, *targets, cliprange_value=config.cliprange_value, num_tokens=num_tokens)
-    means |= value_metrics(values.detach(), *targets, cliprange_value=config.cliprange_value)
-    share = batch.mask.sum() / num_tokens
-    entropy = share * means["entropy"]
-    return policy + config.vf_coef * value, {
-        "loss/policy_avg": policy + config.entropy_coef * entropy,
-        "loss/value_avg": value,
-        "policy/approxkl_avg": share * means["approx_kl"],
-        "policy/clipfrac_avg": share * means["clip_ratio/region_mean"],
-        "policy/entropy_avg": entropy,
-        "val/clipfrac_avg": share * means["value_clip_fraction"],
-        "val/ratio": share * means["ratio_mean"],
-        "val/ratio_var": share * (means["ratio_var"] + (means["ratio_mean"] - 1).square()),  # about 1: these add up
-    }
+    clipped = value_metrics(values.detach(), *targets, cliprange_value=config.cliprange_value)["value_clip_fraction"]
+    count = experience.mask.sum()
+    bonus = config.entropy_coef * found["entropy"] * count / num_tokens
+    metrics = {name: found.parts[its] for name, its in POLICY_METRICS.items()}
+    metrics["loss/policy_avg"] = reductions.total(policy.detach() + bonus)
+    metrics["loss/value_avg"] = reductions.total(value.detach())
+    metrics["val/clipfrac_avg"] = reductions.mean(clipped, count)
+    return policy + config.vf_coef * value, Metrics(metrics)
 
 
-def summary(state: State, batch: Batch) -> Metrics:
+def summary(trainer: PPOTrainer, experience: Experience) -> Logged:
     """Of a rollout over all processes: means per completion that has a score, KL and entropy summed over its tokens."""
-    mask, total, scored = batch.mask, state.engine.sum, ~batch.scores.isnan()
+    mask, total, scored = experience.mask, trainer.engine.sum, ~experience.scores.isnan()
     sums = [
         scored.sum(),
-        batch.scores.nansum(),
-        batch.kl[mask].sum(),
-        -batch.old_logprobs[mask].sum(),
+        experience.scores.nansum(),
+        experience.kl[mask].sum(),
+        -experience.old_logprobs[mask].sum(),
         mask.sum(),
-        (~batch.completions.truncated).sum(),
+        (~experience.completions.truncated).sum(),
     ]
     count, scores, kl, entropy, tokens, ended = total(torch.stack([x.float() for x in sums])).tolist()
-    _, variance = moments(batch.returns, mask, total=total)
-    _, residual = moments(batch.returns - batch.values, mask, total=total)
+    _, variance = moments(experience.returns, mask, total=total)
+    _, residual = moments(experience.returns - experience.values, mask, total=total)
     per = 1 / count if count else math.nan
-    penalty = -state.kl.coef * kl * per
+    penalty = -trainer.kl.coef * kl * per
     return {
         "objective/kl": kl * per,
-        "objective/kl_coef": state.kl.coef,
+        "objective/kl_coef": trainer.kl.coef,
         "objective/entropy": entropy * per,
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": penalty + scores * per,
@@ -415,16 +313,3 @@ def summary(state: State, batch: Batch) -> Metrics:
         "val/num_eos_tokens": ended,
         "completion_length": tokens * per,
     }
-
-
-@torch.no_grad()
-def evaluate(state: State) -> Metrics:
-    """Of greedy answers to the first `eval_samples` test samples: accuracies, or with a reward model the mean score."""
-    task = state.task
-    samples = task.test[: state.config.eval_samples or None]
-    if state.reward_model is None:
-        right = evaluation.correct(state.engine, state.loaded, task, state.config, samples)
-        return evaluation.accuracies(right, samples, task.train)
-    mine = state.engine.mine(samples)
-    scores = score(state, sample_completions(state, mine, uniforms=None), mine).tolist() if mine else []
-    return {"score": torch.tensor(state.engine.gather(scores)).nanmean().item()}

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.inputs import render
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 Reward = Callable[..., Sequence[float | None]]  # with a __name__, if it is no plain function, to be called by
 
@@ -131,6 +132,7 @@ def resolve(name: str) -> Reward:
     if not colon:
         makers = [f"{maker}=..." for maker in MADE]
         raise ValueError(f"rewards: {name!r} is none of {[*REWARDS, *makers]} and no module:function")
+    # A console script has its own folder on the path, not the one it is called in, where a module of the user's lies.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -142,24 +144,17 @@ def resolve(name: str) -> Reward:
     return reward
 
 
-def choose(
-    given: Sequence[Reward] | None,
-    names: Sequence[str],
-    weights: Sequence[float],
-    task: Task,
-    timeout: float,
-    device: torch.device,
-) -> list[Reward]:
-    """The functions of a run: those given, those of these names, or the task's own; tried on two answers of the task.
+def choose(given: Sequence[Reward] | None, config: RolloutConfig, task: Task, device: torch.device) -> list[Reward]:
+    """The functions of a run: those given, those that `config` names, or the task's own; tried on two answers of the task.
 
     Raises ValueError for an unknown name or weights that are not one per function, RewardError as `score`.
     """
-    functions = list(given or map(resolve, names or (task.reward,)))
+    functions, weights = list(given or map(resolve, config.rewards or (task.reward,))), config.reward_weights
     require(len(weights) in (0, len(functions)), "reward_weights", weights, "one per reward")
     for function in functions:
         if isinstance(function, RewardModel):
             function.model.to(device)
-    dry_run(functions, task.train, timeout)
+    dry_run(functions, task.train, config.reward_timeout)
     return functions
 
 

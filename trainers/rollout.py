@@ -31,10 +31,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fused_rlhf.trainers.data import Task
+import fused_rlhf as fr
+from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.inputs import Encoded, collate, encode_prompt
 from fused_rlhf.trainers.model import Loaded, base_of, max_positions
+from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 # An external sampler: prompts' ids -> completions' ids, EOS included, and the log-probs it gave them (or None).
@@ -81,6 +84,14 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return sorted({tokenizer.eos_token_id, *ids})
+
+
+def end_at(token: str, loaded: Loaded) -> None:
+    """Let a token end the model's completions as an EOS does. Raises ValueError where it is not one token."""
+    ids = loaded.tokenizer(token, add_special_tokens=False)["input_ids"]
+    one = len(ids) == 1 and ids[0] != loaded.tokenizer.unk_token_id
+    require(one, "stop_token", token, "one token of the tokenizer")
+    loaded.model.generation_config.eos_token_id = [*eos_ids(loaded.model, loaded.tokenizer), ids[0]]
 
 
 def placeholders(model: PreTrainedModel) -> list[int]:
@@ -220,6 +231,48 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
             holder.generation_config = configuration
 
 
+def encoded(loaded: Loaded, samples: Sequence[Sample], config: RolloutConfig) -> list[Encoded]:
+    """The samples' prompts as the model takes them."""
+    return [encode_prompt(loaded.tokenizer, loaded.processor, sample, config.chat_template) for sample in samples]
+
+
+def complete(
+    engine: Placed,
+    loaded: Loaded,
+    prompts: Sequence[Encoded],
+    config: RolloutConfig,
+    uniforms: Tensor | None = None,
+    batch_size: int | None = None,
+    **cut: Any,
+) -> Completions:
+    """What the model in training makes of prompts at the configured length and temperature: `generate`, wherever its
+    parameters are."""
+    with engine.whole():
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            uniforms=uniforms,
+            temperature=config.temperature,
+            batch_size=batch_size or config.rollout_batch_size or None,
+            **cut,
+        )
+
+
+def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:
+    """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere; of the whole distribution at `temperature`."""
+    return fr.lm_head.logprobs(
+        model,
+        some.input_ids,
+        some.attention_mask,
+        completion_mask=some.completion_mask,
+        temperature=temperature,
+        backend=backend,
+        **some.model_inputs(),
+    ).logprobs
+
+
 def slices(rows: slice, size: int) -> list[slice]:
     """`rows` cut into pieces of `size`, the last one maybe shorter."""
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
@@ -230,6 +283,11 @@ def minibatches(num_rows: int, config: RolloutConfig) -> list[slice]:
     return slices(slice(0, num_rows), num_rows // config.num_minibatches)
 
 
+def microbatches(num_rows: int, config: RolloutConfig) -> list[slice]:
+    """The rows of each forward in a pass of updates over a rollout."""
+    return [micro for mini in minibatches(num_rows, config) for micro in slices(mini, config.micro_batch_size)]
+
+
 def own_rows(engine: Placed, count: int, config: RolloutConfig) -> list[int]:
     """Which of the `count` prompts of a step this process takes: its share of each of the mini-batches that they are cut
     into, so that an update of several processes sees what one of a single process would."""
@@ -238,11 +296,18 @@ def own_rows(engine: Placed, count: int, config: RolloutConfig) -> list[int]:
     return [i for mini in minibatches(count, config) for i in engine.mine(range(mini.start, mini.stop))]
 
 
+def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:
+    """That of steps with so many completions of each prompt and passes over them. Raises as `longest_prompt`."""
+    n, longest = config.prompts_per_step, longest_prompt(loaded, task, config) + config.max_new_tokens
+    splits, updates = (len(task.train), len(task.test)), passes * config.num_minibatches
+    return Workload("prompts", n, *splits, task.note, sequences=n * generations, length=longest, updates=updates)
+
+
 def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
     """Tokens of the longest prompt. Raises ValueError as `check_lengths`, for either split."""
     longest = 0
     for name, samples in (("train", task.train), ("test", task.test)):
-        prompts = [encode_prompt(loaded.tokenizer, loaded.processor, s, config.chat_template) for s in samples]
+        prompts = encoded(loaded, samples, config)
         check_lengths(name, prompts, loaded.model, config.max_new_tokens)
         longest = max(longest, *(len(prompt.ids) for prompt in prompts))
     return longest

@@ -32,10 +32,6 @@ class RolloutConfig(TrainConfig):
     """Supervised steps on the training answers before the run's own, at most."""
     warmup_accuracy: float = 1.0
     """End the warm-up once this share of 256 training prompts is answered right, greedily."""
-    warmup_batch_size: int = 256
-    """Samples in a supervised step."""
-    warmup_learning_rate: float = 1e-3
-    """Learning rate of the supervised steps."""
 
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
@@ -53,8 +49,8 @@ class RolloutConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "prompts_per_step", "max_new_tokens", "num_minibatches")
-        require_at_least(self, 0, "warmup_steps", "rollout_batch_size", "reward_timeout")
-        require_positive(self, "temperature", "warmup_learning_rate", "warmup_batch_size", "max_operand")
+        require_at_least(self, 0, "rollout_batch_size", "reward_timeout")
+        require_positive(self, "temperature", "warmup_batch_size", "max_operand")
         weights = self.reward_weights
         require(len(weights) in (0, len(self.rewards)), "reward_weights", weights, f"one for each of {self.rewards}")
         require(0 < self.warmup_accuracy <= 1, "warmup_accuracy", self.warmup_accuracy, "above 0 and at most 1")

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.model import locate, prepare_body
+from fused_rlhf.trainers.model import base_of, locate, prepare_body
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
 
@@ -80,6 +80,23 @@ class PolicyAndValue(nn.Module):
         return inputs, values[:, :-1]
 
 
+def logprobs_and_values(
+    module: PolicyAndValue, some: Completions, temperature: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(B, T - 1) fp32 each: log-probs of the completions' tokens, 0 elsewhere, and the values before all tokens."""
+    inputs, values = module(some)
+    targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
+    with inputs.autocast():
+        out = fr.linear_logprobs(
+            inputs.hidden[:, :-1],
+            inputs.head,
+            targets,
+            temperature=temperature,
+            backend=backend,
+        )
+    return out.logprobs, values
+
+
 def value_of(config: Config, policy: Any) -> nn.Linear | ScalarModel:
     """The value head or model that `config.value_model` asks for.
 
@@ -88,7 +105,7 @@ def value_of(config: Config, policy: Any) -> nn.Linear | ScalarModel:
 
     Raises FileNotFoundError where there is no such model, ValueError where its head has several outputs.
     """
-    base = policy.get_base_model() if hasattr(type(policy), "get_base_model") else policy  # PEFT
+    base = base_of(policy)
     if config.value_model == "shared":
         return new_head(base)
     if config.value_model == "copy":

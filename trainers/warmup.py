@@ -1,4 +1,4 @@
-"""Supervised steps on prompts and their answers, so that a small model has something to explore from.
+"""Supervised steps before a trainer's own, so that a small model has something to explore from; on prompts' answers:
 
 loss = -mean over answer tokens (EOS included) of log p(token)
 """
@@ -10,15 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-import fused_rlhf as fr
-from fused_rlhf.trainers.config import require
+from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers.data import Sample, Task, batch_at
 from fused_rlhf.trainers.evaluation import correct
 from fused_rlhf.trainers.inputs import encode_prompt
-from fused_rlhf.trainers.loop import Run
 from fused_rlhf.trainers.model import Loaded
-from fused_rlhf.trainers.rollout import Completions, assemble, slices
+from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs, slices
 from fused_rlhf.trainers.rollout_config import RolloutConfig
+from fused_rlhf.trainers.run import Run
 
 EVAL_SAMPLES = 256
 EVAL_STEPS = 25
@@ -33,42 +32,56 @@ def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = Fals
     return assemble(prompts, ended, [tokenizer.eos_token_id], tokenizer, loaded.model.device)
 
 
-def supervised_loss(
-    model: Any, some: Completions, num_tokens: Tensor, backend: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
     """The share of some rows in the loss of a batch with this many answer tokens."""
-    out = fr.lm_head.logprobs(
-        model,
-        some.input_ids,
-        some.attention_mask,
-        completion_mask=some.completion_mask,
-        backend=backend,
-        **some.model_inputs(),
-    )
-    return -out.logprobs.sum() / num_tokens, {}
+    return -completion_logprobs(model, some, 1.0, backend).sum() / num_tokens, Metrics({})
 
 
-def warm_up(
-    run: Run, loaded: Loaded, task: Task, config: RolloutConfig, loss: Callable[..., Any] = supervised_loss
+def on_answers(
+    run: Run, loaded: Loaded, task: Task, config: RolloutConfig, loss: Callable[..., Any] = answer_loss
 ) -> None:
-    """Train the engine's module on the training answers, by the `loss` that suits it.
-
-    At most `warmup_steps` steps; fewer where greedy answers reach `warmup_accuracy`.
-    """
-    engine, size, steps = run.engine, config.warmup_batch_size, config.warmup_steps
-    require(size % engine.world == 0, "warmup_batch_size", size, f"a multiple of {engine.world}, the processes")
+    """Train the engine's module on the training answers, by the `loss` that suits it."""
+    engine, size = run.engine, config.warmup_batch_size
     some = batch_at(task.train, config.seed, 0, min(EVAL_SAMPLES, len(task.train)))
-    ramp = max(min(50, steps // 4), 1)
-    apart = engine.apart(config.warmup_learning_rate, lambda update: min((update + 1) / ramp, 1.0))
-    for step in run.steps(steps, "warm-up"):
+
+    def pieces(step: int) -> list[tuple[Any, ...]]:
         mine = engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size))
         batch = encode(loaded, mine, config.chat_template)
         num_tokens = engine.sum(batch.completion_mask.sum())
         rows = slices(slice(0, len(batch.texts)), config.micro_batch_size)
-        metrics = apart.update(loss, [(batch[micro], num_tokens, config.backend) for micro in rows])
-        shown = {"loss": metrics["loss"]}
-        if step % EVAL_STEPS == 0 or step == steps:
-            shown["accuracy"] = correct(engine, loaded, task, config, some).mean().item()
+        return [(batch[micro], num_tokens, config.backend) for micro in rows]
+
+    def accuracy() -> float:
+        return correct(engine, loaded, task, config, some).mean().item()
+
+    supervise(run, loss, pieces, accuracy=accuracy, enough=config.warmup_accuracy)
+
+
+def supervise(
+    run: Run,
+    loss: Callable[..., tuple[Tensor, Metrics]],
+    pieces: Callable[[int], Sequence[tuple[Any, ...]]],
+    *,
+    accuracy: Callable[[], float] | None = None,
+    enough: float = 1.0,
+    decay: bool = False,
+) -> None:
+    """`warmup_steps` updates with an optimiser of their own, or fewer.
+
+    Args:
+        loss, pieces: what `Engine.update` takes; pieces(step) of steps 1, 2 ...
+        accuracy: asked every `EVAL_STEPS` steps; the warm-up ends once it is `enough`.
+        decay: the learning rate falls to 0 at the end, linearly; else it stays at its peak.
+    """
+    config = run.config
+    steps, ramp = config.warmup_steps, max(min(50, config.warmup_steps // 4), 1)
+    apart = run.engine.apart(
+        config.warmup_learning_rate, lambda update: min((update + 1) / ramp, 1 - update / steps if decay else 1.0)
+    )
+    for step in run.steps(steps, "warm-up"):
+        shown = {"loss": apart.update(loss, pieces(step))["loss"]}
+        if accuracy is not None and (step % EVAL_STEPS == 0 or step == steps):
+            shown["accuracy"] = accuracy()
         run.log("warmup", step, shown, show=("loss", "accuracy"))
-        if shown.get("accuracy", 0.0) >= config.warmup_accuracy:
+        if shown.get("accuracy", 0.0) >= enough:
             break

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 How = Literal["total", "mean", "least", "most", "spread"]
-Across = Callable[[Tensor, Literal["sum", "min", "max"]], Tensor]
+Side = Literal["sum", "min", "max"]
+Across = Callable[[Tensor, Side], Tensor]
+
+SIDES: dict[How, Side] = {"total": "sum", "mean": "sum", "spread": "sum", "least": "min", "most": "max"}
+OF_SIDE: dict[Side, Callable[..., Tensor]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 
 
 class Metric(NamedTuple):
@@ -46,10 +50,12 @@ def ratio(numerator: Tensor, denominator: Tensor | float) -> Metric:
 
 
 def least(value: Tensor, weight: Tensor | float = 1.0) -> Metric:
+    """The minimum of the parts whose weight is not 0."""
     return Metric(value, "least", weight)
 
 
 def most(value: Tensor, weight: Tensor | float = 1.0) -> Metric:
+    """The maximum of the parts whose weight is not 0."""
     return Metric(value, "most", weight)
 
 
@@ -66,12 +72,14 @@ class Metrics(dict[str, Tensor]):
         self.parts = dict(parts)
 
     def weighted(self, factor: float) -> Metrics:
-        """The same counting `factor` times as much (0: not at all), totals included."""
-        scaled = {
-            name: m._replace(value=m.value * factor) if m.how == "total" else m._replace(weight=m.weight * factor)
-            for name, m in self.parts.items()
-        }
-        return Metrics(scaled)
+        """The same counting `factor` (>= 0) times as much, totals included; 0: not at all, whatever the values are."""
+
+        def scaled(metric: Metric) -> Metric:
+            if metric.how != "total":
+                return metric._replace(weight=metric.weight * factor)
+            return metric._replace(value=metric.value * factor if factor else torch.zeros_like(metric.value))
+
+        return Metrics({name: scaled(metric) for name, metric in self.parts.items()})
 
 
 def combine(parts: Iterable[Metrics], across: Across = lambda values, how: values) -> dict[str, Tensor]:
@@ -81,49 +89,47 @@ def combine(parts: Iterable[Metrics], across: Across = lambda values, how: value
         parts: of this process's micro-batches; every process must have the same names.
         across: `across(values, how)`: a vector's elementwise sum, minimum or maximum over all processes.
     """
-    sums: dict[str, list[Tensor]] = defaultdict(list)
-    extremes: dict[str, dict[str, list[Tensor]]] = {"min": defaultdict(list), "max": defaultdict(list)}
-    how_of: dict[str, How] = {}
+    by_name: dict[str, list[Metric]] = defaultdict(list)
     for part in parts:
         for name, metric in part.parts.items():
-            how_of[name] = metric.how
-            value = metric.value.detach().float()
-            weight = torch.as_tensor(metric.weight, dtype=torch.float32, device=value.device)
-            if metric.how in ("least", "most"):
-                side, nothing = ("min", torch.inf) if metric.how == "least" else ("max", -torch.inf)
-                extremes[side][name].append(value.masked_fill(weight == 0, nothing))
-            else:
-                sums[name].append(_sums(metric, value, weight))
+            by_name[name].append(metric)
     found: dict[str, Tensor] = {}
-    if sums:
-        # fp64: a weighted sum over many tokens loses nothing that its parts had.
-        table = torch.stack([torch.stack(column).sum(0) for column in sums.values()])
-        for name, row in zip(sums, across(table.flatten(), "sum").view(len(sums), 3)):
-            found[name] = _of_sums(how_of[name], row)
-    for side, reduce in (("min", torch.amin), ("max", torch.amax)):
-        columns = extremes[side]
-        if columns:
-            local = torch.stack([reduce(torch.stack(column), dim=0) for column in columns.values()])
-            values = across(local, side)  # type: ignore[arg-type]
-            found |= dict(zip(columns, values.masked_fill(values.isinf(), 0.0)))
-    return {name: found[name] for name in how_of}
+    for side, reduce in OF_SIDE.items():
+        names = [name for name, metrics in by_name.items() if SIDES[metrics[0].how] == side]
+        if names:
+            rows = torch.stack([reduce(torch.stack([_row(m) for m in by_name[name]]), dim=0) for name in names])
+            for name, row in zip(names, across(rows.flatten(), side).view_as(rows)):
+                found[name] = _of_row(by_name[name][0].how, row)
+    return {name: found[name] for name in by_name}
 
 
-def _sums(metric: Metric, value: Tensor, weight: Tensor) -> Tensor:
-    """(3,) of sums: the value's, the centre's and the weight's."""
-    if value.device.type != "mps":
-        value, weight = value.double(), weight.double()
-    if metric.how == "total":
-        return torch.stack([value, torch.zeros_like(value), torch.ones_like(value)])
-    center = torch.zeros_like(value) if metric.center is None else metric.center.detach().to(value.dtype)
+def _row(metric: Metric) -> Tensor:
+    """(3,) to be added up: value, centre and weight; or (2,) to be compared: value, and whether there is one."""
+    # fp64: a weighted sum over many tokens loses nothing that its parts had. MPS has none.
+    dtype = torch.float32 if metric.value.device.type == "mps" else torch.float64
+    value = metric.value.detach().to(dtype)
+    given = metric.weight
+    weight = given.detach().to(value) if isinstance(given, Tensor) else value.new_full((), given)
     # What counts nothing may be anything, a NaN too.
-    terms = torch.stack([value + center.square(), center]).masked_fill(weight == 0, 0.0) * weight
+    nothing, zero = weight == 0, torch.zeros_like(value)
+    if metric.how == "total":
+        return torch.stack([value, zero, zero])
+    if metric.how == "least":
+        return torch.stack([value.masked_fill(nothing, torch.inf), nothing.to(dtype) - 1])
+    if metric.how == "most":
+        return torch.stack([value.masked_fill(nothing, -torch.inf), 1 - nothing.to(dtype)])
+    center = zero if metric.center is None else metric.center.detach().to(dtype)
+    terms = torch.stack([value + center.square(), center]).masked_fill(nothing, 0.0) * weight
     return torch.cat([terms, weight[None]])
 
 
-def _of_sums(how: How, row: Tensor) -> Tensor:
+def _of_row(how: How, row: Tensor) -> Tensor:
     if how == "total":
         return row[0]
+    if how in ("least", "most"):
+        return row[0].masked_fill(row[1] == 0, 0.0)
     values, centers, weight = row
     weight = weight.masked_fill(weight == 0, 1.0)
-    return values / weight - (centers / weight).square()
+    if how == "mean":
+        return values / weight
+    return (values / weight - (centers / weight).square()).clamp(min=0)

@@ -1,4 +1,4 @@
-"""What every trainer does around its steps: the run's folder, its metrics and curves, its samples and checkpoints.
+"""A run's folder: its metrics and curves, its samples, models and checkpoints.
 
     <output>/config.yaml     the effective configuration; `--config` takes it back
     <output>/metrics.jsonl   one JSON object a line, written as it happens
@@ -19,9 +19,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -30,32 +29,12 @@ from fused_rlhf.trainers import checkpoint
 from fused_rlhf.trainers.card import model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
-from fused_rlhf.trainers.engine import Engine, NonFiniteLoss
-from fused_rlhf.trainers.rewards import RewardError
+from fused_rlhf.trainers.engine import Engine
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
 FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
 
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves: the evaluations before and after its steps, where the model is, the rows of metrics.jsonl."""
-
-    before: Metrics
-    after: Metrics
-    seconds: float
-    model_path: Path
-    metrics: list[dict[str, Any]]
-
-
-class Controller(Protocol):
-    """Something that changes during a run and belongs to its checkpoints, such as an adaptive KL coefficient."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+Logged = dict[str, float]  # metrics as they are logged: of a step or an evaluation, merged
 
 
 class Run:
@@ -134,7 +113,7 @@ class Run:
         """Since the run began, breaks left out."""
         return time.perf_counter() - self._started
 
-    def log(self, phase: str, step: int, metrics: Metrics, show: Sequence[str] = ()) -> None:
+    def log(self, phase: str, step: int, metrics: Logged, show: Sequence[str] = ()) -> None:
         """Append a line to metrics.jsonl (non-finite numbers as null) and show some of it on the progress bar."""
         row = {"phase": phase, "step": step, "seconds": round(self.seconds(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -164,7 +143,7 @@ class Run:
                 if i < show:
                     self.say("    " + "  ".join(f"{name}={value!r}" for name, value in sample.items()))
 
-    def save_model(self, export: Callable[[Path], None], result: Metrics) -> None:
+    def save_model(self, export: Callable[[Path], None], result: Logged) -> None:
         """Make model/ what `export(folder)` writes, which every process calls. model/ or model.old/ is always complete.
 
         Raises CheckpointError where it cannot be written; the model/ before it is intact then.
@@ -222,95 +201,3 @@ class Run:
         self.engine.accelerator.wait_for_everyone()
         self.metrics = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
         self._started = time.perf_counter() - seconds
-
-
-@dataclass
-class Verbs:
-    """What a trainer brings to `fit`."""
-
-    name: str  # the phase in metrics.jsonl and the text of the progress bar
-    step: Callable[[int], Metrics]
-    evaluate: Callable[[], Metrics]
-    export: Callable[[Path], None]  # write model and tokenizer into a folder; every process calls it
-    shown: Sequence[str]  # metrics on the progress bar
-    plotted: Sequence[str]
-    describe: Callable[[Metrics], str]  # an evaluation in words
-    batch: Callable[[int], str]  # which data step i takes, in words
-    warm: Callable[[], None] | None = None  # what comes before the steps
-    controllers: dict[str, Controller] | None = None
-
-
-def fit(run: Run, verbs: Verbs) -> Result:
-    """The outer loop: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
-
-    Raises RewardError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
-    CheckpointError where the disk is full.
-    """
-    config, engine = run.config, run.engine
-    controllers = verbs.controllers or {}
-    phase = verbs.name.lower()
-    done, updates = 0, -1
-    before: Metrics = {}
-    after: Metrics = {}  # once the steps are done
-    latest: Metrics = {}
-
-    def save(step: int) -> None:
-        progress = run.progress() | {"before": before, "after": after}
-        progress["controllers"] = {name: controller.state_dict() for name, controller in controllers.items()}
-        checkpoint.save(run.checkpoints, step, engine, progress, config.keep_checkpoints)
-
-    def save_model() -> None:
-        run.save_model(verbs.export, latest)
-        run.plot(verbs.plotted)
-
-    run.open()
-    found = checkpoint.latest(run.checkpoints)
-    try:
-        if found:
-            done, progress = checkpoint.load(found, engine)
-            before, after = progress["before"], progress["after"]
-            for name, controller in controllers.items():
-                controller.load_state_dict(progress["controllers"][name])
-            run.restore(progress)
-            run.say(f"resumed from {found}, after step {done}")
-        else:
-            run.restore(None)
-            if verbs.warm:
-                verbs.warm()
-            before = verbs.evaluate()
-            run.log(phase, 0, before)
-            if verbs.warm and config.save_steps:
-                save(0)
-        latest = after or before
-        run.say(f"before {verbs.name}: {verbs.describe(before)}")
-        for step in run.steps(config.steps, verbs.name, start=done):
-            updates, after = engine.updates, {}
-            metrics = verbs.step(step)
-            if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
-                latest = verbs.evaluate()
-                metrics = metrics | latest
-            run.log(phase, step, metrics, show=verbs.shown)
-            done = step
-            if config.save_steps and step % config.save_steps == 0 and step < config.steps:
-                save(step)
-                save_model()
-        if not after:
-            latest = after = verbs.evaluate()
-            run.log(phase, config.steps, after)
-            save(config.steps)
-            save_model()
-    except KeyboardInterrupt:
-        if engine.world == 1:  # the others would wait for what this process is in the middle of
-            save_model()
-            run.say(f"interrupted; the model as it is now lies in {run.model_path}")
-        raise
-    except (RewardError, NonFiniteLoss) as error:
-        if isinstance(error, RewardError) and engine.updates == updates:  # all is as the last step left it
-            save(done)
-        last = checkpoint.latest(run.checkpoints)
-        left = f"; the last checkpoint is {last}" if last else ""
-        raise type(error)(f"step {done + 1} ({verbs.batch(done + 1)}): {error}{left}") from error
-    run.say(f"after {verbs.name}: {verbs.describe(after)}; {run.seconds():.0f} s in all")
-    for tracker in engine.accelerator.trackers:
-        tracker.finish()
-    return Result(before, after, run.seconds(), run.model_path, run.metrics)

@@ -1,0 +1,116 @@
+import json
+import math
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fused_rlhf.trainers import checkpoint, engine
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.checkpoint import CheckpointError
+from fused_rlhf.trainers.config import TrainConfig
+from fused_rlhf.trainers.run import Run
+from tests import tiny
+
+
+def opened(tmp_path, **changes):
+    own, _ = tiny.build(tmp_path, **changes)
+    run = Run(own)
+    run.open()
+    return run
+
+
+def test_metrics_are_strict_json_lines_even_for_nan(tmp_path):
+    run = opened(tmp_path)
+    for step in run.steps(2, "test"):
+        run.log("grpo", step, {"reward": 0.5, "kl": math.nan, "grad_norm": math.inf}, show=("reward", "kl"))
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in run.metrics_path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0] | {"seconds": 0} == {
+        "phase": "grpo", "step": 1, "seconds": 0, "reward": 0.5, "kl": None, "grad_norm": None
+    }  # fmt: skip
+    assert rows == run.metrics
+
+
+def test_the_effective_configuration_lies_beside_the_run(tmp_path):
+    run = opened(tmp_path, learning_rate=3e-5, resume=True)
+    values = yaml.safe_load(run.config_path.read_text())
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    assert TrainConfig(**values) == tiny.config(tmp_path, learning_rate=3e-5)  # to be started afresh from there
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    run = opened(tmp_path)
+    run.log("grpo", 1, {"reward": 1.0})
+    checkpoint.save(run.checkpoints, 1, run.engine, {}, 1)
+    with pytest.raises(FileExistsError, match="already holds a run; choose another, --resume it, or --overwrite it"):
+        opened(tmp_path)
+    assert run.metrics_path.read_text()
+    opened(tmp_path, overwrite=True)
+    assert not run.metrics_path.read_text()
+    assert not run.checkpoints.exists()
+
+
+def test_a_model_replaces_the_one_before_as_a_whole(tmp_path, monkeypatch):
+    own, loaded = tiny.build(tmp_path)
+    run = Run(own)
+    run.open()
+
+    def export(folder):
+        models.save(own, loaded, folder)
+
+    run.save_model(export, {"accuracy": 0.25})
+    (run.model_path / "stale").write_text("")
+    run.save_model(export, {"accuracy": 0.25})
+    assert not (run.model_path / "stale").exists()
+    names = ["checkpoints", "config.yaml", "metrics.jsonl", "model", "samples.jsonl"]
+    assert sorted(path.name for path in run.folder.iterdir()) == names[1:]
+    assert "| accuracy | 0.25 |" in (run.model_path / "README.md").read_text()
+
+    def die(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loaded.tokenizer, "save_pretrained", die)
+    with pytest.raises(CheckpointError, match=r"the model cannot be written to .*: disk full"):
+        run.save_model(export, {})
+    monkeypatch.undo()
+    assert not (run.folder / "model.new").exists()
+    AutoModelForCausalLM.from_pretrained(run.model_path, local_files_only=True)
+    AutoTokenizer.from_pretrained(run.model_path, local_files_only=True)
+
+
+def test_samples_are_saved_and_printed(tmp_path, capsys):
+    run = opened(tmp_path)
+    run.samples(3, [{"prompt": "1+1=", "completion": str(i)} for i in range(5)], show=2)
+    rows = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
+    assert rows[4] == {"step": 3, "prompt": "1+1=", "completion": "4"}
+    assert capsys.readouterr().out.count("prompt='1+1='") == 2
+
+
+@pytest.mark.curves
+def test_curves_are_a_picture_of_what_was_logged(tmp_path):
+    run = opened(tmp_path)
+    run.plot(["reward"])
+    assert not run.curves_path.exists()
+    for step in range(3):
+        run.log("grpo", step, {"reward": float(step), "kl": math.nan})
+    run.plot(["reward", "kl", "never"])
+    assert run.curves_path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_trackers_are_known_and_installed(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"report_to: expected one of .*tensorboard.*; got 'notebook'"):
+        opened(tmp_path, report_to=("notebook",))
+    monkeypatch.setattr(engine, "get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match=r"whose package is installed \(pip install tensorboard\); got 'tensorboard'"):
+        opened(tmp_path, report_to=("tensorboard",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_reach_the_trackers(tmp_path, monkeypatch):
+    run = opened(tmp_path)
+    logged = []
+    run.config = tiny.config(tmp_path, report_to=("tensorboard",))
+    monkeypatch.setattr(run.engine.accelerator, "log", lambda values, step: logged.append((values, step)))
+    run.log("grpo", 4, {"reward": 0.5})
+    assert logged == [({"grpo/reward": 0.5}, 4)]

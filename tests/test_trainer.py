@@ -1,0 +1,242 @@
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from fused_rlhf.trainers import checkpoint, trainer
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.checkpoint import CheckpointError
+from fused_rlhf.trainers.engine import NonFiniteLoss
+from fused_rlhf.trainers.planning import Workload
+from fused_rlhf.trainers.rewards import RewardError
+from fused_rlhf.trainers.run import Run
+from fused_rlhf.trainers.trainer import Trainer, fit, place, plan
+from tests import tiny
+from tests.launch import without_seconds
+from tests.tiny import COUNT, IDS
+
+
+class Counter:
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def noisy(model, ids, count):
+    share, metrics = tiny.logprob_loss(model, ids, count)
+    return share * (1 + torch.rand(())), metrics
+
+
+@dataclass(kw_only=True)
+class Toy(Trainer):
+    """Its steps take the data in order, add noise from torch's generator, and count in a controller."""
+
+    broken: Callable[[int, Any], None] | None
+    counter: Counter = field(default_factory=Counter)
+
+    name = "Test"
+    shown = ("loss",)
+    plotted = ("loss", "norm")
+
+    def supervise(self):
+        self.engine.apart(1e-2, lambda _: 1.0).update(noisy, [(IDS, COUNT)])
+
+    def controllers(self):
+        return super().controllers() | {"counter": self.counter}
+
+    def step(self, number):
+        if self.broken is not None:
+            self.broken(number, self.engine)
+        self.counter.value += number
+        metrics = self.engine.update(noisy, [(IDS[number % 3 : number % 3 + 2], COUNT)])
+        return metrics | {"counter": self.counter.value}
+
+    def evaluate(self):
+        return {"norm": sum(p.norm().item() for p in self.engine.module.parameters())}
+
+    def describe(self, metrics):
+        return f"norm {metrics['norm']:.4f}"
+
+
+WORK = Workload("rows", 2, train=6, test=1, note="of integers", sequences=2, length=9, updates=1)
+
+
+def toy(tmp_path, broken=None, warm=False, reference=None, **changes):
+    own, loaded = tiny.build(
+        tmp_path, **({"steps": 6, "save_steps": 2, "learning_rate": 1e-2, "warmup_steps": int(warm)} | changes)
+    )
+    return Toy(
+        config=own.config,
+        loaded=loaded,
+        engine=own,
+        reference=None if reference is None else own.frozen(reference),
+        workload=WORK,
+        run=Run(own),
+        broken=broken,
+    )
+
+
+def weights(trainer):
+    return (trainer.run.model_path / "model.safetensors").read_bytes()
+
+
+def test_a_run_says_what_it_is_made_of_and_its_plan_says_so_before(tmp_path, capsys):
+    own = toy(tmp_path, steps=1)
+    assert "data            6 training and 1 test rows; of integers" in plan(own)
+    assert "steps           1, 1 updates each; 1 in all" in plan(own)
+    assert not own.run.folder.exists()
+    result = fit(own)
+    out = capsys.readouterr().out
+    count = own.loaded.model.num_parameters()
+    assert f"{count:,} parameters; 6 training and 1 test rows\nof integers\nbefore Test: norm" in out
+    assert "after Test: norm" in out
+    assert [row["phase"] for row in result.metrics] == ["test"] * 3
+
+
+def other_model(seed):
+    torch.manual_seed(seed)
+    return models.build(32, 1)[0]
+
+
+def test_the_reference_is_the_model_that_the_warm_up_leaves_and_comes_back_from_a_checkpoint(tmp_path):
+    own = toy(tmp_path, warm=True, reference=other_model(1))
+    fit(own)
+    kept = [p.clone() for p in own.reference.module.parameters()]
+    trained = own.loaded.model.parameters()
+    assert not any(torch.equal(a, b) for a, b in zip(kept, trained, strict=True) if a.dim() > 1)
+    again = toy(tmp_path, warm=True, reference=other_model(2), resume=True)
+    fit(again)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again.reference.module.parameters(), strict=True))
+
+
+def test_another_model_stays_the_reference_and_out_of_checkpoints(tmp_path):
+    for warm, own_reference in ((True, False), (False, True)):
+        own = toy(tmp_path, warm=warm, reference=other_model(1), overwrite=True)
+        own.own_reference = own_reference
+        assert own.controllers() == {"counter": own.counter}
+        assert own.warm() is warm
+        want = other_model(1).parameters()
+        assert all(torch.equal(a, b) for a, b in zip(want, own.reference.module.parameters(), strict=True))
+
+
+def test_what_the_reference_is_asked(tmp_path):
+    other = other_model(1)
+    own = toy(tmp_path, reference=other)
+    assert own.by_reference(lambda model, *args: (model, args), 1, 2) == (other, (1, 2))
+    own.reference = None
+    assert own.by_reference(lambda model: model) is own.loaded.model
+
+
+def test_means_over_updates_keep_the_last_learning_rate():
+    updates = [{"loss": 1.0, "learning_rate": 0.5}, {"loss": 2.0, "learning_rate": 0.25}]
+    assert trainer.means(updates) == {"loss": 1.5, "learning_rate": 0.25}
+
+
+def test_a_warm_up_that_processes_cannot_share_is_refused_before_the_run(tmp_path):
+    _, loaded = tiny.build(tmp_path)
+
+    class Two:
+        num_processes = 2
+
+    with pytest.raises(ValueError, match="warmup_batch_size: expected a multiple of 2, the processes; got 5"):
+        place(tiny.config(tmp_path, warmup_steps=1, warmup_batch_size=5), Two(), loaded, WORK, None)
+
+
+@pytest.mark.parametrize(("died", "warm"), [(0, False), (1, False), (2, True), (5, False), (0, True)])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, died, warm):
+    whole = toy(tmp_path / "whole", warm=warm, eval_steps=3)
+    want = fit(whole)
+
+    class Killed(BaseException):  # like SIGKILL: nothing of ours gets to handle it
+        pass
+
+    def kill(i, its):
+        if i == died + 1:
+            raise Killed
+
+    own = toy(tmp_path / "part", kill, warm=warm, eval_steps=3)
+    with pytest.raises(Killed):
+        fit(own)
+    torch.manual_seed(99)
+    own = toy(tmp_path / "part", warm=warm, eval_steps=3, resume=True)
+    got = fit(own)
+    assert without_seconds(got.metrics) == without_seconds(want.metrics)
+    assert (got.before, got.after) == (want.before, want.after)
+    assert weights(own) == weights(whole)
+    rows = [json.loads(line) for line in own.run.metrics_path.read_text().splitlines()]
+    assert rows == got.metrics
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+def test_a_finished_run_goes_on_for_more_steps_only(tmp_path, capsys):
+    first = fit(toy(tmp_path))
+    again = fit(toy(tmp_path, resume=True))
+    assert again.metrics == first.metrics
+    assert "resumed from" in capsys.readouterr().out
+    more = fit(toy(tmp_path, resume=True, steps=8))
+    assert [row["step"] for row in more.metrics] == [0, *range(1, 7), 6, 7, 8, 8]
+    with pytest.raises(ValueError, match=r"resume, learning_rate: expected 0\.01 as in .*config\.yaml; got 0\.5"):
+        toy(tmp_path, resume=True, learning_rate=0.5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_checkpoint(tmp_path):
+    def poison(i, its):
+        if i == 4:
+            with torch.no_grad():
+                its.module.model.norm.weight.mul_(math.nan)
+
+    own = toy(tmp_path, poison)
+    where = r"step 4 \(rows 6 to 7 of the shuffled training set\)"
+    message = rf"{where}: the loss is nan in micro-batch 1 of process 0; the last checkpoint is .*00002"
+    with pytest.raises(NonFiniteLoss, match=message):
+        fit(own)
+    assert len(own.run.metrics_path.read_text().splitlines()) == 4
+    own = toy(tmp_path, resume=True)
+    assert all(math.isfinite(row["loss"]) for row in fit(own).metrics[1:-1])
+
+
+def test_an_error_of_a_reward_leaves_the_step_before_it(tmp_path):
+    def breaks(i, its):
+        if i == 4:
+            raise RewardError("reward 'f' raised KeyError: 'gold'; at prompt '1+1='")
+
+    whole = toy(tmp_path / "whole")
+    want = fit(whole)
+    own = toy(tmp_path / "part", breaks)
+    with pytest.raises(
+        RewardError,
+        match=r"step 4 \(rows 6 to 7 of the shuffled training set\): reward 'f' raised .*checkpoint is .*step-00000003",
+    ):
+        fit(own)
+    own = toy(tmp_path / "part", resume=True)
+    assert without_seconds(fit(own).metrics) == without_seconds(want.metrics)
+    assert weights(own) == weights(whole)
+
+
+def test_a_full_disk_stops_the_run_with_the_checkpoint_before(tmp_path, monkeypatch):
+    real, calls = checkpoint._write, []
+
+    def full(path, state):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, state)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    own = toy(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-00000004 cannot be written.*No space left.*is .*step-00000002"):
+        fit(own)
+    monkeypatch.undo()
+    whole = toy(tmp_path / "whole")
+    want = fit(whole)
+    own = toy(tmp_path, resume=True)
+    assert without_seconds(fit(own).metrics) == without_seconds(want.metrics)

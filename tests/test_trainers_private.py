@@ -1,0 +1,56 @@
+"""What is not promised to us: which of our features ends where one of these changes."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers import private
+
+
+def accelerator(precision="no"):
+    return Accelerator(cpu=True, mixed_precision=precision)
+
+
+def test_a_second_run_in_a_process_may_have_another_precision():
+    private.forget_accelerators()
+    assert accelerator("bf16").mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="already been initialized"):  # why it must forget
+        accelerator("no")
+    private.forget_accelerators()
+    assert accelerator("no").mixed_precision == "no"
+
+
+def test_an_update_of_several_micro_batches_steps_once():
+    """A prepared optimiser that did not look there would step after every backward; one that looked elsewhere, never."""
+    private.forget_accelerators()
+    own, weight = accelerator(), nn.Parameter(torch.ones(1))
+    optimizer = own.prepare_optimizer(torch.optim.SGD([weight], lr=0.5))
+    for last in (False, True):
+        private.sync_gradients(own, last)
+        assert own.sync_gradients is last
+        own.backward((2 * weight).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert weight.item() == (1.0 if not last else 1.0 - 0.5 * (2 + 2))
+    assert optimizer.gradient_state.sync_gradients
+
+
+def test_every_tracker_that_is_installed_is_a_known_one():
+    assert {"tensorboard", "wandb"} <= set(private.trackers())
+    assert {str(name) for name in get_available_trackers()} <= set(private.trackers())
+
+
+def test_the_blocks_of_a_model_are_found_by_us_and_where_accelerate_looks():
+    """Without them a sharded model would be one group, whole on every process in its forward."""
+    model, _ = models.build(32, 2)
+    assert private.blocks_of(model) == {"Qwen3DecoderLayer"}
+    assert private.blocks_of(nn.Linear(2, 2)) == set()
+    wrapper = nn.ModuleDict({"module": model})
+    private.declare_blocks(wrapper, private.blocks_of(model))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(wrapper)
+    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {type(model.model.layers[0])}

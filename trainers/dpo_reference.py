@@ -1,0 +1,87 @@
+"""The reference of a DPO run, a model or numbers; and what any model, policy or reference, makes of completions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fused_rlhf as fr
+from fused_rlhf.segments import Sequences
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers import pairs
+from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.dpo_config import Config
+from fused_rlhf.trainers.pairs import Pair, PairBatch
+
+if TYPE_CHECKING:
+    from fused_rlhf.trainers.dpo import DPOTrainer
+
+
+def reference_model(
+    config: Config, all_pairs: Sequence[Pair], loaded: models.Loaded, given: PreTrainedModel | None
+) -> PreTrainedModel | None:
+    """The model to keep as the reference, None where none must be: numbers are known, or the model itself can serve."""
+    own = given is None and config.ref_model is None
+    unknown = [pair.where for pair in all_pairs if pair.ref is None]
+    if len(unknown) < len(all_pairs):
+        require(not unknown, pairs.REFERENCE[0], None, f"a number in every row, or in none, but {unknown[:1]} has none")
+        given_twice, there = (config.ref_model, config.precompute_ref), f"where rows hold {pairs.REFERENCE}"
+        require(own and not config.precompute_ref, "ref_model, precompute_ref", given_twice, f"none {there}")
+        require(config.warmup_steps == 0, "warmup_steps", config.warmup_steps, f"0 {there}")
+        return None
+    if not config.loss().needs_reference:
+        return None
+    if own:
+        return None if config.lora_r or config.precompute_ref else copy.deepcopy(loaded.model)
+    dtype = getattr(torch, config.dtype)
+    model: Any = models.load(str(config.ref_model), dtype)[0] if given is None else given
+    sizes = [m.get_input_embeddings().num_embeddings for m in (model, models.base_of(loaded.model))]
+    require(sizes[0] == sizes[1], "ref_model", sizes[0], f"a vocabulary of {sizes[1]} tokens, as the model has")
+    models.prepare_body(config, model)
+    return model.eval()
+
+
+def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:
+    """(S,) log-probs of the completions, summed as the objective does it."""
+    values, S = logprobs(model, config, batch), len(batch.lengths)
+    sequences = Sequences.of(torch.arange(S, device=values.device).repeat_interleave(batch.lengths), S)
+    bound = config.loss().bind(
+        sequences=sequences,
+        ref_logprobs=values,
+        ref_sums=None,
+        labels=None,
+        kl=None,
+        num_pairs=1,
+        num_tokens=1,
+        dtype=values.dtype,
+    )
+    assert bound.ref_sums is not None
+    return bound.ref_sums
+
+
+def logprobs(model: Any, config: Config, batch: PairBatch) -> Tensor:
+    """(N,) those of the completions' tokens, one sequence after the other."""
+    out = fr.lm_head.logprobs(
+        model, batch.input_ids, completion_mask=batch.completion_mask, backend=config.backend, **batch.model_inputs
+    )
+    return out.logprobs[batch.completion_mask[:, 1:]]
+
+
+class Precomputed:
+    """The reference's log-probs of all pairs: a resumed run takes them from its checkpoint."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": [pair.ref for pair in (*self.trainer.train, *self.trainer.test)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for pair, ref in zip((*self.trainer.train, *self.trainer.test), state["sums"], strict=True):
+            pair.ref = ref
+        self.trainer.reference = None

@@ -1,0 +1,216 @@
+"""What GRPO, PPO and DPO share: what a run is made of, its plan, and its course.
+
+    warm-up -> evaluation -> steps, with evaluations and checkpoints between them -> evaluation
+
+A trainer is a `Trainer` with what it learns from, and three verbs: `supervise`, `step`, `evaluate`
+(which `describe` puts into words).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+import fused_rlhf as fr
+from fused_rlhf.trainers import checkpoint, planning
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.config import TrainConfig, require
+from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_parameters
+from fused_rlhf.trainers.planning import Workload
+from fused_rlhf.trainers.rewards import RewardError
+from fused_rlhf.trainers.run import Logged, Run
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the evaluations before and after its steps, where the model is, the rows of metrics.jsonl."""
+
+    before: Logged
+    after: Logged
+    seconds: float
+    model_path: Path
+    metrics: list[dict[str, Any]]
+
+
+class Controller(Protocol):
+    """Something that changes during a run and belongs to its checkpoints, such as an adaptive KL coefficient."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Trainer(ABC):
+    """A model in training and its run."""
+
+    config: TrainConfig
+    loaded: models.Loaded
+    engine: Engine  # of the loaded model, or of a module that holds it
+    reference: Placed | None  # None where it is the model itself, as with LoRA, or is not needed
+    own_reference: bool = True  # a kept reference is the model as the steps begin with, not another
+    workload: Workload
+    run: Run
+
+    name: ClassVar[str]  # in words; in lower case, the phase in metrics.jsonl
+    shown: ClassVar[Sequence[str]]  # metrics on the progress bar
+    plotted: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def supervise(self) -> None:
+        """The warm-up's own steps, where the configuration asks for some."""
+
+    @abstractmethod
+    def step(self, number: int) -> Logged:
+        """Step `number`, from 1 on; -> its metrics. Nothing but the trainer's state and `number` decides what it takes."""
+
+    @abstractmethod
+    def evaluate(self) -> Logged:
+        """Of the first `eval_samples` samples held out."""
+
+    @abstractmethod
+    def describe(self, metrics: Logged) -> str:
+        """An evaluation in words."""
+
+    def warm(self) -> bool:
+        """What comes before the steps; -> whether there was anything. The reference begins where the warm-up ends."""
+        if self.config.warmup_steps:
+            self.supervise()
+            if self.reference is not None and self.own_reference:
+                copy_parameters(self.loaded.model, self.reference.module)
+        return self.config.warmup_steps > 0
+
+    def controllers(self) -> dict[str, Controller]:
+        """By name; a reference that is the model as it was loaded is none."""
+        moved = self.reference if self.config.warmup_steps and self.own_reference else None
+        return {} if moved is None else {"reference": moved}
+
+    def by_reference(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(model, *args)` of the reference; where none is kept, of the model itself, LoRA's adapters off."""
+        if self.reference is not None:
+            return self.reference(function, *args)
+        with models.without_adapters(self.loaded.model) if self.config.lora_r else nullcontext():
+            return self.engine(lambda module: function(self.loaded.model, *args))
+
+    def samples_due(self, number: int) -> bool:
+        every = self.config.sample_steps
+        return every > 0 and (number == 1 or number % every == 0)
+
+
+def place(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    loaded: models.Loaded,
+    workload: Workload,
+    frozen: PreTrainedModel | None,
+    module: nn.Module | None = None,
+) -> tuple[Engine, Placed | None]:
+    """The loaded model, or a module that holds it, in training, and the reference where there is one to keep.
+
+    Raises ValueError for a backend that cannot run here, and for a warm-up that the processes cannot share.
+    """
+    size, processes = config.warmup_batch_size, accelerator.num_processes
+    even = config.warmup_steps == 0 or size % processes == 0
+    require(even, "warmup_batch_size", size, f"a multiple of {processes}, the processes")
+    fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+    own = Engine(config, accelerator, module or loaded.model, config.steps * workload.updates)
+    return own, None if frozen is None else own.frozen(frozen)
+
+
+def means(updates: Sequence[Logged]) -> Logged:
+    """The metrics of a step's updates, averaged; the learning rate is the last one's."""
+    result = {name: sum(metrics[name] for metrics in updates) / len(updates) for name in updates[0]}
+    return result | {"learning_rate": updates[-1]["learning_rate"]}
+
+
+def plan(trainer: Trainer) -> str:
+    """What the run would do and need, for `--dry-run`."""
+    return planning.describe(trainer.engine, trainer.loaded, trainer.workload, trainer.reference is not None)
+
+
+def fit(trainer: Trainer) -> Result:
+    """The run itself: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
+
+    Raises RewardError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
+    CheckpointError where the disk is full.
+    """
+    config, engine, run, workload = trainer.config, trainer.engine, trainer.run, trainer.workload
+    controllers, phase = trainer.controllers(), trainer.name.lower()
+    done, updates = 0, -1
+    before: Logged = {}
+    after: Logged = {}  # once the steps are done
+    latest: Logged = {}
+
+    def save(step: int) -> None:
+        progress = run.progress() | {"before": before, "after": after}
+        progress["controllers"] = {name: controller.state_dict() for name, controller in controllers.items()}
+        checkpoint.save(run.checkpoints, step, engine, progress, config.keep_checkpoints)
+
+    def save_model() -> None:
+        run.save_model(partial(models.save, engine, trainer.loaded), latest)
+        run.plot(trainer.plotted)
+
+    run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
+    if workload.note:
+        run.say(workload.note)
+    run.open()
+    found = checkpoint.latest(run.checkpoints)
+    try:
+        if found:
+            done, progress = checkpoint.load(found, engine)
+            before, after = progress["before"], progress["after"]
+            for name, controller in controllers.items():
+                controller.load_state_dict(progress["controllers"][name])
+            run.restore(progress)
+            run.say(f"resumed from {found}, after step {done}")
+        else:
+            run.restore(None)
+            warmed = trainer.warm()
+            before = trainer.evaluate()
+            run.log(phase, 0, before)
+            if warmed and config.save_steps:
+                save(0)
+        latest = after or before
+        run.say(f"before {trainer.name}: {trainer.describe(before)}")
+        for step in run.steps(config.steps, trainer.name, start=done):
+            updates, after = engine.updates, {}
+            metrics = trainer.step(step)
+            if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
+                latest = trainer.evaluate()
+                metrics = metrics | latest
+            run.log(phase, step, metrics, show=trainer.shown)
+            done = step
+            if config.save_steps and step % config.save_steps == 0 and step < config.steps:
+                save(step)
+                save_model()
+        if not after:
+            latest = after = trainer.evaluate()
+            run.log(phase, config.steps, after)
+            save(config.steps)
+            save_model()
+    except KeyboardInterrupt:
+        if engine.world == 1:  # the others would wait for what this process is in the middle of
+            save_model()
+            run.say(f"interrupted; the model as it is now lies in {run.model_path}")
+        raise
+    except (RewardError, NonFiniteLoss) as error:
+        if isinstance(error, RewardError) and engine.updates == updates:  # all is as the last step left it
+            save(done)
+        last = checkpoint.latest(run.checkpoints)
+        left = f"; the last checkpoint is {last}" if last else ""
+        raise type(error)(f"step {done + 1} ({workload.of_step(done + 1)}): {error}{left}") from error
+    run.say(f"after {trainer.name}: {trainer.describe(after)}; {run.seconds():.0f} s in all")
+    for tracker in engine.accelerator.trackers:
+        tracker.finish()
+    return Result(before, after, run.seconds(), run.model_path, run.metrics)
