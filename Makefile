@@ -5,10 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= bench/results/gpu
 JOBS ?= 2
-# The type checker follows folders, not __path__: the package as a wheel lays it out.
-TYPED := .cache/types/fused_rlhf
+PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test lint gpu bench clean
+.PHONY: demo test test-slow lint gpu bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,17 +23,18 @@ $(VENV)/.test: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/fused-rlhf demo
 
-# The regression cases read clocks: alone, after the others.
+# All but the slow tests; none of either reads a clock, but for the last line of test-slow, which runs alone.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --ignore tests/test_regression.py
-	$(BIN)/python -m pytest -q tests/test_regression.py
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "slow and not gpu" --ignore tests/test_regression.py
+	$(PYTEST) -m slow tests/test_regression.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(TYPED) && mkdir -p $(TYPED)
-	ln -sfn $(CURDIR)/fused_rlhf/* $(CURDIR)/kernels $(CURDIR)/trainers $(TYPED)/
-	MYPYPATH=.cache/types $(BIN)/mypy -p fused_rlhf
+	$(BIN)/mypy -p fused_rlhf -p tests -p bench
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench --quick

@@ -2,7 +2,8 @@
 
 from pathlib import Path as _Path
 
-# A wheel holds kernels/ and trainers/ inside this folder; a checkout holds them beside it.
+# A wheel holds kernels/ and trainers/ in this folder, a checkout links to them from here. Where links cannot be made (an
+# sdist, a zip as pip unpacks it, Windows) they are found beside this folder; a type checker then sees `Any` for them.
 _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
@@ -52,6 +53,9 @@ from fused_rlhf.objectives import (  # noqa: E402
     PolicyLoss,
     ReinforcePP,
 )
+from fused_rlhf.objectives.reductions import Metrics  # noqa: E402
+from fused_rlhf.objectives.reductions import combine as combine_metrics  # noqa: E402
+from fused_rlhf.op.head import Head, LoRA  # noqa: E402
 from fused_rlhf.preferences import CPO, DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO  # noqa: E402
 
 __version__ = "0.1.0"
@@ -91,12 +95,16 @@ __all__ = [
     "FusedLinearSAPOLoss",
     "FusedLinearSimPOLoss",
     "GSPOToken",
+    "Head",
     "KLCov",
+    "LoRA",
     "LogProbs",
+    "Metrics",
     "PolicyLoss",
     "PreferenceLoss",
     "ReinforcePP",
     "SimPO",
+    "combine_metrics",
     "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",

@@ -1,4 +1,18 @@
+import sys
+
+import pytest
 import torch
 
 # Tests are small: a second thread would only wait for the first, and longer still on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request):
+    """Drawing a run's curves takes longer than training it: a test that looks at them is marked `curves`."""
+    # A MonkeyPatch of its own: the test's would be set up, and so undone, around the fixtures of every file.
+    with pytest.MonkeyPatch.context() as patch:
+        run = sys.modules.get("fused_rlhf.trainers.run")
+        if run is not None and request.node.get_closest_marker("curves") is None:
+            patch.setattr(run.Run, "plot", lambda self, names: None)
+        yield

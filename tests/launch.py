@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ["-m", "fused_rlhf.trainers.cli"]
+# The same without curves, which take longer to draw than a small run takes to train.
+WITHOUT_CURVES = """
+import sys
+from fused_rlhf.trainers import cli, run
+run.Run.plot = lambda self, names: None
+sys.exit(cli.main())
+"""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -20,13 +31,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def command(arguments: Sequence[str], processes: int = 1, launcher: str = "torchrun") -> list[str]:
-    """`fused-rlhf` with these arguments, by itself or by a launcher ("torchrun" or "accelerate")."""
-    if processes == 1:
-        return [sys.executable, *MODULE, *arguments]
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def command(arguments: Sequence[str], processes: int, launcher: str) -> list[str]:
+    """`fused-rlhf` with these arguments, by a launcher ("torchrun" or "accelerate")."""
+    port = free_port()
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
     else:
@@ -36,14 +49,50 @@ def command(arguments: Sequence[str], processes: int = 1, launcher: str = "torch
     return [sys.executable, *start, *MODULE, *arguments]
 
 
+def started(arguments: Sequence[str], output: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
+    """`fused-rlhf` in so many forks, with what torchrun would tell each; their output goes beside `output`."""
+    full = ["-c", WITHOUT_CURVES, *arguments, "--output", str(output)]
+    if processes > 1:
+        env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {} for i in range(processes)]
+    return [forks.start(full, output.parent, environment(**env, **rank), log_of(output)) for rank in ranks]
+
+
+def log_of(output: Path) -> Path:
+    return output.parent / f"{output.name}.log"
+
+
 def run(
-    arguments: Sequence[str], output: Path, processes: int = 1, launcher: str = "torchrun", **env: str
+    arguments: Sequence[str], output: Path, processes: int = 1, launcher: str = "", **env: str
 ) -> list[dict[str, Any]]:
-    """Run to the end; -> the rows of metrics.jsonl."""
-    full = command([*arguments, "--output", str(output)], processes, launcher)
-    found = subprocess.run(full, cwd=output.parent, env=environment(**env), capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
+    """Run to the end; -> the rows of metrics.jsonl. Without a launcher the processes are forks, which start at once."""
+    if launcher:
+        full = command([*arguments, "--output", str(output)], processes, launcher)
+        with log_of(output).open("a") as log:
+            codes = [subprocess.run(full, cwd=output.parent, env=environment(**env), stdout=log, stderr=log).returncode]
+    else:
+        codes = [process.wait() for process in started(arguments, output, processes, **env)]
+    assert not any(codes), log_of(output).read_text()[-6000:]
     return rows(output)
+
+
+def killed(arguments: Sequence[str], output: Path, when: Callable[[Path], bool]) -> bool:
+    """Start a run and send SIGKILL as soon as `when(output)` holds; True where it was still running."""
+    (process,) = started(arguments, output)
+    while process.poll() is None and not when(output):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def logged(count: int) -> Callable[[Path], bool]:
+    """The run has logged this many rows."""
+    return lambda output: (output / "metrics.jsonl").exists() and len(rows_so_far(output)) >= count
+
+
+def rows_so_far(output: Path) -> list[str]:
+    return (output / "metrics.jsonl").read_text().splitlines()
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

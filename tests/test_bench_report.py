@@ -101,6 +101,7 @@ def test_plots(tmp_path):
         assert path.stat().st_size < 80_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_plots_of_committed_results(path, tmp_path):
     pytest.importorskip("matplotlib")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,13 +192,15 @@ def test_a_run_past_its_limit_reports_it():
 
 def test_rounds_before_the_limit_stand(monkeypatch):
     """The second round meets the end of the time: what the first measured is the row's result."""
-    rounds = []
+    rounds: list[bool] = []
+    now = [1e9]  # stands still while the first round is measured, however long that takes
+    monkeypatch.setattr("bench.run.time", SimpleNamespace(time=lambda: now[0]))
 
     def once(plan, scratch, case, providers, repeats, check, until):
         rounds.append(check)
         if len(rounds) == 1:
             return {"dense": measure(case, providers, "cpu", fp64_reference(case, "cpu"), 1, warmup=0)["dense"]}
-        time.sleep(max(until - time.time(), 0))
+        now[0] = until
         return {"dense": {"samples": [], "error": "stopped after 1 s"}}
 
     monkeypatch.setattr("bench.run._spawn", once)
@@ -323,7 +325,7 @@ def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_gpu_stages_survive_each_other(tmp_path):
+def test_gpu_stages_survive_each_other(tmp_path, monkeypatch):
     python = sys.executable
     real = next(s for s in gpu.stages(tmp_path, "cpu", "gpu-tiny", None, "abc") if s.name == "forward")
     planned = [
@@ -334,6 +336,13 @@ def test_gpu_stages_survive_each_other(tmp_path):
     ]
     # What earlier stages leave over belongs to the later ones, so the hanging one must have nothing left to take.
     planned[0] = replace(planned[0], limit_s=0)
+    allowed, run_stage = {}, gpu.run_stage
+
+    def patient(stage, out, scratch, timeout_s):  # the others may take their time on a busy machine
+        allowed[stage.name] = timeout_s
+        return run_stage(stage, out, scratch, timeout_s if stage.name == "hangs" else 3600.0)
+
+    monkeypatch.setattr(gpu, "run_stage", patient)
     out = tmp_path / "out"
     result = gpu.carry_out(planned, out, tmp_path, SUITES["gpu-tiny"]().targets)
     assert [s["ended"].split(":")[0] for s in result["stages"]] == [
@@ -342,6 +351,8 @@ def test_gpu_stages_survive_each_other(tmp_path):
         "did not start",
         "ok",
     ]
+    assert allowed["fails"] == allowed["hangs"] == 1.0
+    assert 1.0 <= allowed["forward"] <= 1.0 + real.limit_s
     assert {r["case"] for r in result["rows"]} == {"forward"}
     assert row_of(result, "ours")["error"] is None
     assert result["commit"] == "abc"

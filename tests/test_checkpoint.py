@@ -1,6 +1,4 @@
 import random
-import subprocess
-import sys
 
 import numpy
 import pytest
@@ -8,9 +6,9 @@ import torch
 
 from fused_rlhf.trainers import checkpoint
 from fused_rlhf.trainers.checkpoint import CheckpointError
-from tests import tiny
+from tests import forks, tiny
 from tests.launch import environment
-from tests.test_engine import pieces
+from tests.tiny import pieces
 
 
 def train(own, updates):
@@ -81,12 +79,11 @@ except checkpoint.CheckpointError as error:
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
-    found = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], env=environment(), capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    assert "step-00000002 cannot be written" in found.stdout
-    assert f"the last one that is complete is {tmp_path / 'c' / 'step-00000001'}" in found.stdout
+    log = tmp_path / "log"
+    process = forks.start(["-c", FULL_DISK, str(tmp_path)], tmp_path, environment(), log)
+    assert process.wait() == 0, log.read_text()
+    assert "step-00000002 cannot be written" in log.read_text()
+    assert f"the last one that is complete is {tmp_path / 'c' / 'step-00000001'}" in log.read_text()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000001"]
     own, _ = tiny.build(tmp_path)
     assert checkpoint.load(tmp_path / "c" / "step-00000001", own)[0] == 1

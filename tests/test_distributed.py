@@ -36,8 +36,8 @@ def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher, flags):
 
 @pytest.mark.slow
 def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
-    flags = GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(tmp_path / 'base')} --lora-r 2")
-    flags = flags.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()
+    text = GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(tmp_path / 'base')} --lora-r 2")
+    flags = text.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()
     want = run(flags, tmp_path / "one")
     run([*flags, "--fsdp", "--steps", "2"], tmp_path / "two", processes=2)
     got = run([*flags, "--fsdp", "--resume"], tmp_path / "two", processes=2)

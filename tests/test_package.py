@@ -1,10 +1,17 @@
 """The package as an artefact: who imports whom, what a wheel holds, what an import pulls in."""
 
 import ast
+import collections
 import graphlib
+import importlib
+import itertools
+import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -71,22 +78,21 @@ def test_folders_without_init():
 
 
 def run(code, cwd=ROOT, **env):
-    import os
-
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=variables, capture_output=True, text=True)
 
 
 def test_import_pulls_in_no_extra():
     code = """
-import sys, fused_rlhf
-extras = "triton transformers accelerate datasets peft tyro matplotlib tqdm liger_kernel trl".split()
-print(sorted(set(extras) & set(sys.modules)))
+import sys, torch
+extras = set("triton transformers accelerate datasets peft tyro matplotlib tqdm liger_kernel trl".split())
+before = extras & set(sys.modules)  # torch itself may bring some
+import fused_rlhf
+print("more:", sorted(extras & set(sys.modules) - before))
 """
-    before = run(code.replace(", fused_rlhf", ", torch"))
-    after = run(code)
-    assert after.returncode == 0, after.stderr
-    assert after.stdout == before.stdout  # torch itself may bring some
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "more: []\n"
 
 
 def test_works_without_triton():
@@ -135,20 +141,160 @@ import fused_rlhf.kernels.interface, fused_rlhf.trainers.cli
     assert "(1, 4)" in found.stdout or "[1, 4]" in found.stdout
 
 
-@pytest.mark.slow
-def test_wheel_holds_the_tree(tmp_path):
-    tree = tmp_path / "tree"  # a copy: setuptools would take up what an earlier build left in the checkout
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "runs"))
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, tree]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    files = {n for n in names if ".dist-info/" not in n}
+def test_each_file_has_one_name():
+    """The links give a file two paths in a checkout, never two modules; here, and in whatever this process ran before."""
+    importlib.import_module("fused_rlhf.trainers.grpo")
+    names = collections.defaultdict(list)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and any(Path(file).resolve().is_relative_to(ROOT / folder) for folder in (*LAYERS, *OUTSIDE)):
+            names[Path(file).resolve()].append(name)
+    assert ROOT / "trainers" / "grpo.py" in names
+    assert not {path: found for path, found in names.items() if len(found) > 1}
+
+
+# A tree as it can come: with the links of a checkout, with the text files that stand for links on Windows and in a zip
+# that pip or Python unpacks, and without either, as in an sdist.
+TREES = ["links", "texts", "sdist"]
+WAYS = ["checkout", "wheel", "editable", "compat", "strict"]
+LINKS = ["kernels", "trainers"]
+BUILD = """
+import sys
+from setuptools import build_meta
+kind, out, *mode = sys.argv[1:]
+getattr(build_meta, "build_" + kind)(out, **({"config_settings": {"editable_mode": mode[0]}} if mode else {}))
+"""
+# Started with -S: the packages of this environment, but not what is installed in it as editable. Each installation is
+# imported in a fork of one process that has the big packages.
+USE = """
+import collections, json, os, site, sys, traceback
+sys.path.append(sys.argv[1])
+import accelerate, peft, torch, transformers, tyro
+transformers.AutoModelForCausalLM, transformers.AutoTokenizer  # imported when they are asked for
+
+def modules():
+    import fused_rlhf.kernels.interface, fused_rlhf.trainers.cli
+    found = collections.defaultdict(list)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.split(".")[0] in ("fused_rlhf", "kernels", "trainers"):
+            found[os.path.realpath(file)].append(name)
+    return found, sorted(fused_rlhf.trainers.cli.RECIPES)
+
+for name, (folder, installed) in json.loads(sys.argv[2]).items():
+    if os.fork() == 0:
+        try:
+            sys.path.insert(0, folder)
+            if installed:
+                site.addsitedir(folder)
+            print(json.dumps([name, *modules()]), flush=True)
+        except BaseException:
+            print(json.dumps([name, None, traceback.format_exc()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def files_of(tree):
+    """What a wheel of this tree is to hold."""
     expected = {"fused_rlhf/py.typed"}
     for folder, prefix in (("fused_rlhf", ""), ("kernels", "fused_rlhf/"), ("trainers", "fused_rlhf/")):
-        for path in (ROOT / folder).rglob("*"):
+        for path in (tree / folder).rglob("*"):  # does not follow links
             if path.suffix in (".py", ".yaml"):
-                expected.add(prefix + path.relative_to(ROOT).as_posix())
-    assert files == expected
-    (top,) = (n for n in names if n.endswith("top_level.txt"))
-    assert zipfile.ZipFile(wheel).read(top).decode().split() == ["fused_rlhf"]
+                expected.add(prefix + path.relative_to(tree).as_posix())
+    return expected
+
+
+def build(kind, tree, out, *mode):
+    out.mkdir(parents=True, exist_ok=True)
+    found = subprocess.run([sys.executable, "-c", BUILD, kind, out, *mode], cwd=tree, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """{name: a tree of that kind, and an archive of one}"""
+    folder = tmp_path_factory.mktemp("trees")
+    for name in ("links", "texts"):
+        (folder / name).mkdir()
+        for part in ("fused_rlhf", "kernels", "trainers", "pyproject.toml", "README.md", "LICENSE"):
+            if (ROOT / part).is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / part, folder / name / part, symlinks=True, ignore=ignore)
+            else:
+                shutil.copy(ROOT / part, folder / name / part)
+        for link in LINKS:
+            path = folder / name / "fused_rlhf" / link
+            path.unlink(missing_ok=True)  # this checkout may itself have been unpacked without links
+            if name == "links":
+                path.symlink_to(Path("..") / link)
+            else:
+                path.write_text(f"../{link}")
+    archive = build("sdist", folder / "links", folder / "dist")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder, filter="data")
+    (folder / archive.name.removesuffix(".tar.gz")).rename(folder / "sdist")
+    return {**{name: folder / name for name in TREES}, "archive": archive}
+
+
+def test_a_checkout_links_to_the_parts_beside_it():
+    for link in LINKS:
+        path = ROOT / "fused_rlhf" / link
+        if path.exists() or path.is_symlink():  # not in an sdist
+            assert (path.readlink().as_posix() if path.is_symlink() else path.read_text()) == f"../{link}"
+
+
+@pytest.mark.slow
+def test_sdist_holds_every_file_once(trees):
+    with tarfile.open(trees["archive"]) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+        assert not any(member.issym() or member.islnk() for member in archive.getmembers())
+    sources = [name for name in names if Path(name).suffix in (".py", ".yaml", ".typed")]
+    parts = tuple(f"fused_rlhf/{link}/" for link in LINKS)
+    expected = {n.removeprefix("fused_rlhf/") if n.startswith(parts) else n for n in files_of(trees["links"])}
+    assert sorted(sources) == sorted(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tree", TREES)
+def test_wheel_holds_the_tree(trees, tree, tmp_path):
+    wheel = zipfile.ZipFile(build("wheel", trees[tree], tmp_path))
+    assert sorted(n for n in wheel.namelist() if ".dist-info/" not in n) == sorted(files_of(ROOT))
+    (top,) = (n for n in wheel.namelist() if n.endswith("top_level.txt"))
+    assert wheel.read(top).decode().split() == ["fused_rlhf"]
+
+
+@pytest.fixture(scope="module")
+def installations(trees, tmp_path_factory):
+    """{tree-how: (where its modules are to be, {file: names}, recipes)}"""
+    folders, homes = {}, {}
+    for tree, how in itertools.product(TREES, WAYS):
+        name, home = f"{tree}-{how}", trees[tree]
+        if how == "checkout":
+            folders[name], homes[name] = (str(home), False), home
+            continue
+        folder = tmp_path_factory.mktemp(name)
+        kind, mode = ("wheel", []) if how == "wheel" else ("editable", [how] if how != "editable" else [])
+        zipfile.ZipFile(build(kind, home, folder / "dist", *mode)).extractall(folder / "site")
+        folders[name], homes[name] = (str(folder / "site"), True), folder if how == "wheel" else home
+    command = [sys.executable, "-S", "-c", USE, sysconfig.get_path("purelib"), json.dumps(folders)]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(command, cwd=trees["archive"].parent, env=env, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    lines = [json.loads(line) for line in found.stdout.splitlines() if line.startswith("[")]
+    return {name: (homes[name].resolve(), modules, recipes) for name, modules, recipes in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("tree", TREES)
+def test_every_installation_has_each_module_once(installations, tree, how):
+    """The parts are importable under their one name, however the package came to be there."""
+    home, modules, recipes = installations[f"{tree}-{how}"]
+    assert modules is not None, recipes
+    assert all(Path(path).is_relative_to(home) for path in modules), modules
+    assert all(len(names) == 1 and names[0].startswith("fused_rlhf") for names in modules.values()), modules
+    assert recipes == sorted(path.stem for path in (ROOT / "trainers" / "recipes").glob("*.yaml"))

@@ -2,8 +2,9 @@
 
 Times are CPU seconds of this process on one thread, the least of several rounds in which dense and ours alternate. What
 `bench/baseline.json` holds is their ratio; a machine has other ratios than the next, and a busy one others than an idle
-one, so the limit is `margin` times that. It catches a path that fell off a cliff. What it cannot see, a product or a pass
-too many, the counts do exactly.
+one, so the limit is `margin` times that, a ratio above it is measured again, and where the machine is seen to be busy it
+is no failure. It catches a path that fell off a cliff. What it cannot see, a product or a pass too many, the counts do
+exactly, on any machine; the times are among the slow tests, run alone.
 
     pytest tests/test_regression.py --benchmark-only --benchmark-json=OUT    # extra_info.ratio is what the file holds
 """
@@ -28,6 +29,8 @@ from bench.registry import PROVIDERS
 BASELINE = json.loads((Path(__file__).resolve().parent.parent / "bench/baseline.json").read_text())
 SMALL = Case(N=256, H=128, V=8192, T=64)
 ROUNDS = 7
+TRIES = 3  # once more each, before a ratio counts as too high
+QUIET = 0.97  # of the time with a CPU of its own: below, others are at work
 
 TIMED = {
     "logprobs forward": (replace(SMALL, op="logprobs_fwd"), "ours-chunked"),
@@ -64,6 +67,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def measured_again(ours: Callable[[], object], dense: Callable[[], object]) -> tuple[float, float]:
+    """The ratio of the least CPU seconds, and the share of the time in which this process had a CPU."""
+    began, used = time.perf_counter(), time.process_time()
+    least = [math.inf, math.inf]
+    for _ in range(ROUNDS):
+        for i, work in enumerate((dense, ours)):
+            start = time.process_time()
+            work()
+            least[i] = min(least[i], time.process_time() - start)
+    return least[1] / least[0], (time.process_time() - used) / (time.perf_counter() - began)
+
+
+@pytest.mark.slow
 @pytest.mark.benchmark(timer=time.process_time)
 @pytest.mark.parametrize("name", TIMED)
 def test_time_over_dense(benchmark, one_thread, name):
@@ -83,6 +99,14 @@ def test_time_over_dense(benchmark, one_thread, name):
     ratio = benchmark.stats.stats.min / min(seconds)
     benchmark.extra_info["ratio"] = ratio
     limit = BASELINE["margin"] * BASELINE["ratios"][name]
+    shares: list[float] = []
+    while ratio > limit and len(shares) < TRIES:
+        ratio, share = measured_again(ours, dense)
+        shares.append(share)
+    if ratio > limit and min(shares) < QUIET:
+        pytest.skip(
+            f"{ratio:.2f} times dense, limit {limit:.2f}, on a busy machine: a CPU for {min(shares):.0%} of the time"
+        )
     assert ratio <= limit, (
         f"{name}: {ratio:.2f} times dense; it was {BASELINE['ratios'][name]}, the limit is {limit:.2f}"
     )

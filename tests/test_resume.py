@@ -1,42 +1,14 @@
 """Runs in processes of their own, killed and resumed: equal to those that were left alone."""
 
-import signal
-import subprocess
-import time
-
 import pytest
 
-from tests.launch import command, environment, rows, run, without_seconds
+from tests.launch import killed, logged, rows, run, without_seconds
 
 # Slow enough a step to be killed within, quick enough to be run three times.
 FLAGS = "grpo --hidden-size 32 --num-layers 2 --steps 12 --prompts-per-step 4 --num-generations 4 --max-new-tokens 4"
 FLAGS += " --learning-rate 5e-3 --max-operand 30 --eval-samples 20 --eval-steps 4 --save-steps 1 --sample-steps 3"
 FLAGS += " --warmup-steps 30 --warmup-batch-size 16 --beta 0.05 --num-minibatches 2 --num-iterations 2"
 FLAGS += " --lr-schedule cosine --rewards regex=[0-9] length=2"
-
-
-def killed(arguments, output, when):
-    """Start a run and send SIGKILL as soon as `when(output)` holds; True where it was still running."""
-    process = subprocess.Popen(
-        command([*arguments, "--output", str(output)]),
-        env=environment(),
-        cwd=output.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and not when(output):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
-
-
-def logged(count):
-    """The run has logged this many rows."""
-    return lambda output: (output / "metrics.jsonl").exists() and len(rows_so_far(output)) >= count
-
-
-def rows_so_far(output):
-    return (output / "metrics.jsonl").read_text().splitlines()
 
 
 def saving(output):
