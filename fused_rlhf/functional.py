@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fused_rlhf.checks import check_count
 from fused_rlhf.kernels.interface import Kind, RowPairs, Rows, pick
 from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
 from fused_rlhf.objectives.policy import PolicyLoss
@@ -28,7 +29,7 @@ from fused_rlhf.op.head import (
 )
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
 from fused_rlhf.op.rows import scatter, tokens_of
-from fused_rlhf.op.sequences import check_policy, check_preference, reference_logprobs
+from fused_rlhf.op.sequences import check_policy, check_preference, of_sequences, reference_logprobs
 
 
 class LogProbs(NamedTuple):
@@ -152,7 +153,8 @@ def linear_policy_loss(
     Args:
         hidden, weight, targets, bias, temperature, logit_scale, softcap, ignore_index, backend, lora, round_logits: as
             in `linear_logprobs`. hidden[..., t, :] predicts targets[..., t].
-        advantages: (B,) one per sequence, or the shape of `targets`.
+        advantages: (B,) one per sequence, or the shape of `targets`. Where a packed batch has as many tokens as
+            sequences, such a vector is one per sequence.
         objective: e.g. `GRPO(beta=0.04)`.
         completion_mask: bool or 0 / 1 in the shape of `targets`; tokens outside it (and ignored targets) cost nothing.
         old_logprobs: the shape of `targets`, at the last rollout; None means on-policy (ratio 1, with its gradient).
@@ -195,12 +197,14 @@ def linear_policy_loss(
     vectors = {name: tokens.vector(values) for name, values in per_token.items()}
     if reference is not None:
         vectors["ref_logprobs"] = reference_logprobs(reference, tokens, backend)
-    per_sequence = advantages.shape != targets.shape
+    per_sequence = of_sequences(advantages, count)
     bound = objective.bind(
         advantages=tokens.vector(advantages[sequence_of] if per_sequence else advantages),
         sequences=tokens.sequences,
-        num_sequences=count if num_sequences is None else num_sequences,
-        num_tokens=max(tokens.count, 1) if num_tokens is None else num_tokens,
+        num_sequences=check_count(
+            "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
+        ),
+        num_tokens=check_count("num_tokens", max(tokens.count, 1) if num_tokens is None else num_tokens, tokens.count),
         per_sequence=per_sequence,
         **vectors,
     )
@@ -247,8 +251,9 @@ def linear_preference_loss(
         objective: e.g. `DPO(beta=0.1)`.
         completion_mask: bool or 0 / 1 in the shape of `targets`; tokens outside it (and ignored targets) cost nothing.
         ref_logprobs: the reference's, in the shape of `targets`; or (S,), already summed over each completion, with the
-            weights of objective.ld_alpha if it has one. They, or ref_hidden, must be given where the objective compares
-            with a reference, and must not be where it does not.
+            weights of objective.ld_alpha if it has one; where a packed batch has as many tokens as sequences they are
+            sums. They, or ref_hidden, must be given where the objective compares with a reference, and must not be where
+            it does not.
         ref_hidden, ref_weight, ref_bias: as in `linear_policy_loss`: the reference is computed here.
         labels: (S,) bool or 0 / 1, for unpaired objectives alone: whether a completion is desirable.
         kl: 0-d, >= 0, for KTO alone: the batch's KL to the reference; None is 0.
@@ -288,8 +293,8 @@ def linear_preference_loss(
         ref_sums=sums,
         labels=None if labels is None else labels.bool(),
         kl=None if kl is None else kl.detach().to(tokens.temperature.dtype),
-        num_pairs=num_pairs,
-        num_tokens=num_tokens,
+        num_pairs=None if num_pairs is None else check_count("num_pairs", num_pairs, count),
+        num_tokens=None if num_tokens is None else check_count("num_tokens", num_tokens, tokens.count),
         dtype=tokens.temperature.dtype,
     )
     rows = tokens.rows(hidden, head, projection)

@@ -33,3 +33,8 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters  # seconds of import, which only who compiles has paid already
 
     return int(counters["stats"]["unique_graphs"])
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether it stands for a tensor while something traces through us (`torch.export`, `make_fx`): it has no numbers."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -61,9 +61,10 @@ class Projection:
     round_logits: bool = False
     # Share of probability mass per token that the backward may leave out, block by block; 0 is exact.
     grad_filter: float = 0.0
-    # (V, r): a low-rank adapter's second factor. The rows of hidden then end in `copies` parts of (h A^T) scale, whose
-    # sum is that, each exact in compute_dtype.
+    # (V, r): a low-rank adapter's second factor B. The rows of hidden then end in `copies` blocks of r columns, whose
+    # products with those of `rows` add up to t B^T, t = scale (h A^T) in fp32: see `adapter_pairs`.
     lora_b: Tensor | None = None
+    lora_dtype: torch.dtype | None = None  # of the adapter's operands, A and B; None: compute_dtype
 
     @property
     def vocabulary(self) -> int:
@@ -75,16 +76,48 @@ class Projection:
         return torch.promote_types(self.compute_dtype, torch.float32)
 
     @property
+    def adapter_dtype(self) -> torch.dtype:
+        return self.compute_dtype if self.lora_dtype is None else self.lora_dtype
+
+    @property
+    def adapter_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Which part of t meets which part of B in each block of columns: t = t_0 + t_1 + ..., B = B_0 + B_1 + ...
+
+        Half precision holds an fp32 number in three parts, each what the ones before left. Products of parts whose
+        indices add up to 3 or more are below fp32's own rounding. Those with B_0 come first.
+        """
+        if self.lora_b is None:
+            return ()
+        if self.compute_dtype.itemsize >= 4:
+            return ((0, 0),)
+        of_b = 3 if self.adapter_dtype.itemsize >= 4 else 1
+        return tuple((i, j) for j in range(of_b) for i in range(3 - j))
+
+    @property
+    def t_parts(self) -> int:
+        """Parts of an adapter's activations t."""
+        return 1 + max((i for i, _ in self.adapter_pairs), default=-1)
+
+    @property
     def copies(self) -> int:
-        """Parts in which an adapter's activations come: two where one would round them to half precision."""
-        return 0 if self.lora_b is None else 2 if self.compute_dtype.itemsize < 4 else 1
+        return len(self.adapter_pairs)
+
+    def parts(self, values: Tensor, count: int) -> list[Tensor]:
+        """Tensors of compute_dtype that add up to wider values, as nearly as `count` of them can."""
+        found = []
+        for _ in range(count):
+            found.append(values.to(self.compute_dtype))
+            values = values - found[-1].to(values.dtype)
+        return found
 
     def rows(self, columns: slice) -> Tensor:
-        """(v, H + copies r) rows of [weight, lora_b, ...] in compute_dtype."""
+        """(v, H + copies r) rows of [weight, parts of lora_b] in compute_dtype."""
         w = self.weight[columns].to(self.compute_dtype)
         if self.lora_b is None:
             return w
-        return torch.cat([w, *[self.lora_b[columns].to(self.compute_dtype)] * self.copies], 1)
+        pairs = self.adapter_pairs
+        b = self.parts(self.lora_b[columns].to(self.adapter_dtype), 1 + max(j for _, j in pairs))
+        return torch.cat([w, *(b[j] for _, j in pairs)], 1)
 
     def bias_of(self, columns: slice) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
@@ -92,7 +125,10 @@ class Projection:
     def split(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(n, H + copies r) -> the hidden states (n, H), and the parts of the adapter's activations (n, r)."""
         H = self.weight.shape[1]
-        return x[:, :H], x[:, H:].chunk(self.copies, 1) if self.copies else ()
+        if not self.copies:
+            return x[:, :H], ()
+        blocks = x[:, H:].chunk(self.copies, 1)
+        return x[:, :H], tuple(block for block, (_, j) in zip(blocks, self.adapter_pairs) if j == 0)
 
     def sink(self, needs: Needs, width: int, *, direct: bool | None = None, again: bool = False) -> HeadSink:
         """See `HeadSink`."""

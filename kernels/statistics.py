@@ -71,7 +71,9 @@ def _adds(first: Tensor, second: Tensor, maximum: Tensor, other_maximum: Tensor)
 class Statistic:
     """How one output is defined, summed up over parts and finished. Vectors are (n,)."""
 
-    define: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (z (n, V), p, lse, targets): for the reference backend
+    define: Callable[
+        [Tensor, Tensor, Tensor, Tensor], Tensor
+    ]  # (z (n, V), log p, lse, targets): for the reference backend
     of_logits: Callable[[Tile], Tensor] | None = None  # a part's number, from z
     of_exps: Callable[[Tile], Tensor] | None = None  # or from the exponentials
     move: Callable[[Tensor, Move], Tensor] = _stays
@@ -90,9 +92,10 @@ class Statistic:
         return self.of_logits is not None or self.of_exps is not None
 
 
-def _entropy_of(z: Tensor, p: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
-    # p z is 0 where a logit is -inf, as for the columns of a padded vocabulary.
-    return lse - torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, z)).sum(-1)
+def _entropy_of(z: Tensor, log_p: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+    p = log_p.exp()
+    # p log p is 0 where a logit is -inf, as for the columns of a padded vocabulary.
+    return -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
 
 
 def _weighted_depth(tile: Tile) -> Tensor:
@@ -115,7 +118,7 @@ def _of_the_larger(first: Tensor, second: Tensor, maximum: Tensor, other_maximum
     return torch.where(other_maximum > maximum, second, first)
 
 
-def _margin_of(z: Tensor, p: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+def _margin_of(z: Tensor, log_p: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
     if z.shape[-1] == 1:
         return torch.full_like(lse, torch.inf)
     largest = z.topk(2, dim=-1).values
@@ -146,23 +149,23 @@ STATISTICS: dict[str, Statistic] = {
         differentiable=True,
     ),
     "lse": Statistic(
-        define=lambda z, p, lse, targets: lse,
+        define=lambda z, log_p, lse, targets: lse,
         finish=lambda part, row: row.maximum + row.log_total,
         differentiable=True,
     ),
     "sum_sq": Statistic(
-        define=lambda z, p, lse, targets: (p * p).sum(-1),
+        define=lambda z, log_p, lse, targets: (2 * log_p).exp().sum(-1),
         of_exps=_squares,
         move=lambda part, move: move.scale.square() * part,
         finish=lambda part, row: part / row.total.square(),
     ),
     "mean_logit": Statistic(
-        define=lambda z, p, lse, targets: z.mean(-1),
+        define=lambda z, log_p, lse, targets: z.mean(-1),
         of_logits=lambda tile: tile.z.sum(1),
         finish=lambda part, row: part / row.vocabulary,
     ),
     "is_top1": Statistic(
-        define=lambda z, p, lse, targets: z.argmax(-1) == targets,
+        define=lambda z, log_p, lse, targets: z.argmax(-1) == targets,
         of_logits=_first_column,
         join=_of_the_larger,
         finish=lambda part, row: part == row.targets,

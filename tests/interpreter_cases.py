@@ -941,3 +941,14 @@ def test_a_registered_curve(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None
         for backend in ("triton", "chunked")
     ]
     torch.testing.assert_close(*public, rtol=1e-5, atol=1e-5)
+
+
+def test_an_fp32_adapter_on_a_half_precision_head_is_not_rounded() -> None:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(19, 40, generator=g).half(), (torch.randn(103, 40, generator=g) / 6).half()
+    a, b = torch.randn(4, 40, generator=g) / 6, 2 * torch.randn(103, 4, generator=g)
+    targets = torch.randint(103, (19,), generator=g)
+    found = fr.linear_logprobs(hidden, weight, targets, lora=(a, b, 0.7), backend="triton").logprobs
+    z = hidden.double() @ weight.double().T + 0.7 * (hidden.double() @ a.double().T) @ b.double().T
+    true = torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0]
+    assert (found.double() - true).abs().max() <= 5e-5

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_rlhf as fr
-from tests.helpers import dense, inputs, relative, worst
+from tests.helpers import dense, inputs, plausible_logits, relative, worst
 
 BACKENDS = ["reference", "chunked"]
 
@@ -85,3 +85,49 @@ def test_a_wrong_adapter_is_refused(lora, error, message):
     data, *_ = lora_case(torch.float32)
     with pytest.raises(error, match=message):
         fr.linear_logprobs(data["hidden"], data["weight"], data["targets"], lora=lora)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def peaked_lora(base, adapter, n=200, h=896, v=2003, r=16):
+    """Logits up to 25 to which the adapter adds several units: what rounding its activations would show."""
+    data = plausible_logits(n, v, torch.float64, h)
+    g = torch.Generator().manual_seed(1)
+    a = torch.randn(r, h, generator=g, dtype=torch.float64) / h**0.5
+    b = torch.randn(v, r, generator=g, dtype=torch.float64)
+    return data["hidden"].to(base), data["weight"].to(base), data["targets"], a.to(adapter), b.to(adapter)
+
+
+@pytest.mark.parametrize("autocast", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("base", list(DTYPES))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_rank_r_product_is_never_rounded(backend, base, adapter, autocast):
+    """Every pair of dtypes that PEFT and autocast make, against fp64 on the operands as torch casts them."""
+    dtype = DTYPES[base]
+    hidden, weight, targets, a, b = peaked_lora(dtype, dtype if adapter == "same" else torch.float32)
+    with torch.autocast("cpu", dtype=DTYPES[autocast or "bf16"], enabled=autocast is not None):
+        found = fr.linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5), backend=backend).logprobs
+    cast = [t.to(DTYPES[autocast]) if autocast else t for t in (hidden, weight, a, b)]
+    x, w, first, second = (t.double() for t in cast)
+    z = x @ w.T + 0.5 * (x @ first.T) @ second.T
+    assert (0.5 * (x @ first.T) @ second.T).abs().max() > 3
+    true = torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0]
+    assert worst(found, true) <= 5e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_an_fp32_adapter_on_a_bf16_head(backend):
+    """As near to fp64 as dense torch with fp32 logits, whose operands of the backward are bf16 as ours."""
+    hidden, weight, targets, a, b = peaked_lora(torch.bfloat16, torch.float32, n=64, h=128, v=503)
+    upstream = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    leaves = [hidden.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    found = fr.linear_logprobs(hidden, weight, targets, lora=(a, b, 0.5), backend=backend).logprobs
+    ours = torch.autograd.grad((found * upstream).sum(), leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    z = wide[0] @ weight.double().T + 0.5 * (wide[0] @ wide[1].T) @ wide[2].T
+    true = torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0]
+    exact = torch.autograd.grad((true * upstream).sum(), wide)
+    for mine, right in zip(ours, exact):
+        assert relative(mine, right) < 2 * torch.finfo(torch.bfloat16).eps

@@ -104,9 +104,94 @@ def test_compiled_and_chunk_size_change_nothing(name):
     options = {"beta": 0.0} if name == "GRPO" else {}
     one, two = cls(**options), cls(**options, compiled=False, chunk_size=7)
     assert str(one) == str(two)
-    assert {k: v for k, v in vars(one).items() if not k.startswith("_")} == {
-        k: v for k, v in vars(two).items() if not k.startswith("_")
+    without = ("compiled", "chunk_size")
+    assert {k: v for k, v in vars(one).items() if not k.startswith("_") and k not in without} == {
+        k: v for k, v in vars(two).items() if not k.startswith("_") and k not in without
     }
+
+
+CHANGES = [
+    ("DPO", "beta", 0.7),
+    ("DPO", "loss_type", "hinge"),
+    ("DPO", "label_smoothing", 0.2),
+    ("DPO", "average_log_prob", True),
+    ("CPO", "beta", 0.7),
+    ("CPO", "label_smoothing", 0.2),
+    ("CPO", "alpha", 0.3),
+    ("SimPO", "gamma", 1.5),
+    ("SimPO", "beta", 0.7),
+    ("ORPO", "beta", 0.7),
+    ("ORPO", "compute_nll_loss", False),
+    ("KTO", "beta", 0.7),
+    ("GRPO", "epsilon_low", 0.01),
+    ("GRPO", "epsilon_high", 0.01),
+    ("GRPO", "loss_type", "dr_grpo"),
+    ("GRPO", "beta", 0.5),
+    ("GRPO", "temperature", 0.5),
+    ("GRPO", "delta", 1.01),
+    ("JSD", "beta", 0.9),
+    ("JSD", "weight_hard_loss", 0.1),
+    ("JSD", "temperature", 2.0),
+]
+
+
+@pytest.mark.parametrize(("name", "attribute", "value"), CHANGES)
+def test_a_changed_attribute_is_what_the_constructor_would_have_made_of_it(name, attribute, value):
+    """Loss, gradient and everything returned, as if it had been given from the start."""
+    cls, _ = classes(name)
+    more = {"max_completion_length": 9} if name == "GRPO" else {"use_ref_model": True} if name == "KTO" else {}
+    changed, made = cls(**more), cls(**more, **{attribute: value})
+    assert hasattr(changed, attribute)
+    before = run_of(name, cls(**more))
+    setattr(changed, attribute, value)
+    found, expected = run_of(name, changed), run_of(name, made)
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "value"),
+    [
+        ("DPO", "loss_type", "nonsense"),
+        ("GRPO", "loss_type", "nonsense"),
+        ("GRPO", "epsilon_low", 2.0),
+        ("JSD", "beta", 3.0),
+    ],
+)
+def test_an_attribute_that_cannot_be_is_refused_at_the_next_call(name, attribute, value):
+    cls, _ = classes(name)
+    loss = cls()
+    setattr(loss, attribute, value)
+    with pytest.raises(ValueError, match=attribute):
+        run_of(name, loss)
+
+
+def run_of(name, loss):
+    """Loss, gradients of hidden and weight, and what else a call returns."""
+    g = torch.Generator().manual_seed(0)
+    hidden, ref = (torch.randn(4, 6, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    weight, ref_weight = (torch.randn(31, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    target = torch.randint(31, (4, 6), generator=g)
+    hidden.requires_grad_(), weight.requires_grad_()
+    references = {"ref_input": ref, "ref_weight": ref_weight}
+    if name == "GRPO":
+        old = (
+            fr.linear_logprobs(hidden, weight, target).logprobs.detach() + 0.1 * torch.randn(4, 6, generator=g).double()
+        )
+        advantages = torch.tensor([1.0, -1.0, 0.5, -0.5]).double()
+        mask = torch.ones(4, 6)
+        found = loss(hidden, weight, target, mask, advantages, old_per_token_logps=old, **references)
+    elif name == "JSD":
+        flat = target.flatten()
+        found = loss(hidden.flatten(0, 1), weight, ref.flatten(0, 1), ref_weight, flat), ()
+    elif name == "KTO":
+        found = loss(hidden, weight, target, preference_labels=torch.tensor([1, 0, 1, 0]), **references)
+    elif name == "DPO":
+        found = loss(weight, hidden, target, **references)
+    else:
+        found = loss(weight, hidden, target)
+    grads = torch.autograd.grad(found[0], (hidden, weight))
+    return [found[0].detach(), *grads, *found[1]]
 
 
 # --------------------------------------------------------------------------------------------------------- preferences

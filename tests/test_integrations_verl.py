@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_rlhf.integrations.verl import linear_cross_entropy
+from fused_rlhf.integrations.verl import linear_cross_entropy, patch_verl
 from tests.helpers import dense, inputs, relative, worst
 
 N, H, V = 37, 24, 1003
@@ -127,3 +129,61 @@ def test_process_groups(monkeypatch: pytest.MonkeyPatch) -> None:
             linear_cross_entropy(*arguments, group)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_megatrons_layout() -> None:
+    """Hidden states (s, 1, H) beside labels (1, s): one packed sequence, whose tokens are in one order in both."""
+    data = inputs(N, H, V)
+    flat = linear_cross_entropy(data["hidden"], data["weight"], data["targets"])
+    found = linear_cross_entropy(data["hidden"][:, None], data["weight"], data["targets"][None])
+    assert all(map(torch.equal, found, flat))
+    with pytest.raises(ValueError, match=r"labels must have shape \(2, 3\), as hidden, or \(1, s\).*got \(3, 2\)"):
+        linear_cross_entropy(torch.ones(2, 3, 4), torch.ones(5, 4), torch.zeros(3, 2, dtype=torch.int64))
+
+
+def modules(forward: Any) -> dict[str, ModuleType]:
+    """verl as far as it is looked at: where the function is, a module that imported it by name, and one that did not."""
+
+    class LinearCrossEntropy(torch.autograd.Function):
+        pass
+
+    LinearCrossEntropy.forward = staticmethod(forward)  # type: ignore[method-assign]
+    names = [
+        "verl",
+        "verl.utils",
+        "verl.utils.kernel",
+        "verl.utils.kernel.linear_cross_entropy",
+        "verl.models.fused",
+        "verl.x",
+    ]
+    made = {name: ModuleType(name) for name in names}
+    home: Any = made["verl.utils.kernel.linear_cross_entropy"]
+    home.LinearCrossEntropy = LinearCrossEntropy
+    home.linear_cross_entropy = LinearCrossEntropy.apply
+    made["verl.models.fused"].linear_cross_entropy = home.linear_cross_entropy  # type: ignore[attr-defined]
+    made["verl.x"].linear_cross_entropy = "its own"  # type: ignore[attr-defined]
+    return made
+
+
+def test_patch_verl_reaches_modules_that_hold_the_function_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(ctx, hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("verl's own")
+
+    made = modules(forward)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    patch_verl()
+    patch_verl()
+    for name in ("verl.utils.kernel.linear_cross_entropy", "verl.models.fused"):
+        assert made[name].linear_cross_entropy is linear_cross_entropy
+    assert made["verl.x"].linear_cross_entropy == "its own"
+
+
+def test_a_verl_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(ctx, hidden, weight, labels, reduction="none"):  # type: ignore[no-untyped-def]
+        raise AssertionError("verl's own")
+
+    for name, module in modules(forward).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ImportError, match=r"linear_cross_entropy takes .*'reduction'.*, expected"):
+        patch_verl()

@@ -58,3 +58,12 @@ def test_compiled_graphs_counts_them():
     assert private.compiled_graphs() == before + 1
     double(torch.ones(3))
     assert private.compiled_graphs() == before + 1
+
+
+def test_is_fake_knows_a_tensor_without_numbers():
+    """Else a tracer's tensors are refused as those of a foreign subclass."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert private.is_fake(torch.ones(2))
+    assert not private.is_fake(torch.ones(2))

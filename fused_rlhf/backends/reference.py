@@ -25,7 +25,7 @@ from fused_rlhf.kernels.interface import (
     TokenGrads,
     Work,
 )
-from fused_rlhf.kernels.statistics import STATISTICS
+from fused_rlhf.kernels.statistics import STATISTICS, reference_of
 
 EVERYTHING = slice(None)
 
@@ -38,22 +38,29 @@ def logits(hidden: Tensor, head: Projection, temperature: Tensor) -> Tensor:
     return head.transform.apply(u * head.transform.logit_scale, temperature.to(head.wide))
 
 
+def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) log-probabilities, whatever offset the logits have in common, and (N,) lse."""
+    maximum = z.amax(-1)
+    depth = z - reference_of(maximum)[:, None]
+    log_total = depth.exp().sum(-1).log()
+    return depth - log_total[:, None], reference_of(maximum) + log_total
+
+
 def mass_blocks(vocabulary: int, device: torch.device) -> int:
     return 0  # nothing is left out here, whatever the filter
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     z = logits(rows.hidden, head, rows.temperature)
-    lse = torch.logsumexp(z, dim=-1)
-    p = torch.exp(z - lse[:, None])
-    found = {name: STATISTICS[name].define(z, p, lse, rows.targets) for name in ("lse", *outputs)}
-    return Stats.of(z.gather(-1, rows.targets[:, None]).squeeze(-1) - lse, found)
+    log_p, lse = log_softmax(z)
+    found = {name: STATISTICS[name].define(z, log_p, lse, rows.targets) for name in ("lse", *outputs)}
+    return Stats.of(log_p.gather(-1, rows.targets[:, None]).squeeze(-1), found)
 
 
 def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
     z = logits(rows.hidden, head, rows.temperature)
     temperature = rows.temperature.to(z.dtype)
-    log_p = z - stats.lse[:, None]
+    log_p, _ = log_softmax(z)
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
     g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)

@@ -4,7 +4,8 @@
 
 Names, argument orders, defaults and the structure of what comes back are those of Liger 0.8.5, which need not be installed.
 `compiled` and `chunk_size` are taken for the sake of the signature and change nothing: nothing is compiled, and the tiling
-does not depend on the batch. All of the classes differ from Liger's in this:
+does not depend on the batch. Attributes have the arguments' names, and may be changed between calls. All of the classes differ
+from Liger's in this:
 
 - Logits are fp32 whatever the inputs' dtype; Liger rounds them to it before the softmax. fp64 inputs stay fp64.
 - Ignored tokens cost nothing, whatever their hidden states hold, and are part of no mean or sum of logits.
@@ -21,16 +22,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_rlhf.checks import shape
 from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
 from fused_rlhf.kernels.interface import Stats
 from fused_rlhf.objectives import PRESETS, Count, PolicyLoss
 from fused_rlhf.objectives.registry import keywords
 from fused_rlhf.op.execute import loss_of, statistics
-from fused_rlhf.op.head import Call, Head, check_head, check_reference, shape
+from fused_rlhf.op.head import Call, Head, check_head, check_reference
 from fused_rlhf.op.rows import flat_sequences, tokens_of
 from fused_rlhf.op.sequences import reference_logprobs
 from fused_rlhf.preferences import PREFERENCES, PreferenceLoss, log1mexp
@@ -131,19 +134,33 @@ def _loss(
     return loss_of(replace(scored.stats, logprobs=logprobs), bound, "auto")
 
 
-class _PairedLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss whose attributes are its constructor's arguments, as Liger's are: changed, the next call is of what they say."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        for name, value in arguments.items():
+            if name not in ("self", "__class__"):
+                setattr(self, name, value)
+        _ = self.objective  # refuses what cannot be
+
+    @property
+    def objective(self) -> Any:
+        """What the attributes mean."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.objective}"
+
+
+class _PairedLoss(_Loss):
     """A preference loss of S / 2 chosen completions and as many rejected ones, with the NLL of the chosen added."""
 
-    def __init__(
-        self, objective: PreferenceLoss, ignore_index: int, alpha: float, compute_nll_loss: bool, average_log_prob: bool
-    ) -> None:
-        super().__init__()
-        self.objective = objective
-        self.beta = objective.beta
-        self.ignore_index = ignore_index
-        self.alpha = alpha
-        self.compute_nll_loss = compute_nll_loss
-        self.average_log_prob = average_log_prob
+    ignore_index: int
+    beta: float
+    compute_nll_loss: bool
+    alpha: float = 1.0
+    average_log_prob: bool = True
 
     def _run(
         self,
@@ -159,8 +176,9 @@ class _PairedLoss(nn.Module):
         count = scored.sequences.count
         if count % 2:
             raise ValueError(f"target must hold as many rejected as chosen completions, got {count} in all")
-        own_mean = PREFERENCES[self.objective.losses[0]].averaged  # the loss itself takes means of the sums it is given
-        loss = _loss(self.objective, scored, self.average_log_prob and not own_mean)
+        objective = self.objective
+        own_mean = PREFERENCES[objective.losses[0]].averaged  # the loss itself takes means of the sums it is given
+        loss = _loss(objective, scored, self.average_log_prob and not own_mean)
         chosen = torch.arange(count, device=target.device) < count // 2
         nll = loss.new_zeros(())
         if self.compute_nll_loss and nll_target is None:
@@ -175,9 +193,6 @@ class _PairedLoss(nn.Module):
             means = [scored.mean_over(scored.stats["mean_logit"], keep) for keep in (chosen, ~chosen)]
             rewards = self.beta * (logps - ref_logps)
         return loss + self.alpha * nll, (*logps.chunk(2), *means, nll.detach(), *rewards.chunk(2))
-
-    def extra_repr(self) -> str:
-        return f"{self.objective}"
 
 
 _DPO_LOSSES = (
@@ -194,6 +209,11 @@ class LigerFusedLinearDPOLoss(_PairedLoss):
     with use_ref_model=False; ref_weight=None means the policy's own head.
     """
 
+    use_ref_model: bool
+    loss_type: str
+    label_smoothing: float
+    discopop_tau: float
+
     def __init__(
         self,
         ignore_index: int = -100,
@@ -208,17 +228,21 @@ class LigerFusedLinearDPOLoss(_PairedLoss):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
     ) -> None:
-        if loss_type not in _DPO_LOSSES:
-            raise ValueError(f"loss_type must be one of {list(_DPO_LOSSES)}, got {loss_type!r}")
-        given = {"label_smoothing": (label_smoothing, 0.0), "discopop_tau": (discopop_tau, 0.05)}
-        taken = keywords(PREFERENCES[loss_type].function)
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PreferenceLoss:
+        if self.loss_type not in _DPO_LOSSES:
+            raise ValueError(f"loss_type must be one of {list(_DPO_LOSSES)}, got {self.loss_type!r}")
+        given = {"label_smoothing": (self.label_smoothing, 0.0), "discopop_tau": (self.discopop_tau, 0.05)}
+        taken = keywords(PREFERENCES[self.loss_type].function)
         for name, (value, default) in given.items():
             if name not in taken and value != default:
-                raise ValueError(f"{name} must be {default} for loss_type={loss_type!r}, which has none; got {value}")
+                raise ValueError(
+                    f"{name} must be {default} for loss_type={self.loss_type!r}, which has none; got {value}"
+                )
         options = {name: value for name, (value, _) in given.items() if name in taken}
-        objective = PreferenceLoss((loss_type,), beta=beta, options=options)
-        super().__init__(objective, ignore_index, alpha, compute_nll_loss, average_log_prob)
-        self.use_ref_model = use_ref_model
+        return PreferenceLoss((self.loss_type,), beta=self.beta, options=options)
 
     def forward(
         self,
@@ -249,6 +273,8 @@ class LigerFusedLinearDPOLoss(_PairedLoss):
 class LigerFusedLinearCPOLoss(_PairedLoss):
     """CPO (arXiv:2401.08417). Differs from Liger as the module says."""
 
+    label_smoothing: float
+
     def __init__(
         self,
         ignore_index: int = -100,
@@ -260,8 +286,11 @@ class LigerFusedLinearCPOLoss(_PairedLoss):
         average_log_prob: bool = False,
         chunk_size: int = 1,
     ) -> None:
-        objective = PreferenceLoss(("cpo",), beta=beta, options={"label_smoothing": label_smoothing})
-        super().__init__(objective, ignore_index, alpha, compute_nll_loss, average_log_prob)
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PreferenceLoss:
+        return PreferenceLoss(("cpo",), beta=self.beta, options={"label_smoothing": self.label_smoothing})
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Outputs:
         """Arguments and results as those of `LigerFusedLinearDPOLoss`, without a reference."""
@@ -270,6 +299,9 @@ class LigerFusedLinearCPOLoss(_PairedLoss):
 
 class LigerFusedLinearSimPOLoss(_PairedLoss):
     """SimPO (arXiv:2405.14734); gamma is the margin itself, not its ratio to beta. Differs from Liger as the module says."""
+
+    label_smoothing: float
+    gamma: float
 
     def __init__(
         self,
@@ -282,8 +314,12 @@ class LigerFusedLinearSimPOLoss(_PairedLoss):
         gamma: float = 0.5,
         chunk_size: int = 1,
     ) -> None:
-        objective = PreferenceLoss(("simpo",), beta=beta, options={"gamma": gamma, "label_smoothing": label_smoothing})
-        super().__init__(objective, ignore_index, alpha, compute_nll_loss, average_log_prob=True)
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PreferenceLoss:
+        options = {"gamma": self.gamma, "label_smoothing": self.label_smoothing}
+        return PreferenceLoss(("simpo",), beta=self.beta, options=options)
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Outputs:
         """Arguments and results as those of `LigerFusedLinearDPOLoss`, without a reference; logps are means."""
@@ -306,9 +342,11 @@ class LigerFusedLinearORPOLoss(_PairedLoss):
         compiled: bool = True,
         chunk_size: int = 1,
     ) -> None:
-        super().__init__(
-            PreferenceLoss(("orpo",), beta=beta), ignore_index, 1.0, compute_nll_loss, average_log_prob=True
-        )
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PreferenceLoss:
+        return PreferenceLoss(("orpo",), beta=self.beta)
 
     def forward(
         self,
@@ -337,13 +375,18 @@ class LigerFusedLinearORPOLoss(_PairedLoss):
         return loss, (*found, nn.functional.logsigmoid(log_odds).mean(), log_odds.mean())
 
 
-class LigerFusedLinearKTOLoss(nn.Module):
+class LigerFusedLinearKTOLoss(_Loss):
     """KTO (arXiv:2402.01306).
 
     Differs from Liger, beside what the module says: kl may be one number or one for each completion, (S,), as documented there,
     where Liger's value with its default chunk_size compares every completion with every kl; ref_input is refused with
     use_ref_model=False; ref_weight=None means the policy's own head.
     """
+
+    ignore_index: int
+    beta: float
+    use_ref_model: bool
+    average_log_prob: bool
 
     def __init__(
         self,
@@ -354,12 +397,11 @@ class LigerFusedLinearKTOLoss(nn.Module):
         average_log_prob: bool = False,
         chunk_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.objective = PreferenceLoss(("kto",), beta=beta)
-        self.beta = beta
-        self.ignore_index = ignore_index
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PreferenceLoss:
+        return PreferenceLoss(("kto",), beta=self.beta)
 
     def forward(
         self,
@@ -404,14 +446,11 @@ class LigerFusedLinearKTOLoss(nn.Module):
             sums = [torch.where(keep, values, 0.0).sum() for values in each for keep in (chosen, ~chosen)]
         return loss, tuple(sums)
 
-    def extra_repr(self) -> str:
-        return f"{self.objective}"
-
 
 # ---------------------------------------------------------------------------------------------------------------- GRPO
 
 
-class LigerFusedLinearGRPOLoss(nn.Module):
+class LigerFusedLinearGRPOLoss(_Loss):
     """GRPO, and by loss_type bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.
 
     Differs from Liger, beside what the module says:
@@ -426,6 +465,23 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     - vllm_is_ratio must be (B, T) for vespo, which sums its logarithms over each completion's own tokens.
     - advantages may be (B, T). A token whose vllm_is_ratio is 0 does not count as clipped.
     """
+
+    beta: float
+    use_ref_model: bool
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    max_completion_length: int | None
+    importance_sampling_level: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    temperature: float
+    delta: float | None
+    use_bias_correction_kl: bool
+    vespo_k_pos: float
+    vespo_lambda_pos: float
+    vespo_k_neg: float
+    vespo_lambda_neg: float
 
     def __init__(
         self,
@@ -448,46 +504,42 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
     ) -> None:
-        super().__init__()
-        clipped = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta}
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> PolicyLoss:
+        beta, delta, loss_type, level = self.beta, self.delta, self.loss_type, self.importance_sampling_level
+        clipped = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high, "delta": delta}
         options: dict[str, dict[str, float | None]] = {
             "grpo": clipped,
             "bnpo": clipped,
-            "dr_grpo": clipped | {"max_completion_length": max_completion_length},
+            "dr_grpo": clipped | {"max_completion_length": self.max_completion_length},
             "dapo": clipped,
             "luspo": clipped,
-            "cispo": {"ratio_max": epsilon_high},
-            "sapo": {"tau_pos": sapo_temperature_pos, "tau_neg": sapo_temperature_neg},
+            "cispo": {"ratio_max": self.epsilon_high},
+            "sapo": {"tau_pos": self.sapo_temperature_pos, "tau_neg": self.sapo_temperature_neg},
             "vespo": {
-                "k_pos": vespo_k_pos,
-                "lambda_pos": vespo_lambda_pos,
-                "k_neg": vespo_k_neg,
-                "lambda_neg": vespo_lambda_neg,
+                "k_pos": self.vespo_k_pos,
+                "lambda_pos": self.vespo_lambda_pos,
+                "k_neg": self.vespo_k_neg,
+                "lambda_neg": self.vespo_lambda_neg,
             },
         }
         if loss_type not in options:
             raise ValueError(f"loss_type must be one of {list(options)}, got {loss_type!r}")
-        if importance_sampling_level not in ("token", "sequence"):
-            raise ValueError(
-                f"importance_sampling_level must be 'token' or 'sequence', got {importance_sampling_level!r}"
-            )
+        if level not in ("token", "sequence"):
+            raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
         own_ratio = "delta" not in options[loss_type]
-        if own_ratio and importance_sampling_level != "token":
+        if own_ratio and level != "token":
             raise ValueError(f"importance_sampling_level must be 'token' for loss_type={loss_type!r}, got 'sequence'")
         if own_ratio and delta is not None:
             raise ValueError(f"delta must be None for loss_type={loss_type!r}, which does not clip twice; got {delta}")
-        if loss_type == "dr_grpo" and max_completion_length is None:
+        if loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given for loss_type='dr_grpo', got None")
-        if beta != 0 and not use_ref_model:
+        if beta != 0 and not self.use_ref_model:
             raise ValueError(f"use_ref_model must be True when beta is not 0, got False with beta={beta}")
-        self.loss_type = loss_type
-        self.beta = beta
-        self.temperature = temperature
-        self.objective: PolicyLoss = PRESETS[loss_type](
-            beta=beta,
-            level=importance_sampling_level,
-            use_bias_correction_kl=use_bias_correction_kl,
-            **options[loss_type],
+        return PRESETS[loss_type](
+            beta=beta, level=level, use_bias_correction_kl=self.use_bias_correction_kl, **options[loss_type]
         )
 
     def forward(
@@ -595,14 +647,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             total = torch.as_tensor(num_items_in_batch, device=mask.device)
         return (total / ranks).clamp(min=1)
 
-    def extra_repr(self) -> str:
-        return f"{self.objective}"
-
 
 # -------------------------------------------------------------------------------------------------------- distillation
 
 
-class LigerFusedLinearJSDLoss(nn.Module):
+class LigerFusedLinearJSDLoss(_Loss):
     """Distillation: weight_hard_loss NLL of the labels + weight_soft_loss divergence from the teacher, means over the labels.
 
     beta = 0 is KL(teacher || student), beta = 1 is KL(student || teacher), and between them
@@ -615,6 +664,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
     gradient.
     """
 
+    weight_hard_loss: float
+    weight_soft_loss: float
+    beta: float
+    ignore_index: int
+    temperature: float
+    return_soft_hard_loss: bool
+
     def __init__(
         self,
         weight_hard_loss: float = 0.5,
@@ -626,15 +682,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
         chunk_size: int = 1024,
         return_soft_hard_loss: bool = False,
     ) -> None:
-        super().__init__()
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta must lie in [0, 1], got {beta}")
-        self.weight_hard_loss = weight_hard_loss
-        self.weight_soft_loss = weight_soft_loss
-        self.beta = beta
-        self.ignore_index = ignore_index
-        self.temperature = temperature
-        self.return_soft_hard_loss = return_soft_hard_loss
+        super().__init__(locals())
+
+    @property
+    def objective(self) -> str:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
+        return f"{self.weight_hard_loss} NLL + {self.weight_soft_loss} divergence, beta={self.beta}"
 
     def forward(
         self,
@@ -656,6 +710,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
         Returns:
             loss; or loss, soft loss and hard loss with return_soft_hard_loss.
         """
+        _ = self.objective  # refuses what cannot be
         live = true_labels != self.ignore_index
         count = live.sum().clamp(min=1)
         hard = soft = torch.zeros((), device=student_input.device)

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import BoundPolicy, Stats, TokenGrads
-from fused_rlhf.objectives.registry import check_number, differentiated, keywords, options_of, registered, snake_case
+from fused_rlhf.objectives.registry import (
+    check_number,
+    check_options,
+    differentiated,
+    keywords,
+    options_of,
+    registered,
+    snake_case,
+)
 from fused_rlhf.objectives.surrogates import KL_ESTIMATORS, SURROGATES, TOKEN_WEIGHTS, Count, Surroundings, looks_beyond
 from fused_rlhf.segments import Sequences
 
@@ -342,6 +350,11 @@ def preset(
     def construct(**given: Any) -> PolicyLoss:
         settings = {key: value for key, value in given.items() if key in own}
         options = defaults | {key: value for key, value in given.items() if key not in own}
+        check_options(
+            f"{surrogate} with {token_weight}",
+            options,
+            own | keywords(SURROGATES[surrogate]) | keywords(TOKEN_WEIGHTS[token_weight]),
+        )
         return PolicyLoss(surrogate, token_weight, **({"level": level} | settings), options=options)
 
     construct.__name__ = construct.__qualname__ = name

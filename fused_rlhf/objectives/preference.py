@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 
 from fused_rlhf.kernels.interface import BoundPreference, Stats, TokenGrads
 from fused_rlhf.objectives.preference_losses import PREFERENCES, Examples, Pairs, Side
-from fused_rlhf.objectives.registry import check_number, differentiated, keywords, options_of, registered
+from fused_rlhf.objectives.registry import check_number, check_options, differentiated, keywords, options_of, registered
 from fused_rlhf.objectives.surrogates import Count
 from fused_rlhf.segments import Sequences, precise
 
@@ -268,6 +268,8 @@ def preset(name: str, *losses: str, source: str, **defaults: Any) -> Callable[..
             names, weights = (*names, "sft"), (*weights, sft_weight)
         settings = {key: value for key, value in given.items() if key in own}
         options = {key: value for key, value in given.items() if key not in own}
+        known = [keywords(PREFERENCES[loss].function) for loss in names if loss in PREFERENCES]
+        check_options(names, options, own.union({"loss_type", "loss_weights", "sft_weight"}, *known))
         return PreferenceLoss(names, weights, **settings, options=options)
 
     construct.__name__ = construct.__qualname__ = name

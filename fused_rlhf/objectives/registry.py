@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,10 +32,22 @@ def registered(argument: str, name: str, table: dict[str, Any]) -> None:
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
-    """Raises ValueError unless `value` is finite, > above and >= at_least."""
-    if not (math.isfinite(value) and value > above and value >= at_least):
+    """Raises TypeError unless `value` is a number, ValueError unless it is finite, > above and >= at_least."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    number = float(value)
+    if not (math.isfinite(number) and number > above and number >= at_least):
         bound = f" and > {above:g}" if above > -math.inf else f" and >= {at_least:g}" if at_least > -math.inf else ""
         raise ValueError(f"{name} must be finite{bound}, got {value}")
+
+
+def check_options(of: object, given: Iterable[str], known: set[str]) -> None:
+    """Raises TypeError for a keyword that a preset does not have, naming those it has and the nearest."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{name} is no option of {of}: {sorted(known)}{hint}")
 
 
 def snake_case(name: str) -> str:
@@ -48,7 +62,12 @@ def snake_case(name: str) -> str:
 def differentiated(
     function: Callable[[Tensor, Tensor | None], Tensor], logprobs: Tensor, entropy: Tensor | None, by_entropy: bool
 ) -> tuple[Tensor, TokenGrads]:
-    """What `function(logprobs, entropy)` gives and the derivatives of its sum, by autograd on the (n,) vectors."""
+    """What `function(logprobs, entropy)` gives and the derivatives of its sum, by autograd on the (n,) vectors.
+
+    None of the derivatives under `torch.inference_mode`, where nothing can be differentiated, nor needs to be.
+    """
+    if torch.is_inference_mode_enabled():
+        return function(logprobs, entropy), TokenGrads(None)
     with torch.enable_grad():
         lp = logprobs.detach().requires_grad_()
         h = None if entropy is None else entropy.detach().requires_grad_(by_entropy)

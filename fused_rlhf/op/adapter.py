@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import Projection
+from fused_rlhf.op.once import once_differentiable
 
 ROWS = 8192  # rows at a time
 
@@ -29,18 +30,18 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, a: Tensor, scale: float, head: Projection) -> Tensor:  # type: ignore[override]
-        factor = a.to(head.compute_dtype).to(head.wide).T
-        parts = []
+        factor = a.to(head.adapter_dtype).to(head.wide).T
+        blocks = []
         for some in hidden.split(ROWS):
-            t = scale * (some.to(head.compute_dtype).to(head.wide) @ factor)
-            high = t.to(head.compute_dtype)
-            parts.append(torch.cat([high, *[t - high] * (head.copies - 1)], 1))
+            t = head.parts(scale * (some.to(head.compute_dtype).to(head.wide) @ factor), head.t_parts)
+            blocks.append(torch.cat([t[i] for i, _ in head.adapter_pairs], 1))
         x = torch.promote_types(hidden.dtype, head.compute_dtype)
         ctx.save_for_backward(hidden, a)
-        ctx.scale, ctx.wide = scale, head.wide
-        return torch.cat([hidden.to(x), torch.cat(parts).to(x)], 1)
+        ctx.scale, ctx.wide, ctx.pairs = scale, head.wide, head.adapter_pairs
+        return torch.cat([hidden.to(x), torch.cat(blocks).to(x)], 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
         hidden, a = ctx.saved_tensors
         H, r = hidden.shape[1], len(a)
@@ -48,8 +49,9 @@ class _LowRank(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), ROWS):
             rows = slice(i, i + ROWS)
-            # One part stands for their sum: each has the gradient of the sum.
-            d_t = ctx.scale * upstream[rows, H : H + r].to(ctx.wide)
+            # The first part of t has the gradient of t itself: it met all parts of B.
+            blocks = upstream[rows, H:].to(ctx.wide).split(r, 1)
+            d_t = ctx.scale * sum(block for block, (i, _) in zip(blocks, ctx.pairs) if i == 0)
             d_a += d_t.T @ hidden[rows].to(ctx.wide)
             if d_hidden is not None:
                 d_hidden[rows] = upstream[rows, :H] + d_t @ a.to(ctx.wide)

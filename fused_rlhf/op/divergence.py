@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_rlhf import backends
 from fused_rlhf.kernels.interface import Comparison, Needs, Projection, RowPairs, Sums, pick
+from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.rows import check_temperature, scatter
 
 

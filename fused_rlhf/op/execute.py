@@ -28,6 +28,7 @@ from fused_rlhf.kernels.interface import (
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.logprobs import linear_logprobs
+from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.rows import check_temperature
 
 Mode = Literal["auto", "one_pass", "two_phase"]
@@ -122,6 +123,7 @@ class _Loss(torch.autograd.Function):
         return loss.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
         by_logprob, by_entropy = (None if g is None else g * upstream for g in ctx.grads[:2])
         return by_logprob, by_entropy, None, None
@@ -153,6 +155,7 @@ class _OnePassLoss(torch.autograd.Function):
         return (loss.sum(), *values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
         grads: Grads | None = ctx.grads
         nothing = (None,) * 5
@@ -238,6 +241,7 @@ class _FrozenLogprobs(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
         (unit,) = ctx.saved_tensors
         d_hidden = None if upstream is None else (unit * upstream[:, None]).to(unit.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
+from fused_rlhf.checks import check_tensor, check_zero_or_one, shape
 from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import CURVES, Transform
@@ -110,10 +111,6 @@ class Call(NamedTuple):
     grad_filter: float = 0.0
 
 
-def shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
 def check_number(name: str, value: object, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -144,22 +141,33 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
         raise TypeError(f"ignore_index must be an int, got {type(call.ignore_index).__name__}")
     backends.choose(call.backend, hidden)  # refuses what cannot run before any work
 
-    device_type, weight = hidden.device.type, head.weight
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        compute_dtype = torch.get_autocast_dtype(device_type)
-    else:
-        compute_dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    compute_dtype, adapter_dtype = _dtypes(hidden, head)
     wide = torch.promote_types(compute_dtype, torch.float32)
     projection = Projection(
-        weight.contiguous(),
+        head.weight.contiguous(),
         None if head.bias is None else head.bias.contiguous(),
         transform,
         compute_dtype,
         call.round_logits,
         float(call.grad_filter),
         None if head.lora is None else head.lora[1].contiguous(),
+        adapter_dtype,
     )
     return projection, _temperatures(call.temperature, targets, wide)
+
+
+def _dtypes(hidden: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
+    """Of the operands of h W^T, and of those of an adapter: what torch makes of theirs, under autocast or not."""
+    operands = [hidden.dtype, head.weight.dtype]
+    adapter = [] if head.lora is None else [factor.dtype for factor in head.lora[:2]]
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (*operands, *adapter):
+        dtype = torch.get_autocast_dtype(device_type)
+        return dtype, dtype
+    if torch.float64 in adapter:
+        operands.append(torch.float64)
+    compute_dtype = torch.promote_types(*operands[-2:]) if len(operands) == 2 else torch.float64
+    return compute_dtype, torch.promote_types(*adapter) if adapter else compute_dtype
 
 
 def _check_operands(hidden: Tensor, head: Head, targets: Tensor) -> None:
@@ -167,14 +175,13 @@ def _check_operands(hidden: Tensor, head: Head, targets: Tensor) -> None:
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
         if value is None and name == "bias":
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-        if name != "targets" and value.dtype not in DTYPES:
-            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {value.dtype}")
+        check_tensor(name, value, hidden.device if name != "hidden" else None)
+        if name != "targets" and value.dtype not in DTYPES:  # type: ignore[union-attr]
+            raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {value.dtype}")  # type: ignore[union-attr]
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be (N, H) or (B, T, H), got {shape(hidden)}")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have a last dimension H of at least 1, got {shape(hidden)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight must be (V, H) with H={hidden.shape[-1]} as in hidden, got {shape(weight)}")
     if targets.dtype != torch.int64:
@@ -193,8 +200,7 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tens
         if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a tensor of one of {[str(d) for d in DTYPES]}, got {got}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+        check_tensor(name, value, hidden.device)
     if a.dim() != 2 or a.shape[1] != weight.shape[1] or b.shape != (len(weight), len(a)):
         raise ValueError(
             f"lora must be A (r, H) and B (V, r) with H={weight.shape[1]} and V={len(weight)}, got {shape(a)} and "
@@ -206,6 +212,7 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tens
 def _temperatures(temperature: float | Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
     """(N,) of one number or of a tensor in the shape of the targets."""
     if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature)
         if temperature.shape != targets.shape:
             raise ValueError(f"temperature must have the shape of targets {shape(targets)}, got {shape(temperature)}")
         if temperature.device != targets.device:
@@ -261,11 +268,15 @@ def check_reference(
         bias=None if ref.bias is None else ref.bias.contiguous(),
         transform=ref.transform,
         lora_b=None if ref.lora is None else ref.lora[1].contiguous(),
+        lora_dtype=_dtypes(ref_hidden, ref)[1],
     )
     return Reference(ref_hidden, ref, of_ref)
 
 
 def _check_ref_operands(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref: Head) -> None:
+    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref.weight), ("ref_bias", ref.bias)):
+        if value is not None:
+            check_tensor(name, value, hidden.device)
     expected = (*hidden.shape[:-1], ref.weight.shape[-1])
     if ref_hidden.shape != expected:
         raise ValueError(f"ref_hidden must be {expected}, got {shape(ref_hidden)}")
@@ -294,12 +305,14 @@ def check_divergence(
     if kind != "jsd" and beta != 0.5:
         raise ValueError(f"beta must be left at 0.5 for kind={kind!r}, which has none; got {beta}")
     for name, value in (("hidden", hidden), ("ref_hidden", ref_hidden), ("ref_weight", ref.weight)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_tensor(name, value, hidden.device if name != "hidden" else None)
+    if mask is not None:
+        check_tensor("mask", mask, hidden.device)
     backends.choose(call.backend, hidden, divergence=True)
     for name, of_rows in (("mask", mask), ("temperature", call.temperature)):
         if isinstance(of_rows, Tensor) and of_rows.shape != hidden.shape[:-1]:
             raise ValueError(f"{name} must have the shape of the rows {shape(hidden)[:-1]}, got {shape(of_rows)}")
+    check_zero_or_one("mask", mask)
     anything = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     projection, flat = check_head(hidden, head, anything, call)
     for name, given in (("ref_hidden", ref_hidden), ("ref_weight", ref.weight), ("ref_bias", ref.bias)):

@@ -33,6 +33,7 @@ class _Options(NamedTuple):
     numbers: list[float]  # logit_scale, the curve's parameter, grad_filter
     names: str  # the curve, the backend and the outputs, between commas
     compute_dtype: torch.dtype
+    adapter_dtype: torch.dtype
     round_logits: bool
 
     @staticmethod
@@ -40,14 +41,20 @@ class _Options(NamedTuple):
         transform = head.transform
         numbers = [transform.logit_scale, transform.parameter, head.grad_filter]
         names = ",".join((transform.curve, backend, *outputs))
-        return _Options(ignore_index, numbers, names, head.compute_dtype, head.round_logits)
+        return _Options(ignore_index, numbers, names, head.compute_dtype, head.adapter_dtype, head.round_logits)
 
     def head(self, weight: Tensor, bias: Tensor, lora_b: Tensor) -> Projection:
         logit_scale, parameter, grad_filter = self.numbers
         transform = Transform(logit_scale, self.names.split(",")[0], parameter)
-        operands = _or_none(bias), _or_none(lora_b)
         return Projection(
-            weight, operands[0], transform, self.compute_dtype, self.round_logits, grad_filter, operands[1]
+            weight,
+            _or_none(bias),
+            transform,
+            self.compute_dtype,
+            self.round_logits,
+            grad_filter,
+            _or_none(lora_b),
+            self.adapter_dtype,
         )
 
     @property
@@ -73,7 +80,10 @@ def _or_none(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-_OPTIONS = "SymInt ignore_index, float[] numbers, str names, ScalarType compute_dtype, bool round_logits"
+_OPTIONS = (
+    "SymInt ignore_index, float[] numbers, str names, ScalarType compute_dtype, ScalarType adapter_dtype, "
+    "bool round_logits"
+)
 _OPERANDS = "Tensor hidden, Tensor[] head, Tensor targets, Tensor temperature"
 
 

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fused_rlhf.checks import check_tensor, shape
 from fused_rlhf.kernels.interface import Maybe, Projection, Rows, pick
 from fused_rlhf.op.adapter import with_adapter
-from fused_rlhf.op.head import Head, shape
+from fused_rlhf.op.head import Head
 from fused_rlhf.segments import Sequences
 
 
@@ -93,7 +94,10 @@ def check_temperature(temperature: Tensor) -> None:
 
 def check_shapes(targets: Tensor, **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
-        if value is not None and value.shape != targets.shape:
+        if value is None:
+            continue
+        check_tensor(name, value, targets.device)
+        if value.shape != targets.shape:
             raise ValueError(f"{name} must have the shape of targets {shape(targets)}, got {shape(value)}")
 
 
@@ -101,13 +105,17 @@ def flat_sequences(targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     """The sequence each flat token belongs to, (N,), and how many sequences there are."""
     if targets.dim() == 2:
         if cu_seqlens is not None:
+            check_tensor("cu_seqlens", cu_seqlens)
             raise ValueError(f"cu_seqlens must be None for (B, T) targets, got {shape(cu_seqlens)}")
         b, t = targets.shape
         return torch.arange(b, device=targets.device).repeat_interleave(t), b
     if cu_seqlens is None:
         return torch.zeros_like(targets), 1
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens must be (B + 1,) integers, got {shape(cu_seqlens)} {cu_seqlens.dtype}")
+    check_tensor("cu_seqlens", cu_seqlens, targets.device)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be (B + 1,) integers, int32 or int64, got {shape(cu_seqlens)} {cu_seqlens.dtype}"
+        )
     sizes = cu_seqlens.diff()
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != targets.numel() or bool((sizes < 0).any()):
         raise ValueError(f"cu_seqlens must rise from 0 to N={targets.numel()}, got {cu_seqlens.tolist()}")

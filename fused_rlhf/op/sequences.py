@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fused_rlhf.checks import check_tensor, check_zero_or_one, shape
 from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
-from fused_rlhf.op.head import Reference, shape
+from fused_rlhf.op.head import Reference
 from fused_rlhf.op.logprobs import linear_logprobs
 from fused_rlhf.op.rows import Tokens, check_shapes, flat_sequences
 from fused_rlhf.segments import precise
@@ -33,6 +34,8 @@ def check_policy(
             f"ref_logprobs or ref_hidden must be given when beta is not 0, got neither with beta={objective.beta}"
         )
     sequence_of, count = flat_sequences(targets, cu_seqlens)
+    check_zero_or_one("completion_mask", completion_mask)
+    check_tensor("advantages", advantages, targets.device)
     if advantages.shape not in (targets.shape, (count,)):
         raise ValueError(
             f"advantages must have shape {(count,)} or that of targets {shape(targets)}, got {shape(advantages)}"
@@ -56,7 +59,10 @@ def check_preference(
     if targets.dim() == 1 and cu_seqlens is None:
         raise ValueError("cu_seqlens must be given for flat (N,) targets, got None")
     sequence_of, count = flat_sequences(targets, cu_seqlens)
-    summed = ref_logprobs is not None and ref_logprobs.shape == (count,) != targets.shape
+    check_zero_or_one("completion_mask", completion_mask)
+    if ref_logprobs is not None:
+        check_tensor("ref_logprobs", ref_logprobs, targets.device)
+    summed = ref_logprobs is not None and of_sequences(ref_logprobs, count)
     check_shapes(targets, completion_mask=completion_mask, ref_logprobs=None if summed else ref_logprobs)
     given = ref_logprobs is not None or ref_computed
     if objective.needs_reference and not given:
@@ -69,13 +75,32 @@ def check_preference(
             raise ValueError(f"targets must hold as many rejected as chosen sequences, got {count} in all")
         if labels is not None:
             raise ValueError(f"labels must be None for {objective.losses}, which compare pairs")
-    elif labels is None or labels.shape != (count,):
-        got = "None" if labels is None else shape(labels)
-        raise ValueError(f"labels must be ({count},), one for each sequence, for {objective.losses}; got {got}")
-    if kl is not None and ("kto" not in objective.losses or kl.dim() != 0):
-        raise ValueError(f"kl must be a 0-d tensor, and given for kto alone; got {shape(kl)} with {objective.losses}")
+    else:
+        if labels is not None:
+            check_tensor("labels", labels, targets.device)
+        if labels is None or labels.shape != (count,):
+            got = "None" if labels is None else shape(labels)
+            raise ValueError(f"labels must be ({count},), one for each sequence, for {objective.losses}; got {got}")
+        check_zero_or_one("labels", labels)
+    if kl is not None:
+        check_tensor("kl", kl, targets.device)
+        if "kto" not in objective.losses or kl.dim() != 0:
+            raise ValueError(
+                f"kl must be a 0-d tensor, and given for kto alone; got {shape(kl)} with {objective.losses}"
+            )
+        if not kl >= 0:
+            raise ValueError(f"kl must be at least 0, got {kl.item():g}")
     sums = precise(ref_logprobs.detach()).contiguous() if summed and ref_logprobs is not None else None
     return sequence_of, count, sums
+
+
+def of_sequences(values: Tensor, count: int) -> bool:
+    """Whether a vector has one number for each of `count` sequences.
+
+    A packed batch may have as many tokens as sequences, some of which are empty: what could be either is taken as one
+    number for each sequence, as it would be beside a padded batch.
+    """
+    return values.shape == (count,)
 
 
 def reference_logprobs(reference: Reference, tokens: Tokens, backend: str) -> Tensor:
