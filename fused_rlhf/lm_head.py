@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf import private
+from fused_rlhf import private, reading
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.head import DTYPES, Head, LoRA
@@ -69,7 +69,7 @@ class Probed:
 
 def logprobs(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None = None,
     *,
     completion_mask: Tensor | None = None,
@@ -81,14 +81,16 @@ def logprobs(
 ) -> LogProbs:
     """Log-probabilities a causal LM gives to its own input, without the logits.
 
-    Entry [b, t] of every result belongs to the token input_ids[b, t + 1], predicted from those up to t.
+    Entry [b, t] of every result belongs to the token input_ids[b, t + 1], predicted from those up to t. Of an
+    encoder-decoder it belongs to decoder_input_ids[b, t + 1]: these, `decoder_attention_mask` and `completion_mask` are
+    then (B, T), and input_ids and attention_mask are the source's, of any length, or None where it is no text.
 
     Args:
         model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, accelerate).
         input_ids: (B, T) int64.
-        attention_mask: (B, T), 0 at padding on either side. Padding, and a token whose predecessor is padding, is left
-            out: 0 in the results, at no cost.
-        completion_mask: (B, T) bool or 0 / 1, aligned with input_ids: the tokens whose log-probability is wanted.
+        attention_mask: (B, T), 0 at padding on either side, where it takes no position of the model's: as `forward`.
+            Padding, and a token whose predecessor is padding, is left out: 0 in the results, at no cost.
+        completion_mask: (B, T) bool or 0 / 1, aligned with the tokens that are scored: those whose log-probability is wanted.
         temperature: positive; one number or (B, T - 1).
         outputs, backend, round_logits: as in `linear_logprobs`.
         model_inputs: anything else the model's forward takes (position_ids, pixel_values ...).
@@ -99,27 +101,37 @@ def logprobs(
     Raises:
         ValueError, TypeError: as `forward` and `linear_logprobs`.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids must be (B, T) int64, got {_describe(input_ids)}")
-    for name, mask in (("attention_mask", attention_mask), ("completion_mask", completion_mask)):
-        if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, got {_describe(mask)}")
+    base = _unwrap(model).base
+    scored, real_mask, decoder = input_ids, attention_mask, ""
+    if reading.is_encoder_decoder(base):
+        scored, real_mask = (model_inputs.get(f"decoder_{name}") for name in ("input_ids", "attention_mask"))
+        decoder = "decoder_"
+    if not isinstance(scored, Tensor) or scored.dim() != 2 or scored.dtype != torch.int64:
+        why = f" of {_name(base)}, an encoder-decoder: input_ids are its source," if decoder else ""
+        raise ValueError(
+            f"{decoder}input_ids must be (B, T) int64,{why and ' the tokens to score'}{why} got {_describe(scored)}"
+        )
+    for name, mask in ((f"{decoder}attention_mask", real_mask), ("completion_mask", completion_mask)):
+        if mask is not None and mask.shape != scored.shape:
+            raise ValueError(
+                f"{name} must have the shape of {decoder}input_ids {tuple(scored.shape)}, got {_describe(mask)}"
+            )
     if "logits_to_keep" in model_inputs:
         raise ValueError("logits_to_keep must not be given: use completion_mask to choose tokens")
 
     inputs = forward(model, input_ids, attention_mask, **model_inputs)
-    if inputs.hidden.shape[:-1] != input_ids.shape:
+    if inputs.hidden.shape[:-1] != scored.shape:
         raise ValueError(
-            f"the head of {_name(model)} must see the (B, T) positions of input_ids, {tuple(input_ids.shape)}, "
+            f"the head of {_name(model)} must see the (B, T) positions of {decoder}input_ids, {tuple(scored.shape)}, "
             f"got hidden states {tuple(inputs.hidden.shape)}"
         )
-    wanted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-    if attention_mask is not None:
-        real = attention_mask.bool()
+    wanted = torch.ones_like(scored[:, 1:], dtype=torch.bool)
+    if real_mask is not None:
+        real = real_mask.bool()
         wanted = wanted & real[:, 1:] & real[:, :-1]
     if completion_mask is not None:
         wanted = wanted & completion_mask[:, 1:].bool()
-    targets = torch.where(wanted, input_ids[:, 1:], -100)
+    targets = torch.where(wanted, scored[:, 1:], -100)
     with inputs.autocast():
         return linear_logprobs(
             inputs.hidden[:, :-1],
@@ -178,7 +190,8 @@ def forward(
     Args:
         model: a transformers causal LM, bare or wrapped.
         input_ids: (B, T) int64.
-        attention_mask: as the model takes it.
+        attention_mask: as the model takes it. Where it is (B, T) with padding on the left, that padding takes no
+            position: a model that counts it is given `position_ids`, unless the caller gives them.
         model_inputs: anything else the model's forward takes; `use_cache` defaults to False. With `logits_to_keep`,
             `hidden` holds the positions kept. `labels` are refused: the loss would be that of the probe.
 
@@ -187,7 +200,9 @@ def forward(
 
     Raises:
         TypeError: `model` is no transformers model.
-        ValueError: the head is not one that `Head` can say; the message tells why.
+        ValueError: the head is not one that `Head` can say; the model is not causal, what it makes of a token depends on
+            later ones; padding is on the left, and the model cannot be told to pass over it; `decoder_input_ids` for a
+            model without a decoder of its own; PEFT's `adapter_names` where they concern the head. The message tells why.
     """
     if model_inputs.get("labels") is not None:
         raise ValueError("labels must not be given: the logits are never computed, and so no loss")
@@ -203,8 +218,9 @@ def forward(
         model_inputs["attention_mask"] = attention_mask
     if _takes(found.base, "use_cache"):
         model_inputs.setdefault("use_cache", False)
-    stance = torch.compiler.set_stance("force_eager") if found.compiled(embeddings) else contextlib.nullcontext()
-    with stance:
+    _check_adapter_names(embeddings, model_inputs.get("adapter_names"))
+    model_inputs.update(_checked_reading(model, found, embeddings, model_inputs))
+    with found.stance(embeddings):
         probed = probe(found.base, embeddings, lambda: model(**model_inputs))
     # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
     weight, bias = _operands(linear_of(embeddings))
@@ -213,6 +229,77 @@ def forward(
         hidden = hidden[:, -input_ids.shape[1] :]
     head = probed.head(weight, bias, adapter_of(embeddings))
     return HeadInputs(hidden, head, probed.aux_loss, probed.autocast_dtype)
+
+
+def _checked_reading(
+    model: nn.Module, found: _Unwrapped, embeddings: nn.Module, model_inputs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The inputs that the model lacks; a ValueError where it cannot be trained on what it predicts."""
+    base = found.base
+    decoder = "decoder_" if reading.is_encoder_decoder(base) else ""
+    if not decoder and model_inputs.get("decoder_input_ids") is not None:
+        raise ValueError(
+            f"decoder_input_ids must not be given: {_name(base)} is no encoder-decoder (config.is_encoder_decoder is "
+            "False) and predicts its input_ids"
+        )
+
+    def run(**tried: Tensor) -> tuple[Tensor, torch.dtype]:
+        if _takes(base, "use_cache"):
+            tried["use_cache"] = False  # type: ignore[assignment]
+        # What gathers parameters for a forward has to see its end; elsewhere nothing after the head is wanted.
+        with _stubbed(embeddings, last=not torch.distributed.is_initialized()) as stub:
+            with contextlib.suppress(_HeadReached):
+                model(**tried)
+            if stub.calls != 1:
+                raise ValueError(f"the output embeddings are called {stub.calls} times")
+            dtypes = (stub.hidden.dtype, stub.autocast_dtype or stub.hidden.dtype)
+            return stub.hidden, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    with found.stance(embeddings):
+        how = reading.reading_of(base, run, (found.prompt_learning, len(found.chain)))
+    if how.causal is False:
+        flags = {name: getattr(base.config, name, None) for name in ("is_decoder", "is_causal")}
+        raise ValueError(
+            f"model must be causal, got {_name(base)} ({', '.join(f'config.{k}={v}' for k, v in flags.items())}), whose "
+            "hidden state at a token depends on later tokens: the log-probability of a token would be that of one "
+            "already seen; take a causal LM (for BERT and its like, is_decoder=True in the config)"
+        )
+    mask = model_inputs.get(f"{decoder}attention_mask")
+    given = model_inputs.get("position_ids") is not None
+    if how.left_padding == "own" or given or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return {}
+    read = model_inputs.get(f"{decoder}input_ids", model_inputs.get(f"{decoder}inputs_embeds"))
+    if not isinstance(read, Tensor) or read.shape[:2] != mask.shape:
+        return {}  # with a cache, the caller knows the positions
+    if how.left_padding == "position_ids":
+        return {"position_ids": reading.positions(mask)}
+    if reading.is_left_padded(mask):
+        why = {"wrong": "reads a row otherwise when padding is on its left"}
+        tell = why.get(how.left_padding, "could not be tried with padding on the left")
+        raise ValueError(
+            f"{decoder}attention_mask must not begin with 0: {_name(base)} {tell}{how.why and f' ({how.why})'}; pad on "
+            f"the right{'' if decoder else ', or give position_ids'}"
+        )
+    return {}
+
+
+def _check_adapter_names(embeddings: nn.Module, names: Any) -> None:
+    """PEFT's adapters by row: right where they are in the body alone, since one head serves all rows."""
+    peft = sys.modules.get("peft")
+    if names is None or peft is None:
+        return
+    module: Any = embeddings
+    own: set[str] = set()
+    if isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
+        own = set(getattr(module, "modules_to_save", ())) or set(module.active_adapters)
+    elif isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        own = set(module._all_available_adapter_names())
+    concerned = own & {*names, *module.active_adapters} if own else set()
+    if concerned:
+        raise ValueError(
+            f"adapter_names must not concern the head, got {list(names)} where the output embeddings have adapters "
+            f"{sorted(concerned)}: one head serves all rows; call once for each adapter (model.set_adapter), with its rows"
+        )
 
 
 def probe(base: nn.Module, embeddings: nn.Module, call: Callable[[], Any]) -> Probed:
@@ -245,6 +332,10 @@ class _Unwrapped:
         modules = [*self.chain, *embeddings.modules()]
         return any(private.is_compiled(module) for module in modules)
 
+    def stance(self, embeddings: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """In which hooks on the head run."""
+        return torch.compiler.set_stance("force_eager") if self.compiled(embeddings) else contextlib.nullcontext()
+
 
 def _unwrap(model: nn.Module) -> _Unwrapped:
     """Down through torch.compile, DDP, FSDP, DeepSpeed and PEFT to the transformers model."""
@@ -265,10 +356,15 @@ def _unwrap(model: nn.Module) -> _Unwrapped:
     return _Unwrapped(chain[-1], chain, prompt_learning)
 
 
-class _Stub:
-    """The hooks that stand in for the head during one forward, in the thread that runs it."""
+class _HeadReached(BaseException):
+    """Ends a forward of which only the head's input is wanted."""
 
-    def __init__(self) -> None:
+
+class _Stub:
+    """The hooks that stand in for the head during one forward, in the thread that runs it; `last`: which ends there."""
+
+    def __init__(self, last: bool) -> None:
+        self.last = last
         self.thread = threading.get_ident()
         self.calls = 0
         self.autocast_dtype: torch.dtype | None = None
@@ -284,6 +380,8 @@ class _Stub:
         self.hidden = args[0]
         kind = self.hidden.device.type
         self.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if self.last:
+            raise _HeadReached
         return (self.hidden[..., :0, :], *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -300,8 +398,8 @@ class _Stub:
 
 
 @contextlib.contextmanager
-def _stubbed(embeddings: nn.Module) -> Iterator[_Stub]:
-    stub = _Stub()
+def _stubbed(embeddings: nn.Module, last: bool = False) -> Iterator[_Stub]:
+    stub = _Stub(last)
     # Hooks that were there first run before `before` and after `after`: they are part of what is probed.
     handles = [
         embeddings.register_forward_pre_hook(stub.before),
@@ -411,6 +509,12 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
             active = [name for name in module.active_adapters if name in module.modules_to_save]
             on = active and not module.disable_adapters
             module = module.modules_to_save[active[0]] if on else module.original_module
+        if isinstance(module, peft.utils.other.TrainableTokensWrapper):
+            raise ValueError(
+                "unsupported head: PEFT trains rows of it (trainable_token_indices), since the head is tied to the input "
+                f"embeddings, got {_name(module)}; untie the head (tie_word_embeddings=False), or merge the adapter and "
+                "unload PEFT (merge_and_unload)"
+            )
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             adapter_of(module)  # refuses what is no plain LoRA
             module = module.get_base_layer()
