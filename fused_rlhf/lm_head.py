@@ -278,7 +278,7 @@ def _checked_reading(
         tell = why.get(how.left_padding, "could not be tried with padding on the left")
         raise ValueError(
             f"{decoder}attention_mask must not begin with 0: {_name(base)} {tell}{how.why and f' ({how.why})'}; pad on "
-            f"the right{'' if decoder else ', or give position_ids'}"
+            f"the right{', or give position_ids' if not decoder and _takes(base, 'position_ids') else ''}"
         )
     return {}
 

@@ -141,12 +141,12 @@ def _rows(base: Any) -> tuple[Tensor, Tensor]:
     """Ids and mask, (4, T) each, of tokens that mean no image, sound, padding or end."""
     embedding = base.get_input_embeddings()
     special = set(_special_ids(base.config.to_dict()))
-    vocabulary = min(embedding.num_embeddings, base.config.get_text_config().vocab_size)
+    vocabulary = len(embedding.weight)
     plain = [i for i in range(vocabulary // 4, vocabulary) if i not in special][: _TOKENS + 2]
     if len(plain) < _TOKENS + 2:
         raise ValueError(f"a vocabulary of {vocabulary} has too few tokens without a meaning of their own")
     *tokens, other, filler = plain
-    pad = base.config.get_text_config().pad_token_id
+    pad = getattr(base.config.get_text_config(), "pad_token_id", None)
     pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else filler
     right, left = [1] * _TOKENS + [0] * _TOKENS, [0] * _TOKENS + [1] * _TOKENS
     rows = [
