@@ -75,6 +75,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": _MROPE,
     "hunyuan_v1_dense": {"rope_parameters": _ROPE, "head_dim": 8},
     "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "num_key_value_heads": 4},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "ministral": {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": _ROPE},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 16, "chunk_size": 16},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
@@ -171,7 +178,7 @@ def build(kind: str, model_type: str) -> Any:
             made = config()
             if kind == "causal":
                 made.is_decoder = True  # what BERT and its like ask for
-            made.use_cache = made.get_text_config().use_cache = False
+            made.use_cache = made.get_text_config(decoder=True).use_cache = False
             made._attn_implementation = "eager"
             for name in ("_experts_implementation",):
                 if hasattr(made, name):
@@ -183,7 +190,9 @@ def build(kind: str, model_type: str) -> Any:
             torch.manual_seed(0)
             model = auto.from_config(made, dtype=torch.float32).eval()
             spread(model)
-            if not (made.is_encoder_decoder or getattr(made.get_text_config(), "is_encoder_decoder", False)):
+            if not (
+                made.is_encoder_decoder or getattr(made.get_text_config(decoder=True), "is_encoder_decoder", False)
+            ):
                 with torch.no_grad():
                     model(input_ids=torch.arange(3, 8)[None])
             return model
@@ -211,7 +220,7 @@ class Trial:
 
     def __init__(self, model: Any) -> None:
         self.model, config = model, model.config
-        text = config.get_text_config()
+        text = config.get_text_config(decoder=True)
         self.encoder_decoder = bool(config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False))
         special = {int(i) for i in re.findall(r'_(?:id|index)": (\d+)', config.to_json_string(use_diff=False))}
         vocabulary = min(V, len(model.get_input_embeddings().weight))

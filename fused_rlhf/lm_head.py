@@ -257,7 +257,7 @@ def _checked_reading(
 
     with found.stance(embeddings):
         how = reading.reading_of(base, run, (found.prompt_learning, len(found.chain)))
-    if how.causal is False:
+    if how.causal is False or (how.causal is None and reading.is_masked_lm(base)):
         flags = {name: getattr(base.config, name, None) for name in ("is_decoder", "is_causal")}
         raise ValueError(
             f"model must be causal, got {_name(base)} ({', '.join(f'config.{k}={v}' for k, v in flags.items())}), whose "

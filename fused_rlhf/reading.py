@@ -1,9 +1,9 @@
 """How a transformers model reads its tokens: forwards only or both ways, and where it counts positions from.
 
-Nothing in a config or a signature tells either for certain, so that four rows of a few tokens are put through the model,
-once for each model: a row padded on the right (the reference), the same with another last token, and the same padded on
-the left, with the model's padding token and with any other. What a causal model makes of the tokens before the last
-must not depend on it, nor on where the padding is.
+Nothing in a config or a signature tells either for certain, so that five rows of a few tokens are put through the model,
+once for each model: a row padded on the right (the reference), the same with another last token, with another first one,
+and the same padded on the left, with the model's padding token and with any other. What a causal model makes of the
+tokens before the last must not depend on it, nor on where the padding is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Run(Protocol):
 class Reading:
     """How one model reads.
 
-    causal is None where the trial forward failed. left_padding: "own" where the model's positions are right under it,
+    causal is None where that cannot be told: the trial forward failed, or what is made of a token depends on no other, as
+    in a model without its kernels. left_padding: "own" where the model's positions are right under it,
     "position_ids" where they are once it is given them, "wrong" where it has another memory of what is masked, and
     "unknown" where the trial failed; `why` then has the error.
     """
@@ -50,7 +51,7 @@ _readings: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Reading]] = weakr
 def is_encoder_decoder(base: Any) -> bool:
     """Whether the tokens that a model predicts are those of its decoder, and not its input_ids."""
     config = base.config
-    return any(getattr(it, "is_encoder_decoder", False) for it in (config, config.get_text_config()))
+    return any(getattr(it, "is_encoder_decoder", False) for it in (config, config.get_text_config(decoder=True)))
 
 
 def reading_of(base: Any, run: Run, state: Hashable = ()) -> Reading:
@@ -58,7 +59,7 @@ def reading_of(base: Any, run: Run, state: Hashable = ()) -> Reading:
 
     All ranks of a sharded model come here alike: whether it is tried depends on no data.
     """
-    text = base.config.get_text_config()
+    text = base.config.get_text_config(decoder=True)
     flags = tuple(getattr(text, name, None) for name in ("is_decoder", "is_causal", "_attn_implementation"))
     known = _readings.setdefault(base, {})
     key = (flags, state)
@@ -67,6 +68,15 @@ def reading_of(base: Any, run: Run, state: Hashable = ()) -> Reading:
         with torch.random.fork_rng(gpus), torch.no_grad(), _without_dropout(base):
             known[key] = _try(base, run)
     return known[key]
+
+
+def is_masked_lm(base: nn.Module) -> bool:
+    """Whether transformers has the model's class for masked LMs, and for no causal LM or encoder-decoder."""
+    from transformers.models.auto import modeling_auto as auto
+
+    others = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+    name = type(base).__name__
+    return name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not any(name in it.values() for it in others)
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -89,15 +99,17 @@ def _try(base: Any, run: Run) -> Reading:
         source = {"input_ids": rows[:1, :_TOKENS].expand(len(rows), -1).contiguous()} if prefix else {}
 
         def real(**more: Tensor) -> tuple[Tensor, float]:
-            """(4, tokens, H), what was made of the tokens that are read, and the rounding of one value."""
+            """(5, tokens, H), what was made of the tokens that are read, and the rounding of one value."""
             made, dtype = run(**source, **more)
             if made.dim() != 3 or len(made) != len(rows) or made.shape[1] < _LENGTH:
                 raise ValueError(f"the head's input is {tuple(made.shape)} for ids {tuple(rows.shape)}")
             made = made[:, -_LENGTH:].double()
-            halves = [made[:2, :_TOKENS], made[2:, _TOKENS:]]
+            halves = [made[:3, :_TOKENS], made[3:, _TOKENS:]]
             return torch.cat(halves), torch.finfo(dtype).eps
 
-        def is_causal(made: Tensor, eps: float) -> bool:
+        def is_causal(made: Tensor, eps: float) -> bool | None:
+            if not _differs(made[2, 1:], made[0, 1:], _SAME_END, eps):
+                return None
             return not _differs(made[1, :-1], made[0, :-1], _SAME_END, eps)
 
         ids = {f"{prefix}input_ids": rows}
@@ -128,7 +140,7 @@ def _try(base: Any, run: Run) -> Reading:
 
 def _misread(made: Tensor, own: Tensor, eps: float) -> bool:
     """Whether a row of `made` is not the reference, the first of `own`."""
-    return any(_differs(made[row], own[0], _SAME_SIDE, eps) for row in (0, 2, 3))
+    return any(_differs(made[row], own[0], _SAME_SIDE, eps) for row in (0, 3, 4))
 
 
 def _differs(a: Tensor, b: Tensor, same: tuple[float, float], eps: float) -> bool:
@@ -138,25 +150,26 @@ def _differs(a: Tensor, b: Tensor, same: tuple[float, float], eps: float) -> boo
 
 
 def _rows(base: Any) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (4, T) each, of tokens that mean no image, sound, padding or end."""
+    """Ids and mask, (5, T) each, of tokens that mean no image, sound, padding or end."""
     embedding = base.get_input_embeddings()
     special = set(_special_ids(base.config.to_dict()))
-    vocabulary = len(embedding.weight)
+    vocabulary = getattr(embedding, "num_embeddings", len(embedding.weight))  # a sharded weight has no rows
     plain = [i for i in range(vocabulary // 4, vocabulary) if i not in special][: _TOKENS + 2]
     if len(plain) < _TOKENS + 2:
         raise ValueError(f"a vocabulary of {vocabulary} has too few tokens without a meaning of their own")
     *tokens, other, filler = plain
-    pad = getattr(base.config.get_text_config(), "pad_token_id", None)
+    pad = getattr(base.config.get_text_config(decoder=True), "pad_token_id", None)
     pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else filler
     right, left = [1] * _TOKENS + [0] * _TOKENS, [0] * _TOKENS + [1] * _TOKENS
     rows = [
         [*tokens, *[pad] * _TOKENS],
         [*tokens[:-1], other, *[pad] * _TOKENS],
+        [other, *tokens[1:], *[pad] * _TOKENS],
         [*[pad] * _TOKENS, *tokens],
         [*[filler] * _TOKENS, *tokens],
     ]
     device = embedding.weight.device
-    return torch.tensor(rows, device=device), torch.tensor([right, right, left, left], device=device)
+    return torch.tensor(rows, device=device), torch.tensor([right, right, right, left, left], device=device)
 
 
 def _special_ids(config: dict[str, Any]) -> Iterator[int]:
