@@ -30,7 +30,7 @@ from fused_rlhf import lm_head
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 40  # for a family
-PARAMETERS = 40_000_000  # beyond them a family counts as one that cannot be built tiny
+PARAMETERS = 130_000_000  # beyond them a family counts as one that cannot be built tiny
 V = 256
 LENGTHS = (9, 5, 7)
 KINDS = {  # kind: (auto class, mapping of model types)
@@ -73,6 +73,15 @@ _MROPE = {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _MROPE,
     "qwen2_5_vl": _MROPE,
+    "qwen2_5_omni_thinker": _MROPE,
+    "glm46v": _MROPE,
+    "glm4v": _MROPE,
+    "glm_ocr": _MROPE,
+    "glmga": _MROPE,
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 0, 1]}}
+    },
+    "hunyuan_vl": {"text_config": {"rope_parameters": _ROPE, "head_dim": 8}},
     "hunyuan_v1_dense": {"rope_parameters": _ROPE, "head_dim": 8},
     "hunyuan_v1_moe": {"rope_parameters": _ROPE, "head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "num_key_value_heads": 4},
@@ -241,13 +250,12 @@ class Trial:
         """(1, ...) of what this encoder takes."""
         generator, config = torch.Generator().manual_seed(2), self.model.config
         tries: list[dict[str, Tensor]] = [{"input_ids": text}]
-        mels = [
-            n for n in (getattr(config, "num_mel_bins", None), getattr(config, "input_feat_per_channel", None), 80) if n
-        ]
+        names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+        mels = [*(getattr(config, name) for name in names if hasattr(config, name)), 80]
         for n in mels:
             for shape in ((1, n, 2 * getattr(config, "max_source_positions", 64)), (1, 64, n), (1, n, 64)):
                 tries.append({"input_features": torch.randn(shape, generator=generator)})
-        tries.append({"input_values": torch.randn(1, 3200, generator=generator)})
+        tries.append({"input_values": torch.randn(1, 16000, generator=generator)})
         image = getattr(getattr(config, "encoder", None), "image_size", 28)
         tries.append({"pixel_values": torch.randn(1, 3, image, image, generator=generator)})
         said = []
@@ -257,7 +265,7 @@ class Trial:
                 return source
             except Exception as error:
                 said.append(str(error).split("\n")[0])
-        raise ValueError(f"no source was found that its encoder takes: {said[0][:100]}")
+        raise ValueError(f"no source was found that its encoder takes: {' / '.join(dict.fromkeys(said))[:200]}")
 
     def _call(self, source: dict[str, Tensor], ids: Tensor) -> Tensor:
         with torch.no_grad():

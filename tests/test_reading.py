@@ -125,13 +125,20 @@ def test_a_bidirectional_model_is_refused(model_type: str, auto: str, changes: d
 
 
 def test_how_a_model_reads_is_asked_once() -> None:
-    model, calls = build("gpt2", GPT), []
+    model, calls = build("gpt2", GPT | {"n_embd": 16}), []
     model.transformer.register_forward_hook(lambda module, args, output: calls.append(1))
     lm_head.logprobs(model, ids(2, 5))
     tried = len(calls) - 1
     assert 1 <= tried <= 2
     lm_head.logprobs(model, ids(2, 5))
     assert len(calls) == tried + 2
+    alike = copy.deepcopy(model)  # with its hook
+    calls.clear()
+    lm_head.logprobs(alike, ids(2, 5))
+    assert len(calls) == 1
+    alike.config.is_causal = False
+    with pytest.raises(ValueError, match="model must be causal"):
+        lm_head.logprobs(alike, ids(2, 5))
 
 
 # ------------------------------------------------------------------------------------------- padding on the left
