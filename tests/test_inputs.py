@@ -1,5 +1,4 @@
 import io
-from typing import Any
 
 import pytest
 import torch
@@ -8,38 +7,10 @@ from PIL import Image
 from fused_rlhf.trainers import inputs
 from fused_rlhf.trainers import model as models
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for part in m.content %}{{ part.text if part.type == 'text' else '[image]' }}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
 
 @pytest.fixture
 def tokenizer():
     return models.char_tokenizer()
-
-
-def test_a_text_is_its_ids(tokenizer):
-    assert inputs.encode_prompt(tokenizer, None, {"prompt": "1+1="}).ids == tokenizer("1+1=")["input_ids"]
-
-
-def test_messages_and_texts_by_the_chat_template(tokenizer):
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.bos_token = "<pad>"  # which the template begins with, and tokenising would add again
-    user = {"role": "user", "content": [{"type": "text", "text": "1"}]}
-    messages: list[dict[str, Any]] = [{"role": "system", "content": "s"}, user]
-    assert inputs.render(tokenizer, messages) == "<system>s<user>1<assistant>"
-    assert inputs.render(tokenizer, messages, add_generation_prompt=False) == "<system>s<user>1"
-    for sample, chat in (({"prompt": "1"}, True), ({"prompt": [{"role": "user", "content": "1"}]}, False)):
-        ids = inputs.encode_prompt(tokenizer, None, sample, chat).ids
-        assert tokenizer.decode(ids) == "<user>1<assistant>"
-
-
-def test_without_a_chat_template_messages_are_refused(tokenizer):
-    sample = {"prompt": [{"role": "user", "content": "1"}]}
-    with pytest.raises(ValueError, match="chat_template: expected a tokenizer that has one; this one has none"):
-        inputs.encode_prompt(tokenizer, None, sample)
 
 
 def test_images_get_their_place_before_the_first_users_text():

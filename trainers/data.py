@@ -1,8 +1,8 @@
 """Prompts with a verifiable answer.
 
-A sample is a dict with `prompt`, a text or a list of messages, and `answer`; whatever else it holds reaches the reward
-functions as well. A task is a list of samples to train on, another to be tested on, and the reward that says what a
-right answer is.
+A sample is a dict with `prompt`, a text or a list of messages, and `answer`, and maybe `images`, `tools` and
+`chat_template_kwargs`; whatever else it holds reaches the reward functions as well. A task is a list of samples to train
+on, another to be tested on, and the reward that says what a right answer is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import operator
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -236,11 +236,18 @@ def check(task: Task, answers: bool = True) -> None:
 
 def check_prompt(prompt: Any, where: str) -> None:
     """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role and content."""
-    messages = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt)
-    if not prompt or not (isinstance(prompt, str) or messages):
+    if not prompt or not (isinstance(prompt, str) or are_messages(prompt)):
         raise ValueError(
             f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {prompt!r}"
         )
+
+
+def are_messages(value: Any) -> bool:
+    """Whether it is a list of messages, each with a role, and with content or tool calls."""
+    return isinstance(value, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and ("content" in m or bool(m.get("tool_calls")))
+        for m in value
+    )
 
 
 def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:

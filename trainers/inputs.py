@@ -22,64 +22,78 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text, with its images."""
+    """A prompt, maybe with what follows it, and its images."""
 
     ids: list[int]
     extras: dict[str, Tensor] = field(default_factory=dict)  # pixel_values (patches, D), image_grid_thw (images, 3) ...
+    completion: int = 0  # tokens at the end that are the completion's
+
+    @property
+    def mask(self) -> list[bool]:
+        """True at the completion's tokens."""
+        return [i >= len(self.ids) - self.completion for i in range(len(self.ids))]
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.ids[: len(self.ids) - self.completion]
+
+    def without_last(self, count: int) -> Encoded:
+        """The same without its last `count` tokens."""
+        length = len(self.ids) - count
+        extras = {k: x[:, :length] if k.endswith("token_type_ids") else x for k, x in self.extras.items()}
+        return Encoded(self.ids[:length], extras, max(self.completion - count, 0))
+
+
+def bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text and of nothing else."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, processor: ProcessorMixin | None, text: str, images: Sequence[Any] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | None,
+    text: str,
+    images: Sequence[Any] = (),
+    chat: bool = False,
 ) -> Encoded:
     """A text that is already in the model's own form, placeholders of its images included.
 
+    It begins as the tokenizer begins texts, once, and is left open at its end, where the tokenizer might add EOS. What a
+    chat template made (`chat`) has all its tokens already.
+
     Raises ValueError where there are images and no processor.
     """
+    ids = bare(tokenizer, text)
+    before, after = ([], 0) if chat else _added(tokenizer, text, ids)
+    if ids[: len(before)] == before:
+        before = []
     if not images:
-        return Encoded(list(tokenizer(text)["input_ids"]))
+        return Encoded(before + ids)
     if processor is None:
         raise ValueError(f"images: the model takes none, but there are {len(images)} with the text {text[:60]!r}")
-    made = dict(processor(text=[text], images=[load_image(image) for image in images], return_tensors="pt"))
-    ids = made.pop("input_ids")[0].tolist()
+    loaded = [load_image(image) for image in images]
+    made = dict(processor(text=[text], images=loaded, return_tensors="pt", add_special_tokens=bool(before)))
+    found = made.pop("input_ids")[0].tolist()
     made.pop("attention_mask", None)
-    return Encoded(ids, {name: value for name, value in made.items() if isinstance(value, Tensor)})
+    tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    return Encoded(found, tensors).without_last(after if before else 0)
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    processor: ProcessorMixin | None,
-    sample: Mapping[str, Any],
-    chat_template: bool = False,
-) -> Encoded:
-    """The `prompt` of a sample, a text or a list of messages, with its `images` (or `image`)."""
-    prompt, images = sample["prompt"], images_of(sample)
-    if isinstance(prompt, str) and not chat_template:
-        return encode(tokenizer, processor, prompt, images)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return encode(tokenizer, processor, render(processor or tokenizer, with_images(messages, len(images))), images)
-
-
-def render(renderer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-    """Messages as one text by the chat template of a tokenizer or processor, up to where the assistant's answer begins.
-
-    Raises ValueError where there is no chat template.
-    """
-    if not renderer.chat_template:
-        raise ValueError("chat_template: expected a tokenizer that has one; this one has none")
-    text = str(
-        renderer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    )
-    tokenizer = renderer.tokenizer if isinstance(renderer, ProcessorMixin) else renderer
-    return text.removeprefix(tokenizer.bos_token or "")  # tokenising the text adds it anyhow
+def _added(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tuple[list[int], int]:
+    """The ids that the tokenizer puts before a text by itself, and how many it puts behind it."""
+    whole = list(tokenizer(text)["input_ids"])
+    count = len(whole) - len(ids)
+    at = next((i for i in range(count + 1) if whole[i : i + len(ids)] == ids), 0)
+    return whole[:at], max(count - at, 0)
 
 
 def with_images(messages: Sequence[Message], count: int) -> list[Message]:
     """Messages whose parts say where their `count` images are: before the first user's text where none says so."""
-    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
     if count == 0 or any(part["type"] == "image" for part in parts):
         return list(messages)
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    content = messages[first]["content"]
+    content = messages[first].get("content", "")
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
     with_parts = {**messages[first], "content": [{"type": "image"}] * count + texts}
     return [with_parts if i == first else message for i, message in enumerate(messages)]

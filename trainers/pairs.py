@@ -2,13 +2,14 @@
 
     row         prompt, chosen, rejected: texts or lists of messages. Without a prompt it is the beginning that chosen
                 and rejected share; two conversations may hold it all the same. images (or image): those of the prompt.
+                tools, chat_template_kwargs: what the chat template gets besides the messages.
                 ref_chosen_logps, ref_rejected_logps: summed log-probs of a reference, where they are known
     Preference  a row that has been checked
     Pair        its token ids
     PairBatch   P pairs: the P chosen sequences, then the P rejected ones in the same order
 
-A completion is tokenised as the continuation of its prompt, unless a token would span the boundary: the prompt's ids are
-those that the model sees when it is to answer. A text ends with EOS, a conversation as its chat template ends it.
+`conversation.encode` says how they become tokens. A text ends with EOS, a conversation as its chat template ends it; the
+prompt of a pair is what both of its conversations begin with.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers import conversation, inputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.data import Sample, read_jsonl, read_splits, require_columns
-from fused_rlhf.trainers.inputs import Message
+from fused_rlhf.trainers.conversation import Text, common_start, short, without_nulls
+from fused_rlhf.trainers.data import Sample, are_messages, read_jsonl, read_splits, require_columns
+from fused_rlhf.trainers.inputs import Encoded, Message
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.dpo_config import Config
 
 Truncate = Literal["prompt_start", "completion_end", "drop"]
-Text = str | list[Message]
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
@@ -51,6 +52,12 @@ class Preference:
     rejected: Text
     images: tuple[Any, ...] = ()
     ref: tuple[float, float] | None = None  # summed log-probs of chosen and rejected
+    columns: dict[str, Any] = field(default_factory=dict)  # tools, chat_template_kwargs
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Its prompt as `conversation.encode` takes it."""
+        return {"prompt": self.prompt, "images": self.images, **self.columns}
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,8 @@ def check_row(row: Sample, where: str) -> Preference:
         if not (name == "prompt" and value is None):
             _check_text(value, where, name)
     if chosen == rejected:
-        raise ValueError(f"{where}: chosen and rejected are equal: {_short(chosen)}")
+        raise ValueError(f"{where}: chosen and rejected are equal: {short(chosen)}")
+    prompt, chosen, rejected = (without_nulls(x) for x in (prompt, chosen, rejected))
     conversations = isinstance(chosen, list) and isinstance(rejected, list)
     shared = common_start(chosen, rejected) if conversations else 0
     if conversations and _holds(chosen[:shared], prompt):
@@ -147,7 +155,10 @@ def check_row(row: Sample, where: str) -> Preference:
         if prompt is None:
             raise ValueError(f"{where}: without a prompt, chosen and rejected must be two texts or two conversations")
         prompt = _messages(prompt, "user")
-        chosen, rejected = _messages(chosen, "assistant"), _messages(rejected, "assistant")
+        chosen, rejected = (_without_end_of(prompt, _messages(x, "assistant")) for x in (chosen, rejected))
+        asked = next((i for i, m in enumerate(chosen) if m["role"] == "assistant"), 0)
+        asked = min(asked, common_start(chosen, rejected))
+        prompt, chosen, rejected = prompt + chosen[:asked], chosen[asked:], rejected[asked:]
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if value == []:
             what = "no message is shared" if name == "prompt" else "no message is left beyond those shared"
@@ -158,29 +169,50 @@ def check_row(row: Sample, where: str) -> Preference:
     if any(name in row for name in REFERENCE):
         require_columns(row, REFERENCE, where)
     ref = (float(row[REFERENCE[0]]), float(row[REFERENCE[1]])) if REFERENCE[0] in row else None
-    return Preference(where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), ref)
+    columns = {name: row[name] for name in conversation.COLUMNS if row.get(name) is not None}
+    return Preference(where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), ref, columns)
 
 
 def _check_text(value: Any, where: str, name: str) -> None:
-    messages = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-    if not (isinstance(value, str) or messages):
+    if not (isinstance(value, str) or are_messages(value)):
         raise ValueError(
-            f"{where}: {name}: expected a text or a list of messages with role and content, got {_short(value)}"
+            f"{where}: {name}: expected a text or a list of messages with role and content, got {short(value)}"
         )
     last: Any = value if isinstance(value, str) else value[-1] if value else {"content": ""}
-    content = last if isinstance(last, str) else last["content"]
+    content = last if isinstance(last, str) else last.get("content")
     if isinstance(content, list):
-        content = "".join(part["text"] or "" if part["type"] == "text" else part["type"] for part in content)
+        content = "".join(part.get("text") or "" if part["type"] == "text" else part["type"] for part in content)
     calls = isinstance(last, dict) and last.get("tool_calls")
     if not (content or "").strip() and not calls:
-        raise ValueError(f"{where}: {name} is empty: {_short(value)}")
+        raise ValueError(f"{where}: {name} is empty: {short(value)}")
 
 
 def _holds(messages: Sequence[Message], prompt: Text | None) -> bool:
     """Whether the prompt is their beginning, or a user's message among them."""
     if isinstance(prompt, str):
-        return any(m["role"] == "user" and m["content"] == prompt for m in messages)
-    return prompt is None or list(messages[: len(prompt)]) == prompt
+        return any(m["role"] == "user" and _plain([m]) == _plain(_messages(prompt, "user")) for m in messages)
+    return prompt is None or _plain(messages[: len(prompt)]) == _plain(prompt)
+
+
+def _without_end_of(prompt: Sequence[Message], completion: list[Message]) -> list[Message]:
+    """A completion without the messages, a user's among them, that the prompt ends with and it begins with."""
+    begun, longest = _plain(completion), min(len(prompt), len(completion) - 1)
+    for count in range(longest, 0, -1):
+        asks = any(m["role"] != "assistant" for m in completion[:count])
+        if asks and begun[:count] == _plain(prompt[len(prompt) - count :]):
+            return completion[count:]
+    return completion
+
+
+def _plain(messages: Sequence[Message]) -> list[Message]:
+    """Messages with those contents as texts that are parts of text alone, so that both forms compare equal."""
+    made = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and all(part["type"] == "text" for part in content):
+            content = "".join(part.get("text", "") for part in content)
+        made.append({**message, "content": content})
+    return made
 
 
 def _messages(value: Text, role: str) -> list[Message]:
@@ -190,17 +222,7 @@ def _messages(value: Text, role: str) -> list[Message]:
 def _parts(value: Text | None) -> list[dict[str, Any]]:
     """The parts of those messages whose content is in parts."""
     messages = value if isinstance(value, list) else []
-    return [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-
-
-def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences have in common from their beginnings on."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
 
 
 # ----------------------------------------------------------------------------------------------------------- token ids
@@ -218,6 +240,8 @@ class Pair:
     images: tuple[Any, ...] = ()
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the processor makes of the images
     ref: tuple[float, float] | None = None
+    row: dict[str, Any] = field(default_factory=dict)  # where there are images, the prompt's row ...
+    cut: int = 0  # ... of which this many last tokens are not among what both conversations begin with
 
     @property
     def length(self) -> int:
@@ -249,7 +273,7 @@ class Encoder:
         """The pair with its images loaded. Raises ValueError where it is too long then: it cannot be cut."""
         if not pair.images:
             return pair
-        encoded = inputs.encode(self.tokenizer, self.processor, pair.text, pair.images)
+        encoded = self._encode(pair.row, None, pair.where, load_images=True).without_last(pair.cut)
         limit, length = self.max_length or self.context, len(encoded.ids) + max(len(pair.chosen), len(pair.rejected))
         if limit and length > limit:
             raise ValueError(f"{pair.where}: images: with them it has {length} tokens; expected at most {limit}")
@@ -257,62 +281,36 @@ class Encoder:
 
     def _pair(self, preference: Preference) -> Pair:
         p = preference
-        if p.images and self.processor is None:
-            raise ValueError(f"{p.where}: images: the model takes none, got {len(p.images)}")
-        if isinstance(p.prompt, list) or self.chat_template:
-            text, chosen, rejected = self._rendered(p)
-            end = []
-        elif p.prompt is None:
-            return self._shared(p)
-        else:
-            text, chosen, rejected = p.prompt, str(p.chosen), str(p.rejected)
-            end = [self.tokenizer.eos_token_id]
-        prompt = [] if p.images else list(self.tokenizer(text)["input_ids"])
-        first, second = (self._continuation(text, prompt, completion, end) for completion in (chosen, rejected))
-        return Pair(p.where, text, prompt, first, second, p.images, ref=p.ref)
-
-    def _rendered(self, p: Preference) -> tuple[str, str, str]:
-        """Prompt and completions by the chat template; a completion begins where the prompt's own rendering ends."""
         if p.prompt is None:
-            raise ValueError(f"{p.where}: prompt: expected one with chat_template, got a row without")
-        prompt = inputs.with_images(_messages(p.prompt, "user"), len(p.images))
-        both = [_messages(completion, "assistant") for completion in (p.chosen, p.rejected)]
-        renderer = self.processor or self.tokenizer
-        try:
-            start = inputs.render(renderer, self._contents(prompt))
-            whole = [inputs.render(renderer, self._contents(prompt + end), False) for end in both]
-        except Exception as error:  # a template may raise anything
-            raise ValueError(f"{p.where}: the chat template cannot render it: {error}") from error
-        cut = min(common_start(start, text) for text in whole)  # some templates end a prompt as no answer begins
-        return start[:cut], whole[0][cut:], whole[1][cut:]
+            if self.chat_template:
+                raise ValueError(f"{p.where}: prompt: expected one with chat_template, got a row without")
+            return self._shared(p)
+        chosen, rejected = (self._encode(p.row, completion, p.where) for completion in (p.chosen, p.rejected))
+        # Some templates end a prompt as not every answer begins.
+        count = min(len(chosen.prompt), len(rejected.prompt))
+        prompt, first, second = chosen.ids[:count], chosen.ids[count:], rejected.ids[count:]
+        text = p.prompt if isinstance(p.prompt, str) and not self.chat_template else str(self.tokenizer.decode(prompt))
+        if not p.images:
+            return Pair(p.where, text, prompt, first, second, ref=p.ref)
+        cut = len(self._encode(p.row, None, p.where).ids) - count
+        return Pair(p.where, text, [], first, second, p.images, ref=p.ref, row=p.row, cut=cut)
 
-    def _contents(self, messages: Sequence[Message]) -> list[Message]:
-        """As templates expect them: in parts for a processor, texts for a tokenizer."""
-        made = []
-        for message in messages:
-            content = message["content"]
-            if self.processor and isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            elif self.processor and isinstance(content, list):
-                content = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
-            elif isinstance(content, list):
-                content = "".join(part["text"] for part in content)
-            made.append({**message, "content": content})
-        return made
-
-    def _continuation(self, text: str, prompt: list[int], completion: str, end: list[int]) -> list[int]:
-        """Ids of a completion; `end` after them, unless that is how they end."""
-        ids = list(self.tokenizer(text + completion)["input_ids"]) if prompt else []
-        if prompt and ids[: len(prompt)] == prompt:
-            ids = ids[len(prompt) :]
-        else:
-            ids = list(self.tokenizer(completion, add_special_tokens=False)["input_ids"])
-        return ids if ids[-1:] == end else ids + end
+    def _encode(self, row: Sample, completion: Text | None, where: str, load_images: bool = False) -> Encoded:
+        return conversation.encode(
+            self.tokenizer,
+            self.processor,
+            row,
+            completion,
+            chat_template=self.chat_template,
+            load_images=load_images,
+            where=where,
+        )
 
     def _shared(self, p: Preference) -> Pair:
         """Two texts that begin alike: the prompt is the tokens they share."""
-        end = self.tokenizer.eos_token_id
-        chosen, rejected = ([*self.tokenizer(str(text))["input_ids"], end] for text in (p.chosen, p.rejected))
+        end = [self.tokenizer.eos_token_id]
+        both = (inputs.encode(self.tokenizer, None, str(text)).ids for text in (p.chosen, p.rejected))
+        chosen, rejected = (ids if ids[-1:] == end else ids + end for ids in both)
         shared = common_start(chosen, rejected)
         if shared == 0:
             raise ValueError(f"{p.where}: prompt: expected one, or a beginning that chosen and rejected share")

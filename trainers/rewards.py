@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.conversation import render
 from fused_rlhf.trainers.data import Task
-from fused_rlhf.trainers.inputs import render
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 Reward = Callable[..., Sequence[float | None]]  # with a __name__, if it is no plain function, to be called by
@@ -91,21 +91,23 @@ class RewardModel:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # where the model looks for the last token
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
-        texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        made = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         with torch.no_grad():
-            for i in range(0, len(texts), self.batch_size):
-                inputs = self.tokenizer(texts[i : i + self.batch_size], return_tensors="pt", padding=True)
+            for i in range(0, len(made), self.batch_size):
+                inputs = self.tokenizer.pad(made[i : i + self.batch_size], return_tensors="pt")
                 scores += self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
         return scores
+
+    def encode(self, prompt: Any, completion: str) -> BatchEncoding:
+        """The two as the model reads them; a chat template has put special tokens where they belong."""
+        return self.tokenizer(self.text(prompt, completion), add_special_tokens=not self.tokenizer.chat_template)
 
     def text(self, prompt: Any, completion: str) -> str:
         """The two as a conversation by the model's chat template; without one, or with plain text, end to end."""
         if isinstance(prompt, str) and not self.tokenizer.chat_template:
             return prompt + completion
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        answer = {"role": "assistant", "content": completion}
-        return render(self.tokenizer, [*messages, answer], add_generation_prompt=False)
+        return render(self.tokenizer, prompt, completion)
 
 
 REWARDS: dict[str, Reward] = {"exact_match": exact_match, "numeric_answer": numeric_answer}

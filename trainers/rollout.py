@@ -33,9 +33,10 @@ from transformers import (
 
 import fused_rlhf as fr
 from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed
-from fused_rlhf.trainers.inputs import Encoded, collate, encode_prompt
+from fused_rlhf.trainers.inputs import Encoded, collate
 from fused_rlhf.trainers.model import Loaded, base_of, max_positions
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
@@ -231,9 +232,13 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
             holder.generation_config = configuration
 
 
-def encoded(loaded: Loaded, samples: Sequence[Sample], config: RolloutConfig) -> list[Encoded]:
-    """The samples' prompts as the model takes them."""
-    return [encode_prompt(loaded.tokenizer, loaded.processor, sample, config.chat_template) for sample in samples]
+def encoded(loaded: Loaded, samples: Sequence[Sample], config: RolloutConfig, name: str = "this") -> list[Encoded]:
+    """The prompts of samples, of the split `name`, as the model takes them. Raises as `conversation.encode`."""
+    tokenizer, processor, chat = loaded.tokenizer, loaded.processor, config.chat_template
+    return [
+        encode(tokenizer, processor, sample, chat_template=chat, where=f"{name} sample {index}")
+        for index, sample in enumerate(samples)
+    ]
 
 
 def complete(
@@ -304,10 +309,10 @@ def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int
 
 
 def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
-    """Tokens of the longest prompt. Raises ValueError as `check_lengths`, for either split."""
+    """Tokens of the longest prompt. Raises ValueError as `encoded` and `check_lengths`, for either split."""
     longest = 0
     for name, samples in (("train", task.train), ("test", task.test)):
-        prompts = encoded(loaded, samples, config)
+        prompts = encoded(loaded, samples, config, name)
         check_lengths(name, prompts, loaded.model, config.max_new_tokens)
         longest = max(longest, *(len(prompt.ids) for prompt in prompts))
     return longest

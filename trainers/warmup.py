@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from fused_rlhf.objectives.reductions import Metrics
+from fused_rlhf.trainers import conversation
 from fused_rlhf.trainers.data import Sample, Task, batch_at
 from fused_rlhf.trainers.evaluation import correct
-from fused_rlhf.trainers.inputs import encode_prompt
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs, slices
 from fused_rlhf.trainers.rollout_config import RolloutConfig
@@ -26,7 +26,8 @@ EVAL_STEPS = 25
 def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = False) -> Completions:
     """Prompts followed by their answers, as if the model had given them."""
     tokenizer = loaded.tokenizer
-    prompts = [encode_prompt(tokenizer, loaded.processor, sample, chat_template) for sample in samples]
+    processor = loaded.processor
+    prompts = [conversation.encode(tokenizer, processor, sample, chat_template=chat_template) for sample in samples]
     answers = [tokenizer(str(sample["answer"]), add_special_tokens=False)["input_ids"] for sample in samples]
     ended = [[*answer, tokenizer.eos_token_id] for answer in answers]
     return assemble(prompts, ended, [tokenizer.eos_token_id], tokenizer, loaded.model.device)
