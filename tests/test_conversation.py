@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers import data, inputs, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.conversation import encode, following, render
+from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.pairs import Encoder, check_row
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests import chats, tiny_vision
 from tests.chats import FAMILIES
 
@@ -239,7 +241,8 @@ def test_a_null_content_is_an_empty_one_where_the_template_cannot_do_without():
 PARTS_ONLY = TEXT_TEMPLATE.replace("{% if m.content is string %}{{ m.content }}{% else %}", "").replace(
     "{% endfor %}{% endif %}{% endfor %}", "{% endfor %}{% endfor %}"
 )
-TEXTS_ONLY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
+TEXTS_ONLY = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + OPEN
 
 
 @pytest.mark.parametrize("template", [tiny_vision.TEMPLATE, PARTS_ONLY, TEXTS_ONLY])
@@ -285,6 +288,64 @@ def test_no_space_is_put_before_a_continuation_that_stands_alone():
     merged = next(t for t in sorted(vocabulary) if len(t) == 2 and t.isalpha() and t.isascii())
     ids = following(tokenizer, merged[0], merged[1])
     assert tokenizer.convert_ids_to_tokens(ids)[0] == merged[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- rollouts
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": [system(), user()], "answer": "42", "tools": TOOLS},
+    {"prompt": [user(), assistant("It")], "answer": " is 42", "chat_template_kwargs": {"enable_thinking": False}},
+    {"prompt": [user(), assistant(None, tool_calls=[call(a=None)]), {"role": "tool", "content": "x"}], "answer": "42"},
+    {"prompt": "2+2=", "answer": "4<|im_end|>"},
+]
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml-bos", "chatml-opens", "thinking"])
+def test_rollouts_warm_up_and_evaluation_see_the_same_prompts(name):
+    tokenizer = chats.tokenizer(name, "be")
+    loaded = models.Loaded(models.small_model(tokenizer, 32, 1), tokenizer, None)
+    prompts = rollout.encoded(loaded, ROWS, RolloutConfig())
+    assert prompts[0].ids == own(tokenizer, ROWS[0]["prompt"], add_generation_prompt=True, tools=TOOLS)
+    assert prompts[1].ids == own(tokenizer, ROWS[1]["prompt"], continue_final_message=True, enable_thinking=False)
+    made = warmup.encode(loaded, ROWS)
+    for ids, real, mask, prompt, row in zip(
+        made.input_ids, made.attention_mask, made.completion_mask, prompts, ROWS, strict=True
+    ):
+        assert ids[real & ~mask].tolist() == prompt.ids
+        assert tokenizer.decode(ids[mask][:-1]) == row["answer"].removesuffix("<|im_end|>")
+        assert ids[mask][-1] == tokenizer.eos_token_id
+        assert ids[mask].tolist().count(tokenizer.eos_token_id) == 1
+
+
+def test_a_row_that_cannot_be_encoded_is_refused_before_the_run():
+    tokenizer = chats.tokenizer("gemma")
+    loaded = models.Loaded(models.small_model(tokenizer, 32, 1), tokenizer, None)
+    good = {"prompt": [user()], "answer": "42"}
+    task = Task([good, good], [good, {**good, "prompt": [system(), user()]}], "exact_match")
+    with pytest.raises(
+        ValueError, match="test sample 1: the chat template cannot render it: System role not supported"
+    ):
+        rollout.longest_prompt(loaded, task, RolloutConfig())
+    null = Task([{**good, "prompt": [user(), assistant(None), user()]}], [good], "exact_match")
+    data.check(null)
+    assert rollout.longest_prompt(loaded, null, RolloutConfig()) > 0
+    pair = check_row({"prompt": [system(), user()], "chosen": "a", "rejected": "b"}, "rows.jsonl, line 3")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: the chat template cannot render it: System role not"):
+        Encoder(tokenizer, None, None).pairs([pair])
+
+
+def test_rows_that_arrow_filled_are_read_as_they_were_written(tmp_path):
+    import datasets
+
+    asks = [user(), assistant("", tool_calls=[call(city="Rome")]), {"role": "tool", "content": "sunny"}]
+    other = [user(), assistant("", tool_calls=[call(a=1)]), {"role": "tool", "content": "x", "name": "n"}]
+    rows = [{"prompt": messages, "answer": "42", "tools": TOOLS} for messages in (asks, other)]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    read, _ = data.read_splits(path, ("prompt", "answer"))
+    tokenizer = chats.tokenizer("chatml")
+    for row, written in zip(read, rows, strict=True):
+        assert encode(tokenizer, None, row) == encode(tokenizer, None, written)
 
 
 # --------------------------------------------------------------------------------------------------------------- rewards

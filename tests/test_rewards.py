@@ -12,6 +12,7 @@ from transformers import Qwen3ForSequenceClassification
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rewards
 from fused_rlhf.trainers.rewards import RewardError, exact_match, numeric_answer
+from tests import chats
 
 SAMPLES: list[dict[str, Any]] = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -86,6 +87,22 @@ def test_a_reward_model_takes_conversations(tmp_path):
     assert isinstance(reward, rewards.RewardModel)
     assert reward.text("1+1=", "2") == "[user]1+1=[assistant]2"
     assert reward.text([{"role": "system", "content": "s"}], "2") == "[system]s[assistant]2"
+    assert reward.text([{"role": "user", "content": [{"type": "text", "text": "1"}]}], "2") == "[user]1[assistant]2"
+
+
+@pytest.mark.parametrize("adds", ["", "be"])
+@pytest.mark.parametrize("name", ["chatml-bos", "llama3"])
+def test_a_reward_model_reads_the_tokens_of_its_template(tmp_path, name, adds):
+    tokenizer = chats.tokenizer(name, adds)
+    config = models.small_model(tokenizer, 32, 1).config
+    config.num_labels = 1
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = rewards.resolve(f"model={tmp_path}")
+    assert isinstance(reward, rewards.RewardModel)
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    ids = reward.encode([reward.text("1+1=", "2")])["input_ids"][0].tolist()
+    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def test_a_slow_reward_is_stopped_and_its_sample_named(monkeypatch):

@@ -49,6 +49,7 @@ def encode(
     completion: Text | None = None,
     *,
     chat_template: bool = False,
+    sampled: bool = False,
     load_images: bool = True,
     where: str = "the row",
 ) -> Encoded:
@@ -56,6 +57,8 @@ def encode(
 
     Args:
         chat_template: texts are a user's message and an assistant's.
+        sampled: a completion that is a text goes on where an answer is to begin and ends with EOS, as sampled ones do,
+            whatever the template would put around it.
         load_images: false leaves each image the one token that stands for it.
         where: of the row, for messages.
 
@@ -66,32 +69,32 @@ def encode(
     prompt, images = row["prompt"], inputs.images_of(row)
     if images and processor is None:
         raise ValueError(f"{where}: images: the model takes none, got {len(images)}")
-    if isinstance(prompt, str) and not chat_template and (completion is None or isinstance(completion, str)):
-        for name in COLUMNS:
-            if row.get(name):
+    tools, keywords = _tools(row, where), _keywords(row, where)
+    plain = isinstance(prompt, str) and not chat_template and not isinstance(completion, list)
+    ids: list[int] = []
+    if plain:
+        for name, value in (("tools", tools), ("chat_template_kwargs", keywords)):
+            if value:
                 raise ValueError(
-                    f"{where}: {name}: expected none beside a prompt that is a text, got {short(row[name])}; "
-                    "chat_template makes such a prompt a user's message"
+                    f"{where}: {name}: expected none beside a prompt that is a text, got {short(value)}; chat_template "
+                    "makes such a prompt a user's message"
                 )
-        made = inputs.encode(tokenizer, processor, prompt, images if load_images else ())
-        if completion is None:
-            return made
-        after = following(tokenizer, prompt, completion)
-        return Encoded([*made.ids, *after], made.extras, len(after))
-    chat = _Chat(tokenizer, processor, _tools(row, where), _keywords(row, where), where)
-    messages = chat.messages(prompt, "prompt", "user")
-    if images:
-        messages = inputs.with_images(messages, len(images))
-    answer = [] if completion is None else chat.messages(completion, "completion", "assistant")
-    start, ids = chat.prompt(messages, answer)
-    if not answer:
-        return inputs.encode(tokenizer, processor, start, images if load_images else (), chat=True)
-    begun = bare(tokenizer, start)
-    cut = common_start(begun, ids)
-    if not (images and load_images):
-        return Encoded(ids, {}, len(ids) - cut)
-    made = inputs.encode(tokenizer, processor, start, images, chat=True).without_last(len(begun) - cut)
-    return Encoded([*made.ids, *ids[cut:]], made.extras, len(ids) - cut)
+        start = str(prompt)
+    else:
+        chat = _Chat(tokenizer, processor, tools, keywords, where)
+        messages = inputs.with_images(chat.messages(prompt, "prompt", "user"), len(images))
+        after = [] if completion is None or sampled else chat.messages(completion, "completion", "assistant")
+        start, ids = chat.prompt(messages, after)
+    made = inputs.encode(tokenizer, processor, start, images if load_images else (), chat=not plain)
+    if completion is None:
+        return made
+    if plain or sampled:
+        rest = following(tokenizer, start, str(completion))
+    else:
+        begun = bare(tokenizer, start)  # with no more than a token for each image, like `ids`
+        cut = common_start(begun, ids)
+        made, rest = made.without_last(len(begun) - cut), ids[cut:]
+    return Encoded([*made.ids, *rest], made.extras, len(rest))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str, where: str = "the row") -> str:
@@ -146,7 +149,7 @@ class _Chat:
         where: str,
     ) -> None:
         self.tokenizer, self.tools, self.keywords, self.where = tokenizer, tools, keywords, where
-        self.renderer: Any = processor or tokenizer
+        self.renderer: Any = processor if processor is not None and processor.chat_template else tokenizer
         self.images = processor is not None
         if not self.renderer.chat_template:
             raise ValueError(f"{where}: chat_template: expected a tokenizer that has one; this one has none")

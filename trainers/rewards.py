@@ -91,17 +91,18 @@ class RewardModel:
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # where the model looks for the last token
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
-        made = [self.encode(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         with torch.no_grad():
-            for i in range(0, len(made), self.batch_size):
-                inputs = self.tokenizer.pad(made[i : i + self.batch_size], return_tensors="pt")
+            for i in range(0, len(texts), self.batch_size):
+                inputs = self.encode(texts[i : i + self.batch_size])
                 scores += self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
         return scores
 
-    def encode(self, prompt: Any, completion: str) -> BatchEncoding:
-        """The two as the model reads them; a chat template has put special tokens where they belong."""
-        return self.tokenizer(self.text(prompt, completion), add_special_tokens=not self.tokenizer.chat_template)
+    def encode(self, texts: list[str]) -> BatchEncoding:
+        """Padded ids; a chat template has put special tokens where they belong."""
+        plain = not self.tokenizer.chat_template
+        return self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=plain)
 
     def text(self, prompt: Any, completion: str) -> str:
         """The two as a conversation by the model's chat template; without one, or with plain text, end to end."""

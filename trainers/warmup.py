@@ -25,12 +25,16 @@ EVAL_STEPS = 25
 
 def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = False) -> Completions:
     """Prompts followed by their answers, as if the model had given them."""
-    tokenizer = loaded.tokenizer
-    processor = loaded.processor
-    prompts = [conversation.encode(tokenizer, processor, sample, chat_template=chat_template) for sample in samples]
-    answers = [tokenizer(str(sample["answer"]), add_special_tokens=False)["input_ids"] for sample in samples]
-    ended = [[*answer, tokenizer.eos_token_id] for answer in answers]
-    return assemble(prompts, ended, [tokenizer.eos_token_id], tokenizer, loaded.model.device)
+    tokenizer, processor = loaded.tokenizer, loaded.processor
+    made = [
+        conversation.encode(
+            tokenizer, processor, sample, str(sample["answer"]), chat_template=chat_template, sampled=True
+        )
+        for sample in samples
+    ]
+    prompts = [some.without_last(some.completion) for some in made]
+    answers = [some.ids[len(some.prompt) :] for some in made]
+    return assemble(prompts, answers, [tokenizer.eos_token_id], tokenizer, loaded.model.device)
 
 
 def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
