@@ -165,8 +165,8 @@ def test_keywords_reach_the_template():
         ({"prompt": "a", "chat_template_kwargs": {"a": 1}}, "row 2: chat_template_kwargs: expected none beside a prompt"),
         ({"prompt": []}, r"row 2: prompt: expected a text or a list of messages with role and content, not empty; got \[\]"),
         ({"prompt": [{"role": "user"}]}, "row 2: prompt: expected a text or a list of messages"),
-        ({"prompt": [user(3)]}, "row 2: prompt: expected content as a text or in parts, got 3"),
-        ({"prompt": [user(["a"])]}, r"row 2: prompt: expected content as a text or in parts, got \['a'\]"),
+        ({"prompt": [user(3)]}, "row 2: prompt: expected content as a text or in parts with a type, got 3"),
+        ({"prompt": [user(["a"])]}, r"row 2: prompt: expected content as a text or in parts .*got \['a'\]"),
         ({"prompt": [user([{"type": "audio"}])]}, "row 2: prompt: expected parts of type 'text', all that the model takes"),
         ({"images": ["a.png"]}, "row 2: images: the model takes none, got 1"),
     ],
@@ -433,3 +433,34 @@ def test_a_message_that_prompt_and_completions_share_stands_once():
         assert Encoder(tokenizer, None, None).pairs([got]) == Encoder(tokenizer, None, None).pairs([expected])
     again = {"prompt": [user()], "chosen": [assistant("a"), user(), assistant("a")], "rejected": [assistant("b")]}
     assert check_row(again, "row 1").chosen == again["chosen"]  # asked again later on
+    with pytest.raises(ValueError, match="row 1: rejected is empty: no message is left beyond those shared"):
+        check_row({"prompt": [system(), user()], "chosen": [user(), assistant("a")], "rejected": [user()]}, "row 1")
+
+
+@pytest.mark.parametrize("content", [3, ["a"], [{"text": "a"}]])
+def test_a_content_of_another_kind_is_refused_by_row_and_field(content):
+    refused = [user(content)]
+    for field in ("prompt", "chosen"):
+        row = {"prompt": [user()], "chosen": "a", "rejected": "b", field: refused}
+        with pytest.raises(
+            ValueError, match=f"row 1: {field}: expected content as a text or in parts with a type, got"
+        ):
+            check_row(row, "row 1")
+    with pytest.raises(ValueError, match="row 1: prompt: expected content as a text or in parts with a type, got"):
+        data.check_prompt(refused, "row 1")
+
+
+def test_a_picture_leaves_the_boundary_between_tokens():
+    _, processor = tiny_vision.build()
+    tokenizer = processor.tokenizer
+    processor.chat_template = tiny_vision.TEMPLATE.replace("%}<assistant>{%", "%}<assistant>~<|vision_end|>{%")
+    row = {"prompt": [user()], "chosen": "42", "rejected": "~43", "images": [tiny_vision.picture(40)]}
+    encoder = Encoder(tokenizer, processor, 256)
+    (waiting,) = encoder.pairs([check_row(row, "row 1")])
+    pair = encoder.with_images(waiting)
+    assert str(tokenizer.decode(pair.prompt)).endswith("What is 6*7?<assistant>")
+    assert [tokenizer.decode(ids) for ids in (pair.chosen, pair.rejected)] == ["42", "~43"]
+    assert pair.extras["mm_token_type_ids"].shape == (1, len(pair.prompt))
+    whole = encode(tokenizer, processor, {"prompt": [user()], "images": row["images"]}, "42")
+    assert whole.ids == pair.prompt + pair.chosen
+    assert whole.prompt == pair.prompt

@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import inputs
-from fused_rlhf.trainers.data import are_messages
+from fused_rlhf.trainers.data import are_messages, check_contents
 from fused_rlhf.trainers.inputs import Encoded, Message, bare
 
 Text = str | list[Message]
@@ -217,6 +217,7 @@ class _Chat:
                 f"{self.where}: {field}: expected a text or a list of messages with role and content, not empty; "
                 f"got {short(value)}"
             )
+        check_contents(value, self.where, field)
         made = []
         for message in value:
             clean = without_nulls(message)
@@ -232,9 +233,6 @@ class _Chat:
     def _content(self, content: Any, field: str) -> Any:
         if isinstance(content, str):
             return [{"type": "text", "text": content}] if self.parts else content
-        known = isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
-        if not known:
-            raise ValueError(f"{self.where}: {field}: expected content as a text or in parts, got {short(content)}")
         for part in content:
             if part["type"] != "text" and not self.images:
                 raise ValueError(

@@ -235,11 +235,13 @@ def check(task: Task, answers: bool = True) -> None:
 
 
 def check_prompt(prompt: Any, where: str) -> None:
-    """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role and content."""
+    """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role, and content or calls."""
     if not prompt or not (isinstance(prompt, str) or are_messages(prompt)):
         raise ValueError(
             f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {prompt!r}"
         )
+    if not isinstance(prompt, str):
+        check_contents(prompt, where, "prompt")
 
 
 def are_messages(value: Any) -> bool:
@@ -248,6 +250,17 @@ def are_messages(value: Any) -> bool:
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and ("content" in m or bool(m.get("tool_calls")))
         for m in value
     )
+
+
+def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str) -> None:
+    """Raises ValueError where a message's content is neither a text nor in parts, each with its type, nor null."""
+    for message in messages:
+        content = message.get("content")
+        parts = isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
+        if not (content is None or isinstance(content, str) or parts):
+            raise ValueError(
+                f"{where}: {field}: expected content as a text or in parts with a type, got {content!r:.80}"
+            )
 
 
 def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:

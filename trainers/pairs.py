@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from fused_rlhf.trainers import conversation, inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import Text, common_start, short, without_nulls
-from fused_rlhf.trainers.data import Sample, are_messages, read_jsonl, read_splits, require_columns
+from fused_rlhf.trainers.data import Sample, are_messages, check_contents, read_jsonl, read_splits, require_columns
 from fused_rlhf.trainers.inputs import Encoded, Message
 
 if TYPE_CHECKING:
@@ -178,6 +178,8 @@ def _check_text(value: Any, where: str, name: str) -> None:
         raise ValueError(
             f"{where}: {name}: expected a text or a list of messages with role and content, got {short(value)}"
         )
+    if isinstance(value, list):
+        check_contents(value, where, name)
     last: Any = value if isinstance(value, str) else value[-1] if value else {"content": ""}
     content = last if isinstance(last, str) else last.get("content")
     if isinstance(content, list):
@@ -196,7 +198,7 @@ def _holds(messages: Sequence[Message], prompt: Text | None) -> bool:
 
 def _without_end_of(prompt: Sequence[Message], completion: list[Message]) -> list[Message]:
     """A completion without the messages, a user's among them, that the prompt ends with and it begins with."""
-    begun, longest = _plain(completion), min(len(prompt), len(completion) - 1)
+    begun, longest = _plain(completion), min(len(prompt), len(completion))
     for count in range(longest, 0, -1):
         asks = any(m["role"] != "assistant" for m in completion[:count])
         if asks and begun[:count] == _plain(prompt[len(prompt) - count :]):
