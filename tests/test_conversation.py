@@ -448,6 +448,20 @@ def test_a_content_of_another_kind_is_refused_by_row_and_field(content):
             check_row(row, "row 1")
     with pytest.raises(ValueError, match="row 1: prompt: expected content as a text or in parts with a type, got"):
         data.check_prompt(refused, "row 1")
+    with pytest.raises(ValueError, match=r"row 1: prompt: expected a part of type 'text' with a text, got \{'type'"):
+        data.check_prompt([user([{"type": "text", "text": content}])], "row 1")
+
+
+def test_messages_of_the_assistant_in_a_row_stay_apart():
+    tokenizer = chats.tokenizer("chatml")
+    for first in (assistant("x"), assistant(None, tool_calls=[call()])):
+        chosen, rejected = [user(), first, assistant("1")], [user(), first, assistant("2")]
+        for prompt in ({}, {"prompt": [user()]}, {"prompt": [user(), first]}):
+            row = {"chosen": chosen, "rejected": rejected, **prompt}
+            (pair,) = Encoder(tokenizer, None, None).pairs([check_row(row, "row 1")])
+            assert pair.prompt + pair.chosen == own(tokenizer, chosen)
+            assert pair.prompt + pair.rejected == own(tokenizer, rejected)
+            assert pair.prompt == own(tokenizer, [user()], add_generation_prompt=True)[: len(pair.prompt)]
 
 
 def test_a_picture_leaves_the_boundary_between_tokens():

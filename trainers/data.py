@@ -256,11 +256,15 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
     """Raises ValueError where a message's content is neither a text nor in parts, each with its type, nor null."""
     for message in messages:
         content = message.get("content")
-        parts = isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
-        if not (content is None or isinstance(content, str) or parts):
+        parts = content if isinstance(content, list) else []
+        typed = all(isinstance(part, Mapping) and "type" in part for part in parts)
+        if not (content is None or isinstance(content, (str, list))) or not typed:
             raise ValueError(
                 f"{where}: {field}: expected content as a text or in parts with a type, got {content!r:.80}"
             )
+        for part in parts:
+            if part["type"] == "text" and not isinstance(part.get("text"), (str, type(None))):
+                raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {part!r:.80}")
 
 
 def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:

@@ -150,6 +150,11 @@ def check_row(row: Sample, where: str) -> Preference:
     conversations = isinstance(chosen, list) and isinstance(rejected, list)
     shared = common_start(chosen, rejected) if conversations else 0
     if conversations and _holds(chosen[:shared], prompt):
+        # Messages of the assistant in a row stay apart; those that a prompt ends with would be gone on with.
+        while shared and chosen[shared - 1]["role"] == "assistant":
+            if "assistant" not in _roles(chosen[shared:][:1] + rejected[shared:][:1]):
+                break
+            shared -= 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     elif isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
         if prompt is None:
@@ -215,6 +220,10 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
             content = "".join(part.get("text", "") for part in content)
         made.append({**message, "content": content})
     return made
+
+
+def _roles(messages: Sequence[Message]) -> set[str]:
+    return {message["role"] for message in messages}
 
 
 def _messages(value: Text, role: str) -> list[Message]:
