@@ -10,6 +10,7 @@ ones; `right` is not given to one that does.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -73,7 +74,8 @@ _MROPE = {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen2_vl": _MROPE,
     "qwen2_5_vl": _MROPE,
-    "qwen2_5_omni_thinker": _MROPE,
+    "qwen2_5_omni_thinker": _MROPE | {"vision_start_token_id": 250},  # as their checkpoints have
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 250},
     "glm46v": _MROPE,
     "glm4v": _MROPE,
     "glm_ocr": _MROPE,
@@ -145,17 +147,21 @@ def composite(model_type: str) -> Any:
     """The families whose config is made of two others."""
     import transformers as hf
 
-    text = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"intermediate_size": 48, "max_position_embeddings": 128}
+    sizes: dict[str, Any] = {n: text[n] for n in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     decoder = hf.BertConfig(**text, is_decoder=True, add_cross_attention=True)
     if model_type == "encoder-decoder":
         return hf.EncoderDecoderConfig.from_encoder_decoder_configs(hf.BertConfig(**text), decoder)
     if model_type == "vision-encoder-decoder":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-        encoder = hf.ViTConfig(**sizes, image_size=28, patch_size=14)
+        encoder: Any = hf.ViTConfig(**sizes, image_size=28, patch_size=14)
         return hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    conv = {"conv_dim": (32, 32), "conv_kernel": (8, 8), "conv_stride": (4, 4), "num_feat_extract_layers": 2}
+    conv: dict[str, Any] = {
+        "conv_dim": (32, 32),
+        "conv_kernel": (8, 8),
+        "conv_stride": (4, 4),
+        "num_feat_extract_layers": 2,
+    }
     encoder = hf.Wav2Vec2Config(**sizes, **conv, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
     return hf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
 
@@ -174,7 +180,11 @@ def configs(model_type: str) -> Iterator[Callable[[], Any]]:
     )  # for patterns of layers: as many as there are by default
     rope = re.compile("rope_parameters|rope_scaling")
     for keep in (None, HEADLESS, dims, rope, layers):
-        yield lambda keep=keep: kind(**merged(shrunk(kind().to_dict(), keep), OVERRIDES.get(model_type, {})))
+        yield functools.partial(make, kind, model_type, keep)
+
+
+def make(kind: Any, model_type: str, keep: re.Pattern[str] | None) -> Any:
+    return kind(**merged(shrunk(kind().to_dict(), keep), OVERRIDES.get(model_type, {})))
 
 
 def build(kind: str, model_type: str) -> Any:
@@ -217,7 +227,7 @@ def spread(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, module.weight.shape[1] ** -0.5, generator=generator)
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, nn.Embedding) and module.weight.requires_grad:  # no sinusoids
                 module.weight.normal_(0.0, 0.5, generator=generator)
         head = model.get_output_embeddings()  # type: ignore[operator]
         if isinstance(getattr(head, "weight", None), Tensor):
@@ -288,7 +298,7 @@ class Trial:
         return self.logits(row)[:-1].log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
 
     def ours(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        given = {name: value.expand(len(ids), *value.shape[1:]) for name, value in self.source.items()}
+        given: dict[str, Any] = {name: value.expand(len(ids), *value.shape[1:]) for name, value in self.source.items()}
         if self.encoder_decoder:
             given |= {self.ids: ids} | ({} if mask is None else {self.mask: mask})
             return lm_head.logprobs(self.model, given.pop("input_ids", None), **given).logprobs
@@ -325,7 +335,7 @@ def tried(kind: str, model_type: str) -> dict[str, str]:
         for column in COLUMNS:
             try:
                 if column == "resized":
-                    model.resize_token_embeddings(V + 7, mean_resizing=False)
+                    model.resize_token_embeddings(V + 7)
                     trial.truth(trial.rows[0])  # a model whose own forward fails then is no case
             except Exception as error:
                 row[column] = "failed"

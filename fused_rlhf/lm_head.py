@@ -258,11 +258,12 @@ def _checked_reading(
     with found.stance(embeddings):
         how = reading.reading_of(base, run, (found.prompt_learning, len(found.chain)))
     if how.causal is False or (how.causal is None and reading.is_masked_lm(base)):
-        flags = {name: getattr(base.config, name, None) for name in ("is_decoder", "is_causal")}
+        flags = ", ".join(f"config.{n}={getattr(base.config, n, None)}" for n in ("is_decoder", "is_causal"))
+        both = "whose hidden state at a token depends on later tokens"
         raise ValueError(
-            f"model must be causal, got {_name(base)} ({', '.join(f'config.{k}={v}' for k, v in flags.items())}), whose "
-            "hidden state at a token depends on later tokens: the log-probability of a token would be that of one "
-            "already seen; take a causal LM (for BERT and its like, is_decoder=True in the config)"
+            f"model must be causal, got {_name(base)} ({flags}), {both if how.causal is False else 'a masked LM'}: the "
+            "log-probability of a token would be that of one already seen; take a causal LM (for BERT and its like, "
+            "is_decoder=True in the config)"
         )
     mask = model_inputs.get(f"{decoder}attention_mask")
     given = model_inputs.get("position_ids") is not None

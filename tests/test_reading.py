@@ -66,7 +66,7 @@ def test_an_encoder_decoder_scores_its_decoders_tokens(model_type: str, sizes: d
     source_mask[0, 5:] = 0
     target_mask[1, 6:] = 0
     completion[2, :4] = 0
-    more = {"decoder_input_ids": target, "decoder_attention_mask": target_mask}
+    more: dict[str, Any] = {"decoder_input_ids": target, "decoder_attention_mask": target_mask}
     with torch.no_grad():
         ours = lm_head.logprobs(model, source, source_mask, completion_mask=completion, **more).logprobs
         truth = gathered(model(input_ids=source, attention_mask=source_mask, **more).logits, target)
