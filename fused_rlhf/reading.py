@@ -21,7 +21,8 @@ from torch import Tensor, nn
 _TOKENS = 6  # that are read in a row; as many are padding
 _LENGTH = 2 * _TOKENS
 # Relative differences that are rounding, as (least, in eps). Rows that end differently begin with the same products,
-# but for experts, whose rows are grouped anew; padding on the left turns rotary positions and moves what is summed.
+# but for experts, whose rows are grouped anew; padding on the left turns rotary positions and moves what is summed,
+# alike whatever the padding is.
 _SAME_END, _SAME_SIDE = (1e-5, 1.0), (1e-3, 8.0)
 
 
@@ -150,8 +151,10 @@ def _try(base: Any, run: Run) -> Reading:
 
 
 def _misread(made: Tensor, own: Tensor, eps: float) -> bool:
-    """Whether a row of `made` is not the reference, the first of `own`."""
-    return any(_differs(made[row], own[0], _SAME_SIDE, eps) for row in (0, 3, 4))
+    """Whether a row of `made` is not the reference, the first of `own`, or tells which tokens it was padded with."""
+    return _differs(made[4], made[3], _SAME_END, eps) or any(
+        _differs(made[row], own[0], _SAME_SIDE, eps) for row in (0, 3, 4)
+    )
 
 
 def _differs(a: Tensor, b: Tensor, same: tuple[float, float], eps: float) -> bool:
@@ -165,12 +168,12 @@ def _rows(base: Any) -> tuple[Tensor, Tensor]:
     embedding = base.get_input_embeddings()
     special = set(_special_ids(base.config.to_dict()))
     vocabulary = getattr(embedding, "num_embeddings", len(embedding.weight))  # a sharded weight has no rows
-    plain = [i for i in range(vocabulary // 4, vocabulary) if i not in special][: _TOKENS + 2]
-    if len(plain) < _TOKENS + 2:
+    plain = [i for i in range(vocabulary // 4, vocabulary) if i not in special][: _TOKENS + 3]
+    if len(plain) < _TOKENS + 3:
         raise ValueError(f"a vocabulary of {vocabulary} has too few tokens without a meaning of their own")
-    *tokens, other, filler = plain
+    *tokens, other, filler, no_pad = plain
     pad = getattr(base.config.get_text_config(decoder=True), "pad_token_id", None)
-    pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else filler
+    pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else no_pad
     right, left = [1] * _TOKENS + [0] * _TOKENS, [0] * _TOKENS + [1] * _TOKENS
     rows = [
         [*tokens, *[pad] * _TOKENS],

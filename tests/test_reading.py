@@ -190,6 +190,16 @@ def test_position_ids_of_the_caller_are_kept() -> None:
     torch.testing.assert_close(ours[0, 2:], truth[0, 2:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_over_padding_is_seen_in_any_dtype(dtype: torch.dtype) -> None:
+    sizes = SMALL | {"num_hidden_layers": 3, "lru_width": 32, "head_dim": 8}
+    model, row = build("recurrent_gemma", sizes).to(dtype), ids(2, 6)
+    mask = torch.ones_like(row)
+    mask[0, :2] = 0
+    with pytest.raises(ValueError, match="attention_mask must not begin with 0: RecurrentGemma"):
+        lm_head.logprobs(model, row, mask)
+
+
 def test_a_memory_of_what_is_masked_is_refused() -> None:
     sizes = {"vocab_size": V, "hidden_size": 128, "num_hidden_layers": 1, "num_heads": 2, "chunk_size": 16}
     model, row = build("xlstm", sizes), ids(2, 6)
