@@ -138,3 +138,10 @@ def test_held_out_rows_are_a_fifth_at_most():
     assert (len(train), len(test)) == (8, 2)
     assert sorted(row["n"] for row in (*train, *test)) == list(range(10))
     assert len(data.hold_out(rows, 1, seed=0)[1]) == 1
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_a_column_that_would_hide_what_a_reward_is_about_is_refused(name):
+    some = [{"prompt": "1", "answer": "1"}] * 3
+    with pytest.raises(ValueError, match=f"test sample 2: the column '{name}' must have another name"):
+        data.check(data.Task(some, [*some[:2], some[0] | {name: "x"}], "exact_match"))

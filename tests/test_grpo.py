@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -307,6 +308,29 @@ def test_groups_of_equal_or_no_rewards_teach_nothing_and_say_so(tmp_path):
         assert row["frac_unscorable"] == (value is None)
 
 
+def test_rewards_that_share_a_name_are_weighted_and_logged_apart(tmp_path):
+    def share(completions, of, **_):
+        return [sum(c in of for c in text) / max(len(text), 1) for text in completions]
+
+    config = small(tmp_path, steps=1, reward_weights=(0.3, 0.7))
+    functions = [functools.partial(share, of="0123456789"), functools.partial(share, of="abcdefghij")]
+    row = grpo.train(config, task=TASK, reward_functions=functions).metrics[1]
+    assert row["rewards/share"] != row["rewards/share#2"]
+    assert row["reward"] == pytest.approx(0.3 * row["rewards/share"] + 0.7 * row["rewards/share#2"])
+
+
+def test_a_reward_that_scores_nothing_is_said_once_and_counted(tmp_path, capsys):
+    def never(completions, **_):
+        return [math.nan] * len(completions)
+
+    grpo.train(small(tmp_path), task=TASK, reward_functions=[never, digits])
+    out = capsys.readouterr().out
+    assert "warning: step 1: the reward 'never' scored no completion (None or NaN for all of them)" in out
+    assert "warning: in 3 steps the reward 'never' scored no completion" in out
+    assert "'digits'" not in out
+    assert out.count("warning") == 2
+
+
 def sampler_of(trainer, shift):
     """An external sampler: the model's own completions, its log-probs `shift` off."""
 
@@ -318,7 +342,7 @@ def sampler_of(trainer, shift):
         logprobs = grpo.logprobs(config, trainer.engine, completions) - shift
         tokens = [row[keep].tolist() for row, keep in zip(completions.input_ids, completions.completion_mask)]
         found = [row[keep].tolist() for row, keep in zip(logprobs, completions.completion_mask[:, 1:])]
-        assert config.importance_sampling != "none"
+        assert config.reads_sampler
         return tokens, found
 
     return sample
@@ -340,6 +364,25 @@ def test_another_sampler_is_corrected_for(tmp_path):
     torch.testing.assert_close(results[0.5], math.exp(0.5) * results[0.0], atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="importance_sampling: expected a sampler with it"):
         grpo.prepare(dataclasses.replace(config, overwrite=True), task=TASK)
+
+
+def test_the_off_policy_mask_reads_what_the_sampler_reports(tmp_path):
+    config = small(tmp_path, off_policy_mask_threshold=0.1)
+    losses = {}
+    for shift in (0.0, -0.5):
+        trainer = grpo.prepare(
+            dataclasses.replace(config, overwrite=True), TASK, [digits], sampler=lambda prompts: ([], None)
+        )
+        trainer.sampler = sampler_of(trainer, shift)
+        batch = dataclasses.replace(grpo.collect(trainer, 1, SEVEN[:4]), advantages=torch.tensor([-1.0, 2.0] * 12))
+        losses[shift] = share_of(trainer, batch, 24, batch.completions.completion_mask.sum())[0].item()
+    assert losses[0.0] == pytest.approx(-0.5, abs=1e-5)
+    assert losses[-0.5] == pytest.approx(-1.0, abs=1e-5)  # half of the sequences, those of negative advantage, are out
+    trainer.sampler = lambda prompts: ([[5]] * len(prompts), None)
+    with pytest.raises(ValueError, match="sampler: expected log-probs of its tokens"):
+        grpo.collect(trainer, 1, SEVEN[:4])
+    with pytest.raises(ValueError, match="off_policy_mask_threshold: expected a sampler, or several updates"):
+        grpo.prepare(config, task=TASK)
 
 
 def test_a_step_equals_trls(tmp_path):
@@ -523,7 +566,12 @@ def test_several_weighted_rewards(tmp_path):
         ({"temperature": 0.0}, "temperature: expected more than 0"),
         ({"steps": -1}, "steps: expected at least 0"),
         ({"num_minibatches": 5}, r"num_minibatches: expected a divisor of .* = 24; got 5"),
-        ({"reward_weights": (1.0,)}, "reward_weights: expected one for each"),
+        ({"rewards": ("length=2",), "reward_weights": (1.0, 2.0)}, "reward_weights: expected one for each"),
+        ({"baseline": "leave_one_out", "scale_rewards": "batch"}, "scale_rewards: expected 'group', .* got 'batch'"),
+        ({"baseline": "length_weighted", "combine_rewards": "normalize_then_sum"}, "combine_rewards: expected 'sum_t"),
+        ({"importance_sampling_max": 2.0}, "importance_sampling_max: expected None, .* without importance_sampling"),
+        ({"kl": "k1"}, "kl: expected 'k3', for it changes nothing without beta"),
+        ({"lora_alpha": 8.0}, "lora_alpha: expected 16.0, for it changes nothing without lora_r"),
         ({"warmup_accuracy": 0.5}, r"warmup_steps: expected at least 1 when warmup_accuracy is given \(0.5\)"),
         ({"warmup_accuracy": 1.5, "warmup_steps": 1}, "warmup_accuracy: expected above 0 and at most 1"),
         ({"data": "x"}, "data: expected none for the task 'arithmetic'"),

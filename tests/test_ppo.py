@@ -359,7 +359,7 @@ def test_a_stop_token_ends_a_completion_and_a_missing_end_costs(tmp_path):
     assert min(ended.values()) > 0
 
 
-def test_what_cannot_be_scored_takes_no_part(tmp_path):
+def test_what_cannot_be_scored_takes_no_part(tmp_path, capsys):
     def odd(completions, prompts, **_):
         return [None if int(p[:-1]) % 2 else x for p, x in zip(prompts, digits(completions))]
 
@@ -384,6 +384,7 @@ def test_what_cannot_be_scored_takes_no_part(tmp_path):
 
     nothing = ppo.prepare(small(tmp_path, target_kl=1.0), TASK, [lambda completions, **_: [None] * len(completions)])
     metrics = nothing.step(1)
+    assert "warning: step 1: no completion could be scored" in capsys.readouterr().out
     assert metrics["loss"] == 0
     assert math.isnan(metrics["objective/scores"])
     assert nothing.kl.coef == nothing.config.kl_coef
@@ -412,6 +413,8 @@ def test_several_weighted_rewards_and_a_reward_model_add_up(tmp_path):
     config = small(tmp_path, rewards=("exact_match", "length=2"), reward_weights=(2.0, 0.5), micro_batch_size=5)
     both = ppo.prepare(config, TASK, scorer=judge)
     alone = ppo.prepare(small(tmp_path), TASK, scorer=judge)
+    with pytest.raises(ValueError, match="reward_weights: expected none: the reward model's own weight is 1"):
+        ppo.prepare(small(tmp_path, reward_weights=(2.0,)), TASK, scorer=judge)
     assert alone.rewards == []
     batch = one(both)
     functions = ppo.rewards.score(both.rewards, batch.completions.texts, batch.samples)
@@ -612,7 +615,9 @@ def test_images_reach_policy_and_values(tmp_path, value_model):
         ({"target_kl": 1.0, "kl_coef": 0.0}, "kl_coef: expected more than 0 with a target_kl"),
         ({"missing_eos_penalty": -1.0}, "missing_eos_penalty: expected at least 0"),
         ({"kl_coef": math.nan}, "kl_coef: expected at least 0; got nan"),
-        ({"reward_weights": (1.0,)}, "reward_weights: expected one for each"),
+        ({"rewards": ("length=2",), "reward_weights": (1.0, 2.0)}, "reward_weights: expected one for each"),
+        ({"kl_horizon": 5}, "kl_horizon: expected 10000, for it changes nothing without target_kl"),
+        ({"kl_coef": 0.0, "kl_estimator": "k3"}, "kl_estimator: expected 'k1', for it changes nothing without kl_coef"),
         ({"data": "x"}, "data: expected none for the task 'arithmetic'"),
         ({"task": "gsm8k"}, "data: expected where the task 'gsm8k' is read from"),
     ],

@@ -1,3 +1,4 @@
+import functools
 import math
 import queue
 import sys
@@ -188,3 +189,39 @@ def raises_on_four(completions, answer, **_):
 def test_a_broken_reward_is_named_with_its_sample(reward, message):
     with pytest.raises(RewardError, match=message):
         rewards.dry_run([exact_match, reward], SAMPLES)
+
+
+def starts_with(completions, letter, **_):
+    return [float(text.startswith(letter)) for text in completions]
+
+
+def test_every_reward_has_a_name_of_its_own():
+    some: list[Any] = [functools.partial(starts_with, letter=letter) for letter in "abc"]
+    some += [functools.partial(some[0], prompts=[]), exact_match, lambda **_: [], lambda **_: []]
+    want = [
+        *("starts_with", "starts_with#2", "starts_with#3", "starts_with#4"),
+        "exact_match",
+        "<lambda>",
+        "<lambda>#2",
+    ]
+    assert rewards.names_of(some) == want
+    broken = functools.partial(starts_with, letter=1)
+    with pytest.raises(RewardError, match="reward 'starts_with#2' raised TypeError"):
+        rewards.score([some[0], broken], ["2", "4"], SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(completions, **_)\n    return 1\n", r"SyntaxError: expected ':' \(broken_0\.py, line 1\)"),
+        ("1 / 0\n", "ZeroDivisionError: division by zero"),
+        ("import no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch, text, message):
+    name = "broken_0" if "return" in text else f"broken_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    with pytest.raises(ValueError, match=f"rewards: cannot load '{name}:f': {message}"):
+        rewards.resolve(f"{name}:f")

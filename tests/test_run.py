@@ -85,6 +85,8 @@ def test_samples_are_saved_and_printed(tmp_path, capsys):
     rows = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
     assert rows[4] == {"step": 3, "prompt": "1+1=", "completion": "4"}
     assert capsys.readouterr().out.count("prompt='1+1='") == 2
+    run.samples(4, [{"prompt": "1+1=", "step": "mine"}])
+    assert json.loads(run.samples_path.read_text().splitlines()[-1])["step"] == 4
 
 
 @pytest.mark.curves

@@ -103,6 +103,7 @@ class TrainConfig:
         require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps")
         require_positive(self, "learning_rate", "warmup_learning_rate", "max_grad_norm", "lora_alpha")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
+        require_default(self, self.lora_r > 0, "without lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
         built = self.model is None
         sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)
@@ -128,6 +129,16 @@ def require_at_least(config: Any, least: float, *names: str) -> None:
 def require_positive(config: Any, *names: str) -> None:
     for name in names:
         require(getattr(config, name) > 0, name, getattr(config, name), "more than 0")
+
+
+def require_default(config: Any, holds: bool, why: str, *names: str) -> None:
+    """Raises ValueError where one of `names` was chosen although it would change nothing, unless `holds`."""
+    for field in dataclasses.fields(config):
+        if field.name in names:
+            value = getattr(config, field.name)
+            require(
+                holds or value == field.default, field.name, value, f"{field.default!r}, for it changes nothing {why}"
+            )
 
 
 def require_choices(config: Any) -> None:

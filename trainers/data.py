@@ -23,6 +23,8 @@ from fused_rlhf.trainers.rollout_config import RolloutConfig
 Sample = dict[str, Any]
 T = TypeVar("T")
 
+RESERVED = ("prompts", "completions")  # the first two arguments of a reward
+
 # A calculator annotation of GSM8K, `<<48/2=24>>`, and the expressions that the steps task takes from them.
 ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 BINARY = re.compile(r"(\d+)([-+*/])(\d+)")
@@ -231,6 +233,12 @@ def check(task: Task, answers: bool = True) -> None:
             raise ValueError(f"the {name} data set is empty: expected at least one sample with a prompt and an answer")
         for index, sample in enumerate(samples):
             require_columns(sample, columns_of(answers), f"{name} sample {index}")
+            taken = [column for column in RESERVED if column in sample]
+            if taken:
+                raise ValueError(
+                    f"{name} sample {index}: the column {taken[0]!r} must have another name: a reward function gets what "
+                    f"the model was asked and said under that one"
+                )
             check_prompt(sample["prompt"], f"{name} sample {index}")
 
 

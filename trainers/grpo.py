@@ -13,6 +13,7 @@ began with. Current, old and reference log-probs come from one op, which never h
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,12 @@ class GRPOTrainer(Trainer):
         """One rollout and its updates."""
         n = self.config.prompts_per_step
         rollout = collect(self, number, data.batch_at(self.task.train, self.config.seed, (number - 1) * n, n))
-        metrics = summary(self, rollout) | update(self, rollout)
+        metrics = summary(self, rollout)
+        for name in rewards.names_of(self.rewards):
+            if math.isnan(metrics[f"rewards/{name}"]):
+                what = f"the reward {name!r} scored no completion (None or NaN for all of them)"
+                self.run.warn(what, number, "it teaches nothing so")
+        metrics = metrics | update(self, rollout)
         if self.samples_due(number):
             rows = zip(rollout.samples, rollout.completions.texts, rollout.rewards.tolist())
             self.run.samples(
@@ -136,6 +142,10 @@ def prepare(
     require(processes == 1 or n % share == 0, "prompts_per_step", n, f"a multiple of {share}, the mini-batches' shares")
     external = config.importance_sampling != "none"
     require(sampler is not None or not external, "importance_sampling", config.importance_sampling, "a sampler with it")
+    threshold, acts = config.off_policy_mask_threshold, sampler is not None or config.off_policy
+    require(
+        acts or threshold is None, "off_policy_mask_threshold", threshold, "a sampler, or several updates a rollout"
+    )
     task = data.load_for(config, task)
     functions = rewards.choose(reward_functions, config, task, accelerator.device)
     loaded = models.load_for(config, model, tokenizer)
@@ -179,6 +189,8 @@ def sample_completions(trainer: GRPOTrainer, number: int, prompts: Sequence[Samp
     grouped = [prompt for prompt in rollouts.encoded(loaded, [prompts[i] for i in own], config) for _ in range(G)]
     if trainer.sampler is not None:
         tokens, sampled = trainer.sampler([prompt.ids for prompt in grouped])
+        reported = sampled is not None or not config.reads_sampler
+        require(reported, "sampler", None, "log-probs of its tokens, for the objective reads them")
         ends = rollouts.eos_ids(loaded.model, loaded.tokenizer)
         return rollouts.assemble(grouped, tokens, ends, loaded.tokenizer, trainer.engine.device, sampled)
     drawn = rollouts.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
@@ -246,7 +258,7 @@ def policy_loss(
         completion_mask=some.completion_mask[:, 1:],
         old_logprobs=rollout.old_logprobs,
         ref_logprobs=rollout.ref_logprobs,
-        sampling_logprobs=some.sampling_logprobs if config.importance_sampling != "none" else None,
+        sampling_logprobs=some.sampling_logprobs if config.reads_sampler else None,
         objective=config.loss(),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
@@ -279,9 +291,9 @@ def summary(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
         "completion_length/max": lengths.max(),
         "truncated": truncated.mean(),
     }
-    for function, column in zip(trainer.rewards, scores):
-        metrics[f"rewards/{rewards.name_of(function)}"] = column.nanmean()
-        metrics[f"rewards/{rewards.name_of(function)}/std"] = advantages.std(column[None])[0]
+    for name, column in zip(rewards.names_of(trainer.rewards), scores):
+        metrics[f"rewards/{name}"] = column.nanmean()
+        metrics[f"rewards/{name}/std"] = advantages.std(column[None])[0]
     if some.sampling_logprobs is not None and rollout.old_logprobs is not None:
         mask = some.completion_mask[:, 1:]
         difference = (rollout.old_logprobs - some.sampling_logprobs).abs().nan_to_num(0.0) * mask

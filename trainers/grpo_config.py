@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fused_rlhf.objectives import CORRECTIONS, KL_ESTIMATORS, LEVELS, PRESETS, PolicyLoss
-from fused_rlhf.trainers.config import require, require_at_least
+from fused_rlhf.trainers.config import require, require_at_least, require_default
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 OBJECTIVES, ESTIMATORS = tuple(PRESETS), tuple(KL_ESTIMATORS)
@@ -24,7 +24,8 @@ class Config(RolloutConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation the advantages are divided by; with the baseline 'mean' only."""
     combine_rewards: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    """Several rewards: normalise their sum, or sum what each is when normalised alone (GDPO)."""
+    """Several rewards: normalise their sum, or sum what each is when normalised alone (GDPO); with the baseline 'mean'
+    only."""
 
     steps: int = 200
     """GRPO steps: rollouts, each followed by its updates."""
@@ -54,7 +55,8 @@ class Config(RolloutConfig):
     top_entropy_quantile: float = 1.0
     """Share of the tokens, of highest entropy, that keep their part of the objective."""
     off_policy_mask_threshold: float | None = None
-    """Leave out tokens of negative advantage whose sequence's mean of log old - log current exceeds this."""
+    """Leave out tokens of negative advantage whose sequence's mean of log old - log current exceeds this; old: what a
+    sampler reports, if there is one."""
     importance_sampling: Literal[CORRECTION_NAMES] = "none"  # type: ignore[valid-type]
     """Correct for a sampler that is not the model itself, with the log-probs that it reports."""
     importance_sampling_min: float | None = None
@@ -77,7 +79,18 @@ class Config(RolloutConfig):
         rows = self.prompts_per_step * self.num_generations
         whole = f"a divisor of prompts_per_step x num_generations = {rows}"
         require(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, whole)
+        other = f"with the baseline {self.baseline!r}"
+        require_default(self, self.baseline == "mean", other, "scale_rewards", "combine_rewards")
+        corrected = self.importance_sampling != "none"
+        bounds = "importance_sampling_min", "importance_sampling_max"
+        require_default(self, corrected, "without importance_sampling", *bounds)
+        require_default(self, self.beta > 0, "without beta", "kl")
         self.loss()
+
+    @property
+    def reads_sampler(self) -> bool:
+        """Whether the objective uses the log-probs that a sampler reports."""
+        return self.importance_sampling != "none" or self.off_policy_mask_threshold is not None
 
     @property
     def off_policy(self) -> bool:

@@ -85,7 +85,11 @@ class PPOTrainer(Trainer):
         """One rollout and its updates."""
         n = self.config.prompts_per_step
         experience = collect(self, number)
-        metrics = summary(self, experience) | update(self, experience)
+        metrics = summary(self, experience)
+        if math.isnan(metrics["objective/scores"]):
+            what = "no completion could be scored (None or NaN for all of them)"
+            self.run.warn(what, number, "nothing is learned from such a step")
+        metrics = metrics | update(self, experience)
         self.kl.update(metrics["objective/kl"], n)
         if self.samples_due(number):
             rows = zip(experience.samples, experience.completions.texts, experience.scores.tolist())
@@ -161,6 +165,8 @@ def prepare(
     require(even, "prompts_per_step", config.prompts_per_step, f"a multiple of num_minibatches x processes = {share}")
     scorer = scorer or config.reward_model
     named = bool(reward_functions or config.rewards or scorer is None)
+    weights = config.reward_weights
+    require(named or not weights, "reward_weights", weights, "none: the reward model's own weight is 1")
     task = data.load_for(config, task, answers=named or config.warmup_steps > 0)
     functions = rewards.choose(reward_functions, config, task, accelerator.device) if named else []
     loaded = models.load_for(config, model, tokenizer)

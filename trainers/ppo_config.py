@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import fused_rlhf as fr
-from fused_rlhf.trainers.config import require, require_at_least, require_positive
+from fused_rlhf.trainers.config import require, require_at_least, require_default, require_positive
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
@@ -76,6 +76,8 @@ class Config(RolloutConfig):
         require(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, whole)
         require(target is None or target > 0, "target_kl", target, "more than 0, or None")
         require(target is None or self.kl_coef > 0, "kl_coef", self.kl_coef, "more than 0 with a target_kl")
+        require_default(self, target is not None, "without target_kl", "kl_horizon")
+        require_default(self, self.kl_coef > 0, "without kl_coef", "kl_estimator")
         self.loss()
 
     def loss(self) -> fr.PolicyLoss:

@@ -2,12 +2,15 @@
 
 A reward is a function `(prompts, completions, **columns) -> one number per completion`, where `columns` are the other
 columns of the samples (`answer`, ...) as lists of the same length, so that `def f(completions, answer, **_)` is one.
+Samples have no columns called `prompts` or `completions` (`data.check`).
 None or NaN says that a completion cannot be scored: it is left out of its group's statistics and gets no advantage.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import math
 import os
 import queue
@@ -140,8 +143,8 @@ def resolve(name: str) -> Reward:
         sys.path.append(os.getcwd())
     try:
         reward = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"rewards: cannot load {name!r}: {error}") from error
+    except Exception as error:  # whatever a file of the user's raises when it is read
+        raise ValueError(f"rewards: cannot load {name!r}: {type(error).__name__}: {error}") from error
     if not callable(reward):
         raise ValueError(f"rewards: {name!r} is a {type(reward).__name__}, expected a function")
     return reward
@@ -162,7 +165,19 @@ def choose(given: Sequence[Reward] | None, config: RolloutConfig, task: Task, de
 
 
 def name_of(reward: Reward) -> str:
+    """Its `__name__`; a partial goes by the name of its function."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
+
+
+def names_of(rewards: Sequence[Reward]) -> list[str]:
+    """One for each: where several share a name, its second owner is called `name#2`, and so on."""
+    names: list[str] = []
+    for name in map(name_of, rewards):
+        numbered = (f"{name}#{i}" for i in itertools.count(2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
+    return names
 
 
 def score(
@@ -173,7 +188,8 @@ def score(
     Raises RewardError, naming the function and the sample, where a function raises, takes longer than `timeout` seconds
     (0: it may), or returns anything but one finite number or None per completion.
     """
-    return torch.stack([_call(reward, completions, samples, timeout) for reward in rewards], dim=1)
+    named = zip(names_of(rewards), rewards)
+    return torch.stack([_call(name, reward, completions, samples, timeout) for name, reward in named], dim=1)
 
 
 def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], timeout: float = 0.0) -> None:
@@ -182,8 +198,9 @@ def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], timeou
     score(rewards, [str(sample["answer"]) for sample in some], some, timeout)
 
 
-def _call(reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]], timeout: float) -> Tensor:
-    name = name_of(reward)
+def _call(
+    name: str, reward: Reward, completions: Sequence[str], samples: Sequence[dict[str, Any]], timeout: float
+) -> Tensor:
     try:
         values = _within(timeout, reward, completions, samples)
     except Exception as error:

@@ -52,7 +52,8 @@ class RolloutConfig(TrainConfig):
         require_at_least(self, 0, "rollout_batch_size", "reward_timeout")
         require_positive(self, "temperature", "warmup_batch_size", "max_operand")
         weights = self.reward_weights
-        require(len(weights) in (0, len(self.rewards)), "reward_weights", weights, f"one for each of {self.rewards}")
+        named = self.rewards  # functions may be given as objects: then they are counted by `rewards.choose`
+        require(not named or len(weights) in (0, len(named)), "reward_weights", weights, f"one for each of {named}")
         require(0 < self.warmup_accuracy <= 1, "warmup_accuracy", self.warmup_accuracy, "above 0 and at most 1")
         idle = self.warmup_accuracy < 1 and self.warmup_steps == 0
         require(not idle, "warmup_steps", 0, f"at least 1 when warmup_accuracy is given ({self.warmup_accuracy})")

@@ -58,6 +58,7 @@ class Run:
         self.main = engine.rank == 0
         self._bar: tqdm[int] | None = None
         self._shown: dict[str, str] = {}
+        self._warned: dict[str, int] = {}
         self._started = time.perf_counter()
         error = None
         if self.main:  # alone, so that nobody sees what it writes next
@@ -133,13 +134,25 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
+    def warn(self, what: str, step: int, text: str) -> None:
+        """Say the first time that something holds of a step; `remind` says how often it did."""
+        self._warned[what] = self._warned.get(what, 0) + 1
+        if self._warned[what] == 1:
+            self.say(f"warning: step {step}: {what}; {text}")
+
+    def remind(self) -> None:
+        for what, count in self._warned.items():
+            if count > 1:
+                self.say(f"warning: in {count} steps {what}")
+
     def samples(self, step: int, samples: Iterable[dict[str, Any]], show: int = 4) -> None:
         """Append samples to samples.jsonl and print the first `show`."""
         if not self.main:
             return
         with self.samples_path.open("a") as file:
             for i, sample in enumerate(samples):
-                file.write(json.dumps({"step": step, **sample}, ensure_ascii=False, default=repr) + "\n")
+                row = {"step": step} | sample | {"step": step}  # a column of that name does not hide it
+                file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
                 if i < show:
                     self.say("    " + "  ".join(f"{name}={value!r}" for name, value in sample.items()))
 

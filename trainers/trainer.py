@@ -210,6 +210,7 @@ def fit(trainer: Trainer) -> Result:
         last = checkpoint.latest(run.checkpoints)
         left = f"; the last checkpoint is {last}" if last else ""
         raise type(error)(f"step {done + 1} ({workload.of_step(done + 1)}): {error}{left}") from error
+    run.remind()
     run.say(f"after {trainer.name}: {trainer.describe(after)}; {run.seconds():.0f} s in all")
     for tracker in engine.accelerator.trackers:
         tracker.finish()
