@@ -1,12 +1,16 @@
 import dataclasses
+import json
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fused_rlhf.trainers import engine
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig
+from fused_rlhf.trainers.engine import Engine
 from tests import tiny
 
 
@@ -154,3 +158,101 @@ def test_tied_weights_are_written_once(tmp_path, monkeypatch):
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     again, _ = models.load(str(tmp_path / "out"))
     assert torch.equal(again.lm_head.weight, loaded.model.lm_head.weight)
+
+
+def adapted(tmp_path) -> Any:
+    """Adapters that are not zero, on a saved base."""
+    from peft import LoraConfig, get_peft_model
+
+    base, tokenizer = models.load(tiny.saved_model(tmp_path / "base"))
+    torch.manual_seed(1)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = LoraConfig(r=4, init_lora_weights=False, target_modules=layers, task_type="CAUSAL_LM")
+    return get_peft_model(base, settings), tokenizer
+
+
+def test_adapters_that_are_there_are_kept_or_refused_and_frozen_ones_are_named(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = options(tmp_path, model=None)
+    given = adapted(tmp_path)
+    given[0].save_pretrained(tmp_path / "adapters")
+    base = models.load(str(tmp_path / "base"))[0]
+    others: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapters"), is_trainable=True), given[1]
+    own = AutoModelForCausalLM.from_pretrained(str(tmp_path / "adapters")), given[1]
+    for model, tokenizer in (given, others, own):
+        with pytest.raises(ValueError, match=r"lora_r: expected 0 for a .* that has adapters already; got 8"):
+            models.load_for(dataclasses.replace(config, lora_r=8), model, tokenizer)
+    assert models.load_for(config, *given).model is given[0]
+    frozen: Any = PeftModel.from_pretrained(models.load(str(tmp_path / "base"))[0], str(tmp_path / "adapters"))
+    with pytest.raises(
+        ValueError, match=r"model: expected at least one weight that requires a gradient .*is_trainable"
+    ):
+        models.load_for(config, frozen, given[1])
+    with pytest.raises(ValueError, match=r"model: expected at least one weight .*; got 'Qwen3ForCausalLM'"):
+        models.load_for(config, models.build(32, 1)[0].requires_grad_(False), given[1])
+
+
+def test_a_folder_of_adapters_is_their_base_with_them_merged(tmp_path):
+    model, tokenizer = adapted(tmp_path)
+    folder = tmp_path / "adapters"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = options(tmp_path, model=str(folder))
+    loaded = models.load_for(config)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(loaded.model(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert all(p.requires_grad for p in loaded.model.parameters())
+    assert len(loaded.tokenizer) == len(tokenizer)
+    with pytest.raises(ValueError, match="lora_r: expected 0 for a folder of adapters"):
+        models.load_for(dataclasses.replace(config, lora_r=4))
+    with pytest.raises(FileNotFoundError, match=r"value_model: the folder .* holds adapters; merge them"):
+        models.locate("value_model", str(folder))
+    path = folder / models.ADAPTERS
+    values = json.loads(path.read_text())
+    for base, message in (
+        (str(tmp_path / "gone"), "the base of the adapters in .* cannot be loaded: .*gone"),
+        ("", "base"),
+    ):
+        path.write_text(json.dumps(values | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=f"model: .*{message}"):
+            models.load(str(folder))
+
+
+def test_adapters_are_written_the_same_every_time(tmp_path):
+    loaded = models.load_for(options(tmp_path, lora_r=3))
+    own = Engine(options(tmp_path), engine.start(options(tmp_path)), loaded.model, 1)
+    models.save(own, loaded, tmp_path / "out")
+    layers = json.loads((tmp_path / "out" / models.ADAPTERS).read_text())["target_modules"]
+    assert layers == sorted(layers)
+    assert len(layers) == 14
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, kind):
+    small: dict[str, Any] = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaConfig(intermediate_size=16, **small)
+    made = {
+        "qwen3": lambda: models.build(32, 1)[0],
+        "llama": lambda: LlamaForCausalLM(llama),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=16, n_layer=1, n_head=2)),
+    }
+    made[kind]().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model: .*tokenizer"):
+        models.load(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_named(tmp_path):
+    model: Any
+    model, tokenizer = models.build(32, 1)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    rows = model.get_input_embeddings().num_embeddings
+    with pytest.raises(ValueError, match=rf"tokenizer: expected tokens below {rows}, .*; got '<new> = {rows}'"):
+        models.load_for(options(tmp_path, model=None), model, tokenizer)
+    tokenizer.add_tokens(["<more>"])
+    model.resize_token_embeddings(rows + 1)
+    with pytest.raises(ValueError, match=f"got '<more> = {rows + 1}'"):
+        models.load_for(options(tmp_path, model=None), model, tokenizer)
+    model.resize_token_embeddings(rows + 8)
+    models.load_for(options(tmp_path, model=None), model, tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,19 +12,23 @@ import fused_rlhf
 from fused_rlhf.trainers.config import TrainConfig, to_dict
 
 
-def model_card(config: TrainConfig, metrics: dict[str, float]) -> str:
+def model_card(config: TrainConfig, metrics: dict[str, float], adapters: bool = False) -> str:
     """Markdown with the front matter that the hub reads."""
     algorithm = type(config).__module__.rpartition(".")[2].removesuffix("_config")
-    base = [f"base_model: {config.model}"] if config.model else []
-    kind = ["library_name: peft"] if config.lora_r else ["library_name: transformers"]
+    local = config.model is None or Path(config.model).expanduser().exists()  # the hub knows no folder of ours
+    base = [] if local else [f"base_model: {config.model}"]
+    adapters = adapters or config.lora_r > 0
+    kind = ["library_name: peft"] if adapters else ["library_name: transformers"]
     head = "\n".join(["---", *base, *kind, f"tags: [fused-rlhf, {algorithm}]", "---"])
-    default = {f.name: f.default for f in dataclasses.fields(config)}
+    default = to_dict(type(config)())
     chosen = {
-        name: value for name, value in to_dict(config).items() if value and getattr(config, name) != default[name]
+        name: value
+        for name, value in to_dict(config).items()
+        if name not in ("resume", "overwrite") and value != default[name]
     }
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
-    loader = "AutoPeftModelForCausalLM" if config.lora_r else "AutoModelForCausalLM"
-    package = "peft" if config.lora_r else "transformers"
+    loader = "AutoPeftModelForCausalLM" if adapters else "AutoModelForCausalLM"
+    package = "peft" if adapters else "transformers"
     options = yaml.safe_dump(chosen, sort_keys=False)
     return f"""{head}
 

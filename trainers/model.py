@@ -7,6 +7,7 @@ recipes start from it, so that they need no download.
 from __future__ import annotations
 
 import contextlib
+import json
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from transformers import (
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Placed
 
+ADAPTERS = "adapter_config.json"
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
@@ -82,19 +84,58 @@ def build(hidden_size: int, num_layers: int) -> tuple[PreTrainedModel, PreTraine
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer from a local folder (nothing is downloaded) or a hub id such as `Qwen/Qwen3-0.6B`.
 
-    An image-text model comes with its processor instead of the tokenizer.
+    An image-text model comes with its processor instead of the tokenizer. A folder of LoRA adapters gives their base with
+    the adapters merged into it.
 
-    Raises FileNotFoundError where `name` is neither a folder with a model nor a hub id that can be loaded.
+    Raises FileNotFoundError where `name` is neither a folder with a model nor a hub id that can be loaded, ValueError
+    where there is no tokenizer.
     """
+    folder = Path(name).expanduser()
+    if holds_adapters(folder):
+        return merged(folder, dtype)
     source, local = locate("model", name)
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "vision_config" in config.to_dict():
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=local)
-        return model, AutoProcessor.from_pretrained(source, local_files_only=local)
+        return model, tokenizer_of("model", source, local, AutoProcessor)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    tokenizer = tokenizer_of("model", source, local)
     complete_tokenizer(tokenizer, name)
     return model, tokenizer
+
+
+def tokenizer_of(argument: str, source: str, local: bool, kind: Any = AutoTokenizer) -> Any:
+    """Raises ValueError, naming the argument, where there is none."""
+    try:
+        found = kind.from_pretrained(source, local_files_only=local)
+    except (ValueError, OSError, TypeError) as error:
+        raise ValueError(f"{argument}: the tokenizer of {source!r} cannot be loaded: {error}") from error
+    # For a folder without its files transformers makes up a tokenizer that knows no text.
+    inner = found if kind is AutoTokenizer else getattr(found, "tokenizer", found)
+    empty = set(inner.get_vocab()) <= set(inner.all_special_tokens)
+    require(not empty, argument, source, "a folder or hub id with the model's tokenizer beside it")
+    return found
+
+
+def holds_adapters(folder: Path) -> bool:
+    return (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file()
+
+
+def merged(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The base of a folder of adapters with these merged into it, and the tokenizer beside them, else the base's."""
+    from peft import PeftModel
+
+    base = json.loads((folder / ADAPTERS).read_text()).get("base_model_name_or_path")
+    require(bool(base), "model", str(folder), f"a model, or adapters whose {ADAPTERS} names their base")
+    try:
+        model, tokenizer = load(base, dtype)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model: the base of the adapters in {str(folder)!r} cannot be loaded: {error}") from error
+    whole: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    if (folder / "tokenizer_config.json").is_file() and not isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer_of("model", str(folder), True)
+        complete_tokenizer(tokenizer, str(folder))
+    return whole.requires_grad_(True), tokenizer
 
 
 def locate(argument: str, name: str) -> tuple[str, bool]:
@@ -104,6 +145,10 @@ def locate(argument: str, name: str) -> tuple[str, bool]:
     """
     folder = Path(name).expanduser()
     local = folder.is_dir()
+    if local and holds_adapters(folder):
+        raise FileNotFoundError(
+            f"{argument}: the folder {str(folder)!r} holds adapters; merge them into their base first"
+        )
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{argument}: the folder {str(folder)!r} has no config.json, so it holds no model")
     if not local and (name.count("/") != 1 or name[0] in "/.~" or folder.parent.is_dir()):
@@ -148,9 +193,16 @@ def load_for(
     processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
     inner: Any = processor.tokenizer if processor else tokenizer
     complete_tokenizer(inner, config.model or type(inner).__name__)
+    check_vocabulary(model, inner)
     prepare_body(config, model)
     if config.lora_r:
+        words = "0 for a folder of adapters: new ones would not know of them (merge them into their base first)"
+        from_adapters = config.model is not None and holds_adapters(Path(config.model).expanduser())
+        require(not from_adapters, "lora_r", config.lora_r, words)
         model = with_adapters(config, model)
+    trained = any(p.requires_grad for p in model.parameters())
+    words = "at least one weight that requires a gradient (PeftModel.from_pretrained: is_trainable=True)"
+    require(trained, "model", type(model).__name__, words)
     return Loaded(model.eval(), inner, processor)
 
 
@@ -161,6 +213,15 @@ def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
+
+
+def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the tokenizer has tokens without an embedding; a text model may lack that of images."""
+    rows = model.get_input_embeddings().num_embeddings
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    beyond = [(i, token) for i, token in beyond if token != getattr(tokenizer, "image_token", None)]
+    words = f"tokens below {rows}, the model's embeddings (model.resize_token_embeddings)"
+    require(not beyond, "tokenizer", ", ".join(f"{token} = {i}" for i, token in beyond[:3]), words)
 
 
 def prepare_body(config: TrainConfig, model: PreTrainedModel) -> None:
@@ -201,7 +262,10 @@ def use_liger_layers(model: PreTrainedModel) -> None:
 def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
     """The model with LoRA adapters; only they are trained. Raises ValueError for layers that it has not."""
     from peft import LoraConfig, get_peft_model  # slow to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    require(not adapted, "lora_r", config.lora_r, f"0 for a {type(model).__name__} that has adapters already")
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
@@ -240,3 +304,7 @@ def save_part(placed: Placed, model: Any, folder: Path) -> None:
         # The second names of tied weights: gathered from shards, they no longer look like one tensor.
         whole = {name: value for name, value in weights.items() if name not in every - first}
         model.save_pretrained(folder, state_dict=whole)
+        if (path := folder / ADAPTERS).is_file():  # peft writes a set's elements as they come
+            values = json.loads(path.read_text())
+            values = {name: sorted(v) if isinstance(v, list) else v for name, v in values.items()}
+            path.write_text(json.dumps(values, indent=2, sort_keys=True))

@@ -30,6 +30,7 @@ from fused_rlhf.trainers.card import model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
 from fused_rlhf.trainers.engine import Engine
+from fused_rlhf.trainers.model import ADAPTERS
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
 FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
@@ -167,7 +168,8 @@ class Run:
         try:
             export(new)
             if self.main:
-                (new / "README.md").write_text(model_card(self.config, result), encoding="utf-8")
+                adapters = (new / ADAPTERS).is_file()
+                (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
                 checkpoint.replace(new, self.model_path)
         except OSError as found:
             shutil.rmtree(new, ignore_errors=True)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.model import base_of, locate, prepare_body
+from fused_rlhf.trainers.model import base_of, locate, prepare_body, tokenizer_of
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
 
@@ -111,6 +111,9 @@ def value_of(config: Config, policy: Any) -> nn.Linear | ScalarModel:
     if config.value_model == "copy":
         return ScalarModel(copy.deepcopy(base.base_model), new_head(base))
     model, head = load("value_model", config.value_model, getattr(torch, config.dtype))
+    both: list[Any] = [model, base]
+    rows = [m.get_input_embeddings().num_embeddings for m in both]
+    require(rows[0] >= rows[1], "value_model", rows[0], f"a vocabulary of {rows[1]} tokens, as the model has")
     prepare_body(config, model)
     return ScalarModel(model, head or new_head(model))
 
@@ -130,7 +133,7 @@ def reward_of(
     if isinstance(source, str):
         model, head = load("reward_model", source, getattr(torch, config.dtype))
         require(head is not None, "reward_model", source, "a model with a trained head called `score`")
-        its = AutoTokenizer.from_pretrained(source).get_vocab()
+        its = tokenizer_of("reward_model", *locate("reward_model", source)).get_vocab()
         words = "the policy's own vocabulary (a model of another reads texts: rewards: model=FOLDER_OR_ID)"
         require(its == tokenizer.get_vocab(), "reward_model", source, words)
     else:
