@@ -106,8 +106,6 @@ def test_check_refuses_empty_and_incomplete_samples():
     data.check(Task([good], [good], "exact_match"))
     with pytest.raises(ValueError, match="train data set is empty"):
         data.check(Task([], [good], "exact_match"))
-    with pytest.raises(ValueError, match="test data set is empty"):
-        data.check(Task([good], [], "exact_match"))
     with pytest.raises(ValueError, match=r"train sample 1: missing \['answer'\]"):
         data.check(Task([good, {"prompt": "1"}], [good], "exact_match"))
     with pytest.raises(ValueError, match="test sample 0: prompt must be a text"):
@@ -145,3 +143,14 @@ def test_a_column_that_would_hide_what_a_reward_is_about_is_refused(name):
     some = [{"prompt": "1", "answer": "1"}] * 3
     with pytest.raises(ValueError, match=f"test sample 2: the column '{name}' must have another name"):
         data.check(data.Task(some, [*some[:2], some[0] | {name: "x"}], "exact_match"))
+
+
+def test_a_fingerprint_is_that_of_the_samples_alone():
+    class Picture:
+        size = (3, 4)
+
+    rows = [{"prompt": "1", "image": Picture()}, {"prompt": [{"role": "user", "content": b"x"}]}]
+    again = [{"prompt": "1", "image": Picture()}, rows[1]]
+    assert data.fingerprint(rows) == data.fingerprint(again)
+    assert data.fingerprint(rows) != data.fingerprint(rows[::-1])
+    assert data.fingerprint([{"prompt": b"x"}]) != data.fingerprint([{"prompt": b"y"}])

@@ -547,3 +547,11 @@ def test_packing_is_refused_where_a_model_mixes_the_sequences_of_a_row(tmp_path)
         parameter.data.mul_(2.0)
     with pytest.raises(ValueError, match="packing: expected false: MambaForCausalLM mixes the sequences of a row"):
         dpo.prepare(small(tmp_path, packing=True), ROWS, model=recurrent, tokenizer=tokenizer)
+
+
+def test_own_pairs_want_a_model(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    with pytest.raises(ValueError, match="model: expected a folder or hub id with this data"):
+        dpo.prepare(Config(data=str(path), output=str(tmp_path / "run")))
+    dpo.prepare(Config(data=str(path), output=str(tmp_path / "run"), hidden_size=32))

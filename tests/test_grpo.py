@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -274,8 +275,40 @@ def test_a_run_without_a_single_token_to_learn_from_goes_on(tmp_path):
 def test_samples_may_be_a_list(tmp_path):
     trainer = grpo.prepare(small(tmp_path), SEVEN, [digits])
     assert (len(trainer.task.train), len(trainer.task.test)) == (16, 4)
-    with pytest.raises(ValueError, match="the test data set is empty"):
-        grpo.prepare(small(tmp_path), SEVEN[:1], [digits])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_with_few_samples_none_are_held_out(tmp_path, capsys, count):
+    result = grpo.train(small(tmp_path, steps=1, eval_steps=1), task=SEVEN[:count], reward_functions=[digits])
+    assert result.before == result.after == {}
+    assert "before GRPO: no samples are held out" in capsys.readouterr().out
+
+
+def test_samples_may_be_a_data_set(tmp_path):
+    whole = datasets.Dataset.from_list(SEVEN)
+    splits = {"train": whole.select(range(12)), "test": whole.select(range(12, 15))}
+    for given, counts in (
+        (whole, (16, 4)),
+        (datasets.DatasetDict(splits), (12, 3)),
+        (Task(**splits, reward="f"), (12, 3)),
+    ):
+        trainer = grpo.prepare(small(tmp_path), given, [digits])
+        assert (len(trainer.task.train), len(trainer.task.test)) == counts
+        assert trainer.task.test[:2][0]["answer"] == "7"
+    with pytest.raises(
+        ValueError, match=r"task: expected a list of samples, or splits called train and test; got \['prompt'"
+    ):
+        grpo.prepare(small(tmp_path), {"prompt": ["1"]}, [digits])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="train sample 0: expected a dict"):
+        grpo.prepare(small(tmp_path), ["1+1="], [digits])  # type: ignore[list-item]
+
+
+def test_a_run_is_not_resumed_over_other_samples(tmp_path):
+    grpo.train(small(tmp_path, steps=1), task=TASK, reward_functions=[digits])
+    other = Task([*SEVEN[:-1], {"prompt": "19=", "answer": "8"}], SEVEN, "exact_match")
+    with pytest.raises(ValueError, match="resume, data: expected the samples that"):
+        grpo.train(small(tmp_path, steps=2, resume=True), task=other, reward_functions=[digits])
+    grpo.train(small(tmp_path, steps=2, resume=True), task=TASK, reward_functions=[digits])
 
 
 def test_the_summary_counts_what_there_is(tmp_path):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fused_rlhf.trainers import checkpoint, engine
@@ -33,6 +34,7 @@ def test_metrics_are_strict_json_lines_even_for_nan(tmp_path):
 
 
 def test_the_effective_configuration_lies_beside_the_run(tmp_path):
+    opened(tmp_path, learning_rate=3e-5)
     run = opened(tmp_path, learning_rate=3e-5, resume=True)
     values = yaml.safe_load(run.config_path.read_text())
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -46,7 +48,12 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     with pytest.raises(FileExistsError, match="already holds a run; choose another, --resume it, or --overwrite it"):
         opened(tmp_path)
     assert run.metrics_path.read_text()
+    left = [run.folder / name for name in ("model", "model.old")]
+    for folder in left:
+        folder.mkdir()
+    run.curves_path.write_bytes(b"")
     opened(tmp_path, overwrite=True)
+    assert not any(path.exists() for path in (*left, run.curves_path))
     assert not run.metrics_path.read_text()
     assert not run.checkpoints.exists()
 
@@ -116,3 +123,71 @@ def test_metrics_reach_the_trackers(tmp_path, monkeypatch):
     monkeypatch.setattr(run.engine.accelerator, "log", lambda values, step: logged.append((values, step)))
     run.log("grpo", 4, {"reward": 0.5})
     assert logged == [({"grpo/reward": 0.5}, 4)]
+
+
+def test_what_is_no_run_is_left_alone(tmp_path):
+    """A folder that holds a model, but no run."""
+    tiny.saved_model(tmp_path / "run" / "model")
+    run = opened(tmp_path, overwrite=True)
+    assert (run.model_path / "config.json").exists()
+    for name in ("model", "data"):
+        inside = {"hidden_size": 128, "num_layers": 4, name: str(tmp_path / "run" / "model")}
+        with pytest.raises(ValueError, match=rf"{name}: expected a path outside of .*model, which the run replaces"):
+            Run(Placeless(tiny.config(tmp_path, overwrite=True, **inside)))  # type: ignore[arg-type]
+
+
+class Placeless:
+    rank = 0
+
+    def __init__(self, config):
+        self.config = config
+
+    def agree(self, error):
+        if error is not None:
+            raise error
+
+
+def test_there_must_be_a_run_to_resume_and_room_for_a_folder(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"resume: '.*run' holds no run to go on from"):
+        opened(tmp_path, resume=True)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no run to go on from"):
+        opened(tmp_path, resume=True)
+    (tmp_path / "file").write_text("")
+    for output in ("file", "file/run", "file/more/run"):
+        with pytest.raises(NotADirectoryError, match=r"output: .* cannot be a folder, for '.*file' is a file"):
+            opened(tmp_path, output=str(tmp_path / output))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(PermissionError, match=r"output: .* cannot be written"):
+        opened(tmp_path, output=str(tmp_path / "new"))
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_last_checkpoint(tmp_path):
+    run = opened(tmp_path)
+    checkpoint.save(run.checkpoints, 1, run.engine, run.progress(), 1)
+    for path in (run.metrics_path, run.samples_path):
+        path.unlink()
+        path.mkdir()
+    for write in (lambda: run.log("grpo", 1, {}), lambda: run.samples(1, [{"prompt": "1"}])):
+        with pytest.raises(
+            CheckpointError, match=r"jsonl cannot be written: .*; the last checkpoint is .*step-00000001"
+        ):
+            write()
+
+    def full(folder):
+        folder.mkdir()
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(CheckpointError, match=r"the model cannot be written to .*: I/O error: No space left"):
+        run.save_model(full, {})
+    assert not (run.folder / "model.new").exists()
+
+
+def test_steps_of_trackers_never_fall(tmp_path, monkeypatch):
+    run = opened(tmp_path)
+    steps: list[int] = []
+    run.config = tiny.config(tmp_path, report_to=("tensorboard",))
+    monkeypatch.setattr(run.engine.accelerator, "log", lambda values, step: steps.append(step))
+    for phase, step in (*(("warmup", i) for i in range(1, 6)), *(("grpo", i) for i in range(4)), ("grpo", 3)):
+        run.log(phase, step, {"loss": 0.0})
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8, 8]

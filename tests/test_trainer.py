@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,8 +58,8 @@ class Toy(Trainer):
     def step(self, number):
         if self.broken is not None:
             self.broken(number, self.engine)
-        self.counter.value += number
         metrics = self.engine.update(noisy, [(IDS[number % 3 : number % 3 + 2], COUNT)])
+        self.counter.value += number
         return metrics | {"counter": self.counter.value}
 
     def evaluate(self):
@@ -240,3 +242,98 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before(tmp_path, monkeypa
     want = fit(whole)
     own = toy(tmp_path, resume=True)
     assert without_seconds(fit(own).metrics) == without_seconds(want.metrics)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_that_goes_on_for_longer_follows_the_longer_schedule(tmp_path, schedule):
+    options = {"lr_schedule": schedule, "learning_rate": 1e-2}
+    rates = [row["learning_rate"] for row in fit(toy(tmp_path / "whole", steps=8, **options)).metrics[1:-1]]
+    fit(toy(tmp_path, steps=4, **options))
+    rows = fit(toy(tmp_path, steps=8, resume=True, **options)).metrics
+    assert [row["learning_rate"] for row in rows if row["step"] > 4 and "learning_rate" in row] == rates[4:]
+    with pytest.raises(ValueError, match=r"resume, steps: expected at least 8, those taken by .*step-00000008; got 6"):
+        toy(tmp_path, steps=6, resume=True, **options)
+
+
+def test_a_run_goes_on_with_the_data_it_began_with_only(tmp_path):
+    own = toy(tmp_path, steps=2)
+    own.run.data = "of before"
+    fit(own)
+    with pytest.raises(ValueError, match=r"resume, data: expected the samples that .*step-00000002 has learned from"):
+        Run(
+            own.engine.__class__(
+                tiny.config(tmp_path, resume=True, steps=2, save_steps=2, learning_rate=1e-2),
+                own.engine.accelerator,
+                own.loaded.model,
+                1,
+            ),
+            "edited",
+        )
+
+
+@pytest.mark.parametrize(("when", "saved"), [("begin", 2), ("update", 2), ("between", 3), ("evaluation", 3)])
+def test_ctrl_c_leaves_a_checkpoint_of_whole_steps(tmp_path, monkeypatch, capsys, when, saved):
+    """Before a step's update it is abandoned; from then on it is finished first."""
+    whole = toy(tmp_path / "whole", eval_steps=3)
+    want = fit(whole)
+
+    def press():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    own = toy(tmp_path / "part", eval_steps=3, save_steps=0)
+    step, evaluate, update = own.step, own.evaluate, own.engine.optimizer.step
+
+    def pressed(number):
+        if number == 3 and when == "begin":
+            torch.rand(1)
+            press()
+        if number == 3 and when == "update":
+            monkeypatch.setattr(own.engine, "_clip", press)
+        if number == 3 and when == "between":
+            monkeypatch.setattr(own.engine.optimizer, "step", lambda: (press(), update()))
+        return step(number)
+
+    def evaluated():
+        if when == "evaluation" and own.engine.updates == 3:
+            press()
+        return evaluate()
+
+    monkeypatch.setattr(own, "step", pressed)
+    monkeypatch.setattr(own, "evaluate", evaluated)
+    with pytest.raises(KeyboardInterrupt):
+        fit(own)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    out = capsys.readouterr().out
+    assert f"--resume goes on from {own.run.checkpoints / f'step-0000000{saved}'}" in out
+    assert not (own.run.folder / "model.new").exists()
+    again = toy(tmp_path / "part", eval_steps=3, resume=True)
+    assert without_seconds(fit(again).metrics) == without_seconds(want.metrics)
+    assert weights(again) == weights(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_third_does_not_spoil_what_is_saved(tmp_path, monkeypatch, capsys):
+    own = toy(tmp_path)
+    update, save = own.engine.optimizer.step, models.save
+
+    def press(number, its):
+        if number == 4:
+            monkeypatch.setattr(own.engine.optimizer, "step", twice)
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        update()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def saved(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*arguments)
+
+    own.broken = press
+    monkeypatch.setattr(models, "save", lambda *a: (saved if own.engine.stepping else save)(*a))
+    with pytest.raises(KeyboardInterrupt):
+        fit(own)
+    captured = capsys.readouterr()
+    assert "the run stops after this step; Ctrl-C again to lose it" in captured.err
+    assert "step-00000002" in captured.out
+    assert sorted(path.name for path in own.run.folder.iterdir() if "model" in path.name) == ["model"]
+    assert (own.run.model_path / "README.md").exists()

@@ -23,7 +23,7 @@ PREFIX, PARTIAL = "step-", ".partial"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are intact."""
+    """A checkpoint, or another file of the run, could not be written; the checkpoints before are intact."""
 
 
 def save(folder: Path, step: int, engine: Engine, progress: dict[str, Any], keep: int) -> Path:
@@ -57,6 +57,12 @@ def load(path: Path, engine: Engine) -> tuple[int, dict[str, Any]]:
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     engine.load_training_state(saved["engine"])
     set_random_state(saved["random"][engine.rank % len(saved["random"])])
+    return saved["step"], saved["progress"]
+
+
+def peek(path: Path) -> tuple[int, dict[str, Any]]:
+    """The step and `progress` of a checkpoint, whose weights stay on the disk."""
+    saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     return saved["step"], saved["progress"]
 
 

@@ -8,16 +8,18 @@ on, another to be tested on, and the reward that says what a right answer is.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import operator
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 Sample = dict[str, Any]
@@ -52,6 +54,7 @@ def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None
         task = load(config.task, config.data, max_operand=config.max_operand, seed=config.seed, answers=answers)
     else:
         task = given if isinstance(given, Task) else in_memory(given, seed=config.seed)
+        task = replace(task, train=list(task.train), test=list(task.test))  # a slice of a data set would be no list
     check(task, answers)
     return task
 
@@ -145,8 +148,14 @@ def prompts(source: str | Path, num_test: int = 500, seed: int = 0, answers: boo
     return Task(train, test, "exact_match", f"prompts of {source}")
 
 
-def in_memory(samples: Sequence[Sample], num_test: int = 500, seed: int = 0) -> Task:
-    """Samples as they are, `num_test` of them (at most a fifth) held out."""
+def in_memory(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]], num_test: int = 500, seed: int = 0) -> Task:
+    """Samples as they are, `num_test` of them (at most a fifth) held out; splits `train` and maybe `test` of a mapping."""
+    if isinstance(samples, Mapping):
+        require("train" in samples, "task", sorted(samples), "a list of samples, or splits called train and test")
+        train, test = list(samples["train"]), list(samples.get("test", ()))
+        train, test = (train, test) if test else hold_out(train, num_test, seed)
+        return Task(train, test, "exact_match", f"{len(train) + len(test)} samples in memory")
+    samples = list(samples)
     return Task(*hold_out(samples, num_test, seed), "exact_match", f"{len(samples)} samples in memory")
 
 
@@ -227,11 +236,13 @@ def columns_of(answers: bool) -> tuple[str, ...]:
 
 
 def check(task: Task, answers: bool = True) -> None:
-    """Raises ValueError where either split is empty or a sample lacks a `prompt` (text or messages) or an `answer`."""
+    """Raises ValueError where there is nothing to train on, or a sample lacks a `prompt` (text or messages) or an
+    `answer`."""
+    if len(task.train) == 0:
+        raise ValueError("the train data set is empty: expected at least one sample with a prompt and an answer")
     for name, samples in (("train", task.train), ("test", task.test)):
-        if len(samples) == 0:
-            raise ValueError(f"the {name} data set is empty: expected at least one sample with a prompt and an answer")
         for index, sample in enumerate(samples):
+            require(isinstance(sample, dict), f"{name} sample {index}", sample, "a dict with a prompt and an answer")
             require_columns(sample, columns_of(answers), f"{name} sample {index}")
             taken = [column for column in RESERVED if column in sample]
             if taken:
@@ -273,6 +284,21 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
         for part in parts:
             if part["type"] == "text" and not isinstance(part.get("text"), (str, type(None))):
                 raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {part!r:.80}")
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """The same for the same samples in the same order, in every process; pictures count by their size alone."""
+
+    def described(value: Any) -> str:
+        if isinstance(value, bytes):
+            return hashlib.sha256(value).hexdigest()
+        text = repr(value)  # unless that is an address
+        return text if " at 0x" not in text else f"{type(value).__name__} {getattr(value, 'size', '')}"
+
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=described).encode())
+    return digest.hexdigest()
 
 
 def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:

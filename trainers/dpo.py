@@ -146,8 +146,11 @@ def prepare(
     require(size % processes == 0, "batch_size", size, f"a multiple of {processes}, the processes")
     alone = processes == 1 or not SORTED & set(config.loss_type)
     require(alone, "loss_type", config.loss_type, "another in several processes: it compares all pairs of a batch")
+    if rows is not None:
+        rows, test_rows = list(rows), list(test_rows)
     preferences = pairs.load_for(config, rows, test_rows)
     if model is None and config.model is None:
+        models.require_chosen(config)
         model, tokenizer = build(config, preferences.train)
     loaded = models.load_for(config, model, tokenizer)
     context = models.max_positions(loaded.model)
@@ -158,7 +161,9 @@ def prepare(
     train, test = encoder.pairs(preferences.train), encoder.pairs(preferences.test)
     require(len(train) > 0, "data", config.data, "at least one pair to train on")
     splits, length = (len(train), len(test)), max(pair.length for pair in train)
-    work = Workload("pairs", size, *splits, preferences.note, sequences=2 * size, length=length, updates=1)
+    both = [*preferences.train, *preferences.test]
+    found = data.fingerprint([p.prompt, p.chosen, p.rejected, p.images, p.ref] for p in both)
+    work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found)
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     trainer = DPOTrainer(
@@ -168,7 +173,7 @@ def prepare(
         reference=reference,
         own_reference=ref_model is None and config.ref_model is None,
         workload=work,
-        run=Run(placed),
+        run=Run(placed, work.fingerprint),
         train=train,
         test=test,
         encoder=encoder,

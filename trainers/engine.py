@@ -225,6 +225,7 @@ class Engine(Placed):
         super().__init__(accelerator, module, config.fsdp)
         self.config = config
         self.updates = 0
+        self.stepping = False  # the weights are being changed
         self.deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
         if self.sharded and not self.sharded_by_accelerate:
             _shard(self.wrapped, config.mixed_precision)
@@ -292,10 +293,12 @@ class Engine(Placed):
         grad_norm = self._clip()
         if self.accelerator.scaler is None:  # a loss scale steps over infinities by itself
             self._check(grad_norm, "norm of the gradient", parts)
+        self.stepping = True
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.updates += 1
+        self.stepping = False
         return combined | {"grad_norm": grad_norm, "learning_rate": learning_rate}
 
     @contextmanager
@@ -350,6 +353,13 @@ class Engine(Placed):
         optimizer = self.optimizer.optimizer
         dcp.set_optimizer_state_dict(self.module, optimizer, state["optimizer"], options=options)
         self.scheduler.load_state_dict(state["scheduler"])
+        # What the next update takes, by the schedule of this run, which may be longer than that of the saved one.
+        rates = [
+            base * f(self.scheduler.last_epoch) for base, f in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas)
+        ]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.scheduler._last_lr = rates
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]

@@ -41,8 +41,10 @@ def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, s
 
 
 def accuracy(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig) -> dict[str, float]:
-    """`accuracies` of the first `eval_samples` test samples."""
+    """`accuracies` of the first `eval_samples` test samples; nothing where there are none."""
     samples = task.test[: config.eval_samples or None]
+    if not samples:
+        return {}
     return accuracies(correct(engine, loaded, task, config, samples), samples, task.train)
 
 
@@ -57,4 +59,5 @@ def accuracies(right: Tensor, samples: Sequence[Sample], train: Sequence[Sample]
 
 
 def describe(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' on ')} {100 * value:.1f} %" for name, value in metrics.items())
+    found = ", ".join(f"{name.replace('_', ' on ')} {100 * value:.1f} %" for name, value in metrics.items())
+    return found or "no samples are held out"

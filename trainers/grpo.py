@@ -70,9 +70,8 @@ class GRPOTrainer(Trainer):
         metrics = metrics | update(self, rollout)
         if self.samples_due(number):
             rows = zip(rollout.samples, rollout.completions.texts, rollout.rewards.tolist())
-            self.run.samples(
-                number, [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows]
-            )
+            mine = [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows]
+            self.run.samples(number, rollouts.everyones(self.engine, n, self.config, mine))
         return metrics
 
     def evaluate(self) -> Logged:
@@ -158,7 +157,7 @@ def prepare(
         engine=placed,
         reference=reference,
         workload=work,
-        run=Run(placed),
+        run=Run(placed, work.fingerprint),
         task=task,
         rewards=functions,
         sampler=sampler,

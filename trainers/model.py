@@ -184,6 +184,7 @@ def load_for(
     require((model is None) == (tokenizer is None), "model, tokenizer", (model, tokenizer), "both or neither")
     dtype = getattr(torch, config.dtype)
     if model is None and config.model is None:
+        require_chosen(config)
         require(not config.chat_template, "chat_template", True, "false: the small model has none")
         require(not config.lora_r, "lora_r", config.lora_r, "0 without a model: adapters need a trained one")
     if model is None or tokenizer is None:
@@ -204,6 +205,16 @@ def load_for(
     words = "at least one weight that requires a gradient (PeftModel.from_pretrained: is_trainable=True)"
     require(trained, "model", type(model).__name__, words)
     return Loaded(model.eval(), inner, processor)
+
+
+def require_chosen(config: TrainConfig) -> None:
+    """Raises ValueError where data of the user's would be put to a small model that nobody asked for."""
+    meant = config.data is None or config.warmup_steps > 0 or config.hidden_size != TrainConfig.hidden_size
+    meant = meant or config.num_layers != TrainConfig.num_layers
+    words = (
+        "a folder or hub id with this data (a small one that knows nothing is built with warmup_steps or a hidden_size)"
+    )
+    require(meant, "model", None, words)
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -34,6 +34,7 @@ class Workload:
     sequences: int  # in a step
     length: int  # tokens of the longest
     updates: int  # in a step
+    fingerprint: str = ""  # of the samples, to tell whether a resumed run has the same
 
     @property
     def samples(self) -> str:

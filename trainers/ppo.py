@@ -93,7 +93,8 @@ class PPOTrainer(Trainer):
         self.kl.update(metrics["objective/kl"], n)
         if self.samples_due(number):
             rows = zip(experience.samples, experience.completions.texts, experience.scores.tolist())
-            self.run.samples(number, [{**sample, "completion": text, "score": score} for sample, text, score in rows])
+            mine = [{**sample, "completion": text, "score": score} for sample, text, score in rows]
+            self.run.samples(number, rollouts.everyones(self.engine, n, self.config, mine))
         return metrics | {"episode": number * n}
 
     @torch.no_grad()
@@ -101,12 +102,14 @@ class PPOTrainer(Trainer):
         """Of greedy answers: accuracies, or with a reward model the mean score."""
         if self.reward_model is None:
             return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
+        if not self.task.test:
+            return {}
         mine = self.engine.mine(self.task.test[: self.config.eval_samples or None])
         scores = score(self, sample_completions(self, mine, uniforms=None), mine).tolist() if mine else []
         return {"score": torch.tensor(self.engine.gather(scores)).nanmean().item()}
 
     def describe(self, metrics: Logged) -> str:
-        return evaluation.describe(metrics) if self.reward_model is None else f"score {metrics['score']:.4g}"
+        return f"score {metrics['score']:.4g}" if "score" in metrics else evaluation.describe(metrics)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def prepare(
         engine=placed,
         reference=reference,
         workload=work,
-        run=Run(placed),
+        run=Run(placed, work.fingerprint),
         task=task,
         rewards=functions,
         reward_model=None if judge is None else placed.frozen(judge.eval()),

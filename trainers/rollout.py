@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,12 +34,14 @@ from transformers import (
 import fused_rlhf as fr
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import encode
-from fused_rlhf.trainers.data import Sample, Task
+from fused_rlhf.trainers.data import Sample, Task, fingerprint
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.inputs import Encoded, collate
 from fused_rlhf.trainers.model import Loaded, base_of, max_positions
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
+
+T = TypeVar("T")
 
 # An external sampler: prompts' ids -> completions' ids, EOS included, and the log-probs it gave them (or None).
 Sampler = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
@@ -301,11 +303,21 @@ def own_rows(engine: Placed, count: int, config: RolloutConfig) -> list[int]:
     return [i for mini in minibatches(count, config) for i in engine.mine(range(mini.start, mini.stop))]
 
 
+def everyones(engine: Placed, count: int, config: RolloutConfig, rows: Sequence[T]) -> list[T]:
+    """The rows of all processes, as many for each prompt that is one's own, in the order of the prompts."""
+    own = own_rows(engine, count, config)
+    each = len(rows) // max(len(own), 1)
+    tagged = engine.gather([(own[i // each], row) for i, row in enumerate(rows)])
+    return [row for _, row in sorted(tagged, key=lambda pair: pair[0])]
+
+
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:
     """That of steps with so many completions of each prompt and passes over them. Raises as `longest_prompt`."""
     n, longest = config.prompts_per_step, longest_prompt(loaded, task, config) + config.max_new_tokens
     splits, updates = (len(task.train), len(task.test)), passes * config.num_minibatches
-    return Workload("prompts", n, *splits, task.note, sequences=n * generations, length=longest, updates=updates)
+    found = fingerprint([*task.train, *task.test])
+    sequences = n * generations
+    return Workload("prompts", n, *splits, task.note, sequences, longest, updates, found)
 
 
 def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
@@ -314,7 +326,7 @@ def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
     for name, samples in (("train", task.train), ("test", task.test)):
         prompts = encoded(loaded, samples, config, name)
         check_lengths(name, prompts, loaded.model, config.max_new_tokens)
-        longest = max(longest, *(len(prompt.ids) for prompt in prompts))
+        longest = max([longest, *(len(prompt.ids) for prompt in prompts)])
     return longest
 
 

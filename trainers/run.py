@@ -15,14 +15,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fused_rlhf.trainers import checkpoint
@@ -35,6 +38,9 @@ from fused_rlhf.trainers.model import ADAPTERS
 # What a resumed run may be given anew: none of it changes the steps already taken.
 FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
 
+# Options that may name a file or folder to read from.
+SOURCES = {"model", "data", "ref_model", "reward_model", "value_model"}
+
 Logged = dict[str, float]  # metrics as they are logged: of a step or an evaluation, merged
 
 
@@ -42,11 +48,13 @@ class Run:
     """One run's folder, trackers and progress bar. Process 0 writes; the others have the same numbers.
 
     Nothing is written before `open`. Raises FileExistsError where `output` already holds a run and neither `overwrite`
-    nor `resume` is set, ValueError for options at odds with those of the run to be resumed.
+    nor `resume` is set, FileNotFoundError where there is no run to resume, ValueError for options or data at odds with
+    those of the run to be resumed, NotADirectoryError or PermissionError where there can be no folder.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, data: str = "") -> None:
         self.engine = engine
+        self.data = data  # a fingerprint of what it learns from
         self.config: TrainConfig = engine.config
         self.folder = Path(self.config.output).expanduser()
         self.model_path = self.folder / "model"
@@ -71,6 +79,17 @@ class Run:
 
     def _check(self) -> None:
         config = self.config
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"output: {str(self.folder)!r} cannot be a folder, for {str(there)!r} is a file")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"output: {str(self.folder)!r} cannot be written, for {str(there)!r} may not be")
+        for name, value in to_dict(config).items():
+            path = Path(value).expanduser().resolve() if name in SOURCES and value else self.folder
+            inside = self.model_path.resolve() in (path, *path.parents)
+            require(not inside, name, value, f"a path outside of {self.model_path}, which the run replaces")
+        if config.resume and not self.metrics_path.exists():
+            raise FileNotFoundError(f"resume: {str(self.folder)!r} holds no run to go on from")
         if self.metrics_path.exists() and not (config.overwrite or config.resume):
             raise FileExistsError(
                 f"output: {str(self.folder)!r} already holds a run; choose another, --resume it, or --overwrite it"
@@ -80,20 +99,41 @@ class Run:
             for name, value in to_dict(config).items():
                 if name not in FREE and name in saved:
                     require(value == saved[name], f"resume, {name}", value, f"{saved[name]!r} as in {self.config_path}")
+        found = checkpoint.latest(self.checkpoints) if config.resume else None
+        if found is not None:
+            step, progress = checkpoint.peek(found)
+            require(config.steps >= step, "resume, steps", config.steps, f"at least {step}, those taken by {found}")
+            same = progress["data"] == self.data
+            require(same, "resume, data", to_dict(config)["data"], f"the samples that {found} has learned from")
 
     def open(self) -> None:
         """Make the folder; empty it of the run that it holds unless that is to be resumed."""
         if self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.config.resume:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for path in (self.metrics_path, self.samples_path):
-                path.touch() if self.config.resume else path.write_text("")
-            self.config_path.write_text(to_yaml(dataclasses.replace(self.config, resume=False)))
+            with self._writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self.config.resume:
+                    shutil.rmtree(self.checkpoints, ignore_errors=True)
+                    if self.metrics_path.exists():  # else a folder called model is not that of a run
+                        for name in ("model", "model.old", "model.new"):
+                            shutil.rmtree(self.folder / name, ignore_errors=True)
+                        self.curves_path.unlink(missing_ok=True)
+                for path in (self.metrics_path, self.samples_path):
+                    path.touch() if self.config.resume else path.write_text("")
+                self.config_path.write_text(to_yaml(dataclasses.replace(self.config, resume=False)))
         self.engine.accelerator.wait_for_everyone()
         if self.config.report_to:
             values = {name: str(value) for name, value in to_dict(self.config).items()}
             self.engine.accelerator.init_trackers(self.folder.name, config=values)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Raises CheckpointError where what is within cannot write."""
+        try:
+            yield
+        except OSError as error:
+            last = checkpoint.latest(self.checkpoints)
+            left = f"; the last checkpoint is {last}" if last else ""
+            raise CheckpointError(f"{path} cannot be written: {error}{left}") from error
 
     def steps(self, count: int, description: str, start: int = 0) -> Iterator[int]:
         """start + 1 ... count with a progress bar, on which `log` shows what it is told to."""
@@ -121,10 +161,15 @@ class Run:
         row |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.metrics.append(row)
         if self.main:
-            with self.metrics_path.open("a") as file:
+            with self._writing(self.metrics_path), self.metrics_path.open("a") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.config.report_to:
-            self.engine.accelerator.log({f"{phase}/{name}": value for name, value in metrics.items()}, step=step)
+            # Trackers ignore steps that fall: those of the run go on from the warm-up's.
+            warmed = (
+                0 if phase == "warmup" else max((r["step"] for r in self.metrics if r["phase"] == "warmup"), default=0)
+            )
+            values = {f"{phase}/{name}": value for name, value in metrics.items()}
+            self.engine.accelerator.log(values, step=warmed + step)
         if self._bar is not None and show:
             self._shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
             self._bar.set_postfix(self._shown, refresh=False)
@@ -150,7 +195,7 @@ class Run:
         """Append samples to samples.jsonl and print the first `show`."""
         if not self.main:
             return
-        with self.samples_path.open("a") as file:
+        with self._writing(self.samples_path), self.samples_path.open("a") as file:
             for i, sample in enumerate(samples):
                 row = {"step": step} | sample | {"step": step}  # a column of that name does not hide it
                 file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
@@ -171,7 +216,7 @@ class Run:
                 adapters = (new / ADAPTERS).is_file()
                 (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
                 checkpoint.replace(new, self.model_path)
-        except OSError as found:
+        except (OSError, SafetensorError) as found:
             shutil.rmtree(new, ignore_errors=True)
             error = CheckpointError(f"the model cannot be written to {new}: {found}")
             error.__cause__ = found
@@ -199,12 +244,13 @@ class Run:
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
             axes.legend()
-        figure.savefig(self.curves_path, dpi=100)
+        with self._writing(self.curves_path):
+            figure.savefig(self.curves_path, dpi=100)
 
     def progress(self) -> dict[str, Any]:
         """For a checkpoint: how far the files of this folder reach now."""
         sizes = [path.stat().st_size if self.main else 0 for path in (self.metrics_path, self.samples_path)]
-        return {"sizes": sizes, "seconds": self.seconds()}
+        return {"sizes": sizes, "seconds": self.seconds(), "data": self.data}
 
     def restore(self, progress: dict[str, Any] | None) -> None:
         """Cut the files to where they were then (None: at the start), and go on with the clock."""

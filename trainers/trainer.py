@@ -8,6 +8,9 @@ A trainer is a `Trainer` with what it learns from, and three verbs: `supervise`,
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -44,7 +47,8 @@ class Result:
 
 
 class Controller(Protocol):
-    """Something that changes during a run and belongs to its checkpoints, such as an adaptive KL coefficient."""
+    """Something that changes during a run and belongs to its checkpoints, such as an adaptive KL coefficient: in a step,
+    after its updates."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -139,15 +143,48 @@ def plan(trainer: Trainer) -> str:
     return planning.describe(trainer.engine, trainer.loaded, trainer.workload, trainer.reference is not None)
 
 
+class Interrupts:
+    """Ctrl-C, put off for as long as `busy` says that there is no state to go on from; a second one is not."""
+
+    def __init__(self, busy: Callable[[], bool]) -> None:
+        self.busy = busy
+        self.asked = 0
+        self.closing = False  # what is left to be saved is being saved: nothing more interrupts it
+        self.ours = False
+
+    def install(self) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        self.ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.ours:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def remove(self) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _handle(self, *_: object) -> None:
+        if self.closing:
+            return
+        self.asked += 1
+        if self.asked > 1 or not self.busy():
+            raise KeyboardInterrupt
+        print("the run stops after this step; Ctrl-C again to lose it", file=sys.stderr)
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
 def fit(trainer: Trainer) -> Result:
     """The run itself: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
 
     Raises RewardError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
-    CheckpointError where the disk is full.
+    CheckpointError where the disk is full. Ctrl-C while a step changes the weights waits for the step's end.
     """
     config, engine, run, workload = trainer.config, trainer.engine, trainer.run, trainer.workload
     controllers, phase = trainer.controllers(), trainer.name.lower()
-    done, updates = 0, -1
+    done, updates = 0, -1  # updates before the step in progress, or of the last one where none is
+    drawn = checkpoint.random_state()  # then
     before: Logged = {}
     after: Logged = {}  # once the steps are done
     latest: Logged = {}
@@ -156,6 +193,14 @@ def fit(trainer: Trainer) -> Result:
         progress = run.progress() | {"before": before, "after": after}
         progress["controllers"] = {name: controller.state_dict() for name, controller in controllers.items()}
         checkpoint.save(run.checkpoints, step, engine, progress, config.keep_checkpoints)
+
+    def untouched() -> bool:
+        """Whether all is as step `done` left it, but for random numbers."""
+        return engine.updates == updates and not engine.stepping
+
+    def save_done() -> None:
+        checkpoint.set_random_state(drawn)
+        save(done)
 
     def save_model() -> None:
         run.save_model(partial(models.save, engine, trainer.loaded), latest)
@@ -166,7 +211,10 @@ def fit(trainer: Trainer) -> Result:
         run.say(workload.note)
     run.open()
     found = checkpoint.latest(run.checkpoints)
+    interrupts = Interrupts(lambda: updates >= 0 and not untouched())
     try:
+        if engine.world == 1:
+            interrupts.install()
         if found:
             done, progress = checkpoint.load(found, engine)
             before, after = progress["before"], progress["after"]
@@ -184,13 +232,14 @@ def fit(trainer: Trainer) -> Result:
         latest = after or before
         run.say(f"before {trainer.name}: {trainer.describe(before)}")
         for step in run.steps(config.steps, trainer.name, start=done):
-            updates, after = engine.updates, {}
+            updates, after, drawn = engine.updates, {}, checkpoint.random_state()
             metrics = trainer.step(step)
             if config.eval_steps and step % config.eval_steps == 0 and step < config.steps:
                 latest = trainer.evaluate()
                 metrics = metrics | latest
             run.log(phase, step, metrics, show=trainer.shown)
-            done = step
+            done, updates, drawn = step, engine.updates, checkpoint.random_state()
+            interrupts.check()
             if config.save_steps and step % config.save_steps == 0 and step < config.steps:
                 save(step)
                 save_model()
@@ -200,16 +249,23 @@ def fit(trainer: Trainer) -> Result:
             save(config.steps)
             save_model()
     except KeyboardInterrupt:
+        interrupts.closing = True
         if engine.world == 1:  # the others would wait for what this process is in the middle of
+            if untouched():
+                save_done()
             save_model()
             run.say(f"interrupted; the model as it is now lies in {run.model_path}")
+            if last := checkpoint.latest(run.checkpoints):
+                run.say(f"--resume goes on from {last}")
         raise
     except (RewardError, NonFiniteLoss) as error:
-        if isinstance(error, RewardError) and engine.updates == updates:  # all is as the last step left it
-            save(done)
+        if isinstance(error, RewardError) and untouched():
+            save_done()
         last = checkpoint.latest(run.checkpoints)
         left = f"; the last checkpoint is {last}" if last else ""
         raise type(error)(f"step {done + 1} ({workload.of_step(done + 1)}): {error}{left}") from error
+    finally:
+        interrupts.remove()
     run.remind()
     run.say(f"after {trainer.name}: {trainer.describe(after)}; {run.seconds():.0f} s in all")
     for tracker in engine.accelerator.trackers:
