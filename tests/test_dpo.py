@@ -174,7 +174,8 @@ def test_loss_and_metrics_are_those_of_dense_logits(tmp_path, truth):
 @pytest.mark.parametrize("losses", [("sigmoid",), ("ipo", "sft"), ("simpo",)])
 def test_neither_micro_batches_nor_packing_change_a_step(tmp_path, losses):
     model: dict[str, Any] = {} if losses == ("simpo",) else {"ref_model": other_model(2)}
-    config = small(tmp_path, "a", loss_type=losses, batch_size=7, micro_batch_size=14, use_weighting=True)
+    weighted = "sft" not in losses  # whose NLL meets the weights of all pairs
+    config = small(tmp_path, "a", loss_type=losses, batch_size=7, micro_batch_size=14, use_weighting=weighted)
     whole = first_step(config, **given(None), **model)
     changes: list[dict[str, Any]] = [
         {"micro_batch_size": 4},
@@ -555,3 +556,24 @@ def test_own_pairs_want_a_model(tmp_path):
     with pytest.raises(ValueError, match="model: expected a folder or hub id with this data"):
         dpo.prepare(Config(data=str(path), output=str(tmp_path / "run")))
     dpo.prepare(Config(data=str(path), output=str(tmp_path / "run"), hidden_size=32))
+
+
+def test_epochs_are_steps(tmp_path):
+    trainer = dpo.prepare(small(tmp_path, steps=200, epochs=1.5), ROWS)
+    assert (len(trainer.train), trainer.config.steps, trainer.config.epochs) == (50, 13, None)
+    with pytest.raises(ValueError, match=r"steps, epochs: expected one of them; got \(3, 1\)"):
+        small(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="epochs: expected more than 0, or None; got 0"):
+        small(tmp_path, steps=200, epochs=0)
+
+
+def test_an_nll_under_weights_takes_whole_batches(tmp_path):
+    small(tmp_path, use_weighting=True, rpo_alpha=0.5, micro_batch_size=12)
+    for changes in ({"rpo_alpha": 0.5}, {"loss_type": ("sigmoid", "sft")}):
+        with pytest.raises(ValueError, match="micro_batch_size: expected at least 2 x batch_size for an NLL"):
+            small(tmp_path, use_weighting=True, **changes)
+
+
+def test_the_held_out_pairs_are_the_same_for_every_seed(tmp_path):
+    found = [[pair.text for pair in dpo.prepare(small(tmp_path, seed=seed), ROWS).test] for seed in (0, 1)]
+    assert found[0] == found[1]

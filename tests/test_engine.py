@@ -19,7 +19,10 @@ from tests.tiny import COUNT, IDS, pieces
 def test_an_update_is_that_of_plain_torch(tmp_path):
     own, loaded = tiny.build(tmp_path, learning_rate=1e-2, max_grad_norm=0.5, weight_decay=0.1, dtype="float32")
     model = copy.deepcopy(loaded.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
     logits = model(IDS).logits[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten())
     loss.backward()
@@ -171,3 +174,11 @@ def test_deepspeed_needs_its_file(tmp_path):
         pytest.skip("deepspeed is installed: a single process cannot tell what it would do without")
     with pytest.raises(ValueError, match="the package deepspeed is not installed"):
         engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
+
+
+def test_weights_too_coarse_for_a_step_are_counted(tmp_path):
+    for dtype, least, most in (("float32", 0.0, 0.05), ("bfloat16", 0.9, 1.0)):
+        own, _ = tiny.build(tmp_path, dtype=dtype, learning_rate=1e-6)
+        assert least <= own.standing_still() <= most
+    own, _ = tiny.build(tmp_path, dtype="bfloat16", learning_rate=1e-2)
+    assert own.standing_still() < 0.5

@@ -208,7 +208,7 @@ def test_micro_batches_leave_every_objective_alone(tmp_path, objective):
 
 @pytest.mark.parametrize("objective", ["clip_cov", "kl_cov"])
 def test_objectives_over_whole_batches_run(tmp_path, objective):
-    trainer = prepared(tmp_path, objective=objective)
+    trainer = prepared(tmp_path, objective=objective, micro_batch_size=12)
     assert math.isfinite(grpo.update(trainer, grpo.collect(trainer, 1, SEVEN[:4]))["loss"])
 
 
@@ -659,3 +659,34 @@ def test_a_reward_that_breaks_later_is_named_too(tmp_path):
 
     with pytest.raises(ValueError, match="'breaks' returned 1 values for 24 completions"):
         grpo.train(small(tmp_path), task=TASK, reward_functions=[breaks])
+
+
+@pytest.mark.parametrize("changes", [{"top_entropy_quantile": 0.2}, {"objective": "kl_cov"}, {"objective": "clip_cov"}])
+def test_what_compares_all_tokens_takes_whole_mini_batches(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"micro_batch_size: expected at least 12, those of a mini-batch .*; got 11"):
+        prepared(tmp_path, micro_batch_size=11, **changes)
+    prepared(tmp_path, micro_batch_size=12, **changes)
+
+
+def test_prompts_need_no_answers_where_no_reward_reads_them(tmp_path, capsys):
+    rows = [{"prompt": row["prompt"]} for row in SEVEN]
+    result = grpo.train(small(tmp_path, steps=1, eval_steps=1), task=rows, reward_functions=[digits])
+    assert set(result.after) == {"score"}
+    assert "after GRPO: score" in capsys.readouterr().out
+
+    def reads(completions, answer, **_):
+        return [0.0] * len(answer)
+
+    cases: list[Any] = [({"rewards": ("length=2", "exact_match")}, None), ({}, [digits, reads]), ({}, None)]
+    for changes, given in cases:
+        with pytest.raises(ValueError, match=r"train sample 0: missing \['answer'\]"):
+            grpo.prepare(small(tmp_path, overwrite=True, **changes), rows, given)
+
+
+def test_the_held_out_samples_are_the_same_for_every_seed(tmp_path):
+    tests = [grpo.prepare(small(tmp_path, seed=seed)).task.test for seed in (0, 1)]
+    assert tests[0] == tests[1]
+    other = grpo.prepare(small(tmp_path, split_seed=1)).task.test
+    assert other != tests[0]
+    lists = [grpo.prepare(small(tmp_path, seed=seed), SEVEN).task.test for seed in (0, 1)]
+    assert lists[0] == lists[1]

@@ -719,3 +719,10 @@ def test_two_processes_replicated_or_sharded_do_what_one_does(tmp_path, value_mo
         assert {"loss", "grad_norm", "objective/kl", "val/explained_variance", "val/ratio_var"} <= set(differences)
         assert max(differences.values()) < 1e-4, differences
         assert differences["loss"] < 1e-5
+
+
+def test_prompts_need_no_answers_where_no_reward_reads_them(tmp_path):
+    rows = [{"prompt": row["prompt"]} for row in SEVEN]
+    assert set(ppo.prepare(small(tmp_path), rows, [digits]).evaluate()) == {"score"}
+    with pytest.raises(ValueError, match=r"train sample 0: missing \['answer'\]"):
+        ppo.prepare(small(tmp_path), rows)

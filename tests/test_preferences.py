@@ -71,6 +71,17 @@ def test_weighting_takes_no_gradient_and_scales_each_pair():
     assert worst(by_lp, expected) < 1e-15
 
 
+def test_the_nll_of_all_pairs_meets_each_pairs_weight():
+    """mean of (loss_i + 0.7 nll) w_i"""
+    lp, _, bound = bind(fr.DPO(use_weighting=True, sft_weight=0.7))
+    _, _, plain = bind(fr.DPO())
+    mean = bound.sequences.mean(lp - bound.log_sum_sq)
+    weights = (mean[:3] + mean[3:]).exp()
+    nll = -bound.sequences.sum(lp)[:3].sum() / 9
+    want = ((plain.per_sequence(lp) + 0.7 * nll) * weights).mean()
+    assert worst(bound.per_sequence(lp).mean(), want) < 1e-15
+
+
 def test_ld_alpha_weighs_the_tail_of_the_longer_completion():
     """Lengths 3, 4, 2 against 5, 1, 0."""
     _, _, bound = bind(fr.DPO(ld_alpha=0.3))

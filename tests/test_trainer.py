@@ -337,3 +337,10 @@ def test_a_second_ctrl_c_stops_at_once_and_a_third_does_not_spoil_what_is_saved(
     assert "step-00000002" in captured.out
     assert sorted(path.name for path in own.run.folder.iterdir() if "model" in path.name) == ["model"]
     assert (own.run.model_path / "README.md").exists()
+
+
+def test_weights_that_will_not_change_are_warned_of(tmp_path, capsys):
+    fit(toy(tmp_path, steps=1, dtype="bfloat16", learning_rate=1e-6))
+    assert "of bfloat16, are too coarse for a step of learning_rate=1e-06" in capsys.readouterr().out
+    fit(toy(tmp_path, steps=1, learning_rate=1e-6, overwrite=True))
+    assert "warning" not in capsys.readouterr().out

@@ -95,6 +95,8 @@ class TrainConfig:
     """Trackers, by the names accelerate has for them: tensorboard, wandb, ..."""
     seed: int = 0
     """Seed of the data's order, the sampling and a new model's weights."""
+    split_seed: int = 0
+    """Seed of which samples are held out, so that runs of several seeds are tested on the same, and none was trained on."""
 
     def __post_init__(self) -> None:
         require_choices(self)

@@ -51,9 +51,9 @@ class Task:
 def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None, answers: bool = True) -> Task:
     """The task that `config` asks for, or the one given, maybe as a list of samples; checked as `check` says."""
     if given is None:
-        task = load(config.task, config.data, max_operand=config.max_operand, seed=config.seed, answers=answers)
+        task = load(config.task, config.data, max_operand=config.max_operand, seed=config.split_seed, answers=answers)
     else:
-        task = given if isinstance(given, Task) else in_memory(given, seed=config.seed)
+        task = given if isinstance(given, Task) else in_memory(given, seed=config.split_seed)
         task = replace(task, train=list(task.train), test=list(task.test))  # a slice of a data set would be no list
     check(task, answers)
     return task

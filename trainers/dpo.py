@@ -30,7 +30,7 @@ from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.bpe import bpe_tokenizer
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample
-from fused_rlhf.trainers.dpo_config import SORTED, Config
+from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.dpo_reference import Precomputed, logprobs, reference_model, sums
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Preference, Totals
@@ -144,7 +144,7 @@ def prepare(
     accelerator = engine.start(config)
     processes, size = accelerator.num_processes, config.batch_size
     require(size % processes == 0, "batch_size", size, f"a multiple of {processes}, the processes")
-    alone = processes == 1 or not SORTED & set(config.loss_type)
+    alone = processes == 1 or not config.compares_pairs
     require(alone, "loss_type", config.loss_type, "another in several processes: it compares all pairs of a batch")
     if rows is not None:
         rows, test_rows = list(rows), list(test_rows)
@@ -160,6 +160,8 @@ def prepare(
     encoder = Encoder(loaded.tokenizer, loaded.processor, context, template, limit, config.truncate)
     train, test = encoder.pairs(preferences.train), encoder.pairs(preferences.test)
     require(len(train) > 0, "data", config.data, "at least one pair to train on")
+    if config.epochs is not None:
+        config = replace(config, steps=math.ceil(config.epochs * len(train) / size), epochs=None)
     splits, length = (len(train), len(test)), max(pair.length for pair in train)
     both = [*preferences.train, *preferences.test]
     found = data.fingerprint([p.prompt, p.chosen, p.rejected, p.images, p.ref] for p in both)

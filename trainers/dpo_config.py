@@ -75,6 +75,8 @@ class Config(TrainConfig):
     router_aux_loss_coef: float = 0.0
     """Weight of the auxiliary loss of a mixture of experts; 0 leaves it out."""
 
+    epochs: float | None = None
+    """Passes over the training pairs, in the place of steps."""
     batch_size: int = 32
     """Pairs in an update, over all processes."""
     micro_batch_size: int = 32
@@ -104,11 +106,24 @@ class Config(TrainConfig):
         require(
             whole, "micro_batch_size", micro, f"at least 2 x batch_size for {self.loss_type}, which compare all pairs"
         )
+        joint = self.compares_pairs and not SORTED & set(self.loss_type)
+        whole = not joint or micro >= 2 * self.batch_size
+        words = "at least 2 x batch_size for an NLL with use_weighting: the weights of all pairs meet it"
+        require(whole, "micro_batch_size", micro, words)
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "more than 0, or None")
+        both = self.epochs is not None and self.steps != type(self).steps
+        require(not both, "steps, epochs", (self.steps, self.epochs), "one of them")
         asked, needed = self.ref_model is not None or self.precompute_ref, self.loss().needs_reference
         given = (self.ref_model, self.precompute_ref)
         require(
             needed or not asked, "ref_model, precompute_ref", given, f"none for {self.loss_type}: no reference there"
         )
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss of a batch is no sum of its pairs' own."""
+        nll = self.rpo_alpha > 0 or "sft" in self.loss_type
+        return bool(SORTED & set(self.loss_type)) or (self.use_weighting and nll)
 
     def loss(self) -> fr.PreferenceLoss:
         given = {name: getattr(self, name) for name in ("label_smoothing", "discopop_tau", "gamma", "alpha")}

@@ -242,8 +242,13 @@ class Engine(Placed):
         self.scheduler = get_scheduler(config.lr_schedule, inner, config.lr_warmup_updates, max(num_updates, 1))
 
     def _adamw(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Norms and biases, which are vectors, do not decay."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+        parts = (
+            [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]] if weight_decay else [trained]
+        )
+        groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, (weight_decay, 0.0)) if part]
+        return torch.optim.AdamW(groups, lr=learning_rate)
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
@@ -253,6 +258,19 @@ class Engine(Placed):
         other.optimizer = self.accelerator.prepare_optimizer(optimizer)
         other.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
         return other
+
+    @torch.no_grad()
+    def standing_still(self) -> float:
+        """Share of this process's weights in training that a step of AdamW at the peak learning rate, which is about
+        that large, would round to what they are; of a thousand of each tensor."""
+        still, count = 0, 0
+        for p in self.module.parameters():
+            if p.requires_grad:
+                values = (p.to_local() if isinstance(p, DTensor) else p).flatten()
+                values = values[:: max(len(values) // 1000, 1)]
+                still += int((values - self.config.learning_rate == values).sum())
+                count += len(values)
+        return still / max(count, 1)
 
     def frozen(self, module: nn.Module) -> Placed:
         """A module that is only evaluated (a reference, a reward model), placed like the trained one."""

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fused_rlhf.advantages import weighted_sum
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.model import Loaded
-from fused_rlhf.trainers.rewards import Reward, RewardError, resolve, score
+from fused_rlhf.trainers.rewards import Reward, RewardError, resolve
+from fused_rlhf.trainers.rewards import score as scores_of
 from fused_rlhf.trainers.rollout import Completions, complete, encoded
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
@@ -25,7 +27,7 @@ def score_together(
     """Rewards of this process's completions, (B, R) fp32 on its device; where one process fails, all raise."""
     scores, error = torch.full((len(samples), len(functions)), torch.nan), None
     try:
-        scores = score(functions, completions.texts, samples, timeout)
+        scores = scores_of(functions, completions.texts, samples, timeout)
     except RewardError as found:
         error = found
     engine.agree(error)
@@ -38,6 +40,27 @@ def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, s
     completions = complete(engine, loaded, encoded(loaded, mine, config), config, batch_size=config.micro_batch_size)
     right = score_together(engine, [resolve(task.reward)], completions, mine)[:, 0].tolist()
     return torch.tensor(engine.gather(right if engine.mine(samples) else []))
+
+
+def has_answers(task: Task) -> bool:
+    return all("answer" in sample for sample in task.test)
+
+
+def score(
+    engine: Engine,
+    loaded: Loaded,
+    task: Task,
+    config: RolloutConfig,
+    functions: Sequence[Reward],
+    weights: Sequence[float],
+) -> dict[str, float]:
+    """The mean weighted reward of greedy completions of the first `eval_samples` test samples."""
+    samples = task.test[: config.eval_samples or None]
+    mine = engine.mine(samples) or samples[:1]
+    completions = complete(engine, loaded, encoded(loaded, mine, config), config, batch_size=config.micro_batch_size)
+    scores = score_together(engine, functions, completions, mine, config.reward_timeout)
+    found = engine.gather(weighted_sum(scores, weights).tolist() if engine.mine(samples) else [])
+    return {"score": torch.tensor(found).nanmean().item()}
 
 
 def accuracy(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig) -> dict[str, float]:
@@ -59,5 +82,7 @@ def accuracies(right: Tensor, samples: Sequence[Sample], train: Sequence[Sample]
 
 
 def describe(metrics: dict[str, float]) -> str:
+    if "score" in metrics:
+        return f"score {metrics['score']:.4g}"
     found = ", ".join(f"{name.replace('_', ' on ')} {100 * value:.1f} %" for name, value in metrics.items())
     return found or "no samples are held out"

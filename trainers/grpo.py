@@ -31,7 +31,7 @@ from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
-from fused_rlhf.trainers.grpo_config import Config
+from fused_rlhf.trainers.grpo_config import COMPARING, Config
 from fused_rlhf.trainers.rollout import Completions, Sampler, slices
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
@@ -75,8 +75,11 @@ class GRPOTrainer(Trainer):
         return metrics
 
     def evaluate(self) -> Logged:
-        """Accuracies."""
-        return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
+        """Accuracies; where samples have no answers, the mean reward of greedy completions."""
+        if evaluation.has_answers(self.task):
+            return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
+        weights = self.config.reward_weights or [1.0] * len(self.rewards)
+        return evaluation.score(self.engine, self.loaded, self.task, self.config, self.rewards, weights)
 
     def describe(self, metrics: Logged) -> str:
         return evaluation.describe(metrics)
@@ -139,14 +142,26 @@ def prepare(
     processes, n = accelerator.num_processes, config.prompts_per_step
     share = config.num_minibatches * processes
     require(processes == 1 or n % share == 0, "prompts_per_step", n, f"a multiple of {share}, the mini-batches' shares")
+    rows, micro = n * config.num_generations // share, config.micro_batch_size
+    whole = not config.compares_tokens or micro >= rows
+    words = (
+        f"at least {rows}, those of a mini-batch and process: top_entropy_quantile and *_cov compare all of its tokens"
+    )
+    require(whole, "micro_batch_size", micro, words)
+    alone = processes == 1 or config.objective not in COMPARING
+    require(
+        alone, "objective", config.objective, "another in several processes: it compares all tokens of a mini-batch"
+    )
     external = config.importance_sampling != "none"
     require(sampler is not None or not external, "importance_sampling", config.importance_sampling, "a sampler with it")
     threshold, acts = config.off_policy_mask_threshold, sampler is not None or config.off_policy
     require(
         acts or threshold is None, "off_policy_mask_threshold", threshold, "a sampler, or several updates a rollout"
     )
-    task = data.load_for(config, task)
-    functions = rewards.choose(reward_functions, config, task, accelerator.device)
+    named = rewards.named(reward_functions, config)
+    answers = not named or config.warmup_steps > 0 or any(map(rewards.reads_answers, named))
+    task = data.load_for(config, task, answers)
+    functions = rewards.choose(named, config, task, accelerator.device)
     loaded = models.load_for(config, model, tokenizer)
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = copy.deepcopy(loaded.model) if config.beta and not config.lora_r else None

@@ -12,6 +12,8 @@ from fused_rlhf.trainers.rollout_config import RolloutConfig
 OBJECTIVES, ESTIMATORS = tuple(PRESETS), tuple(KL_ESTIMATORS)
 LEVEL_NAMES, CORRECTION_NAMES = ("default", *LEVELS), ("none", *CORRECTIONS)
 
+COMPARING = ("clip_cov", "kl_cov")  # they choose among all tokens of a call
+
 
 @dataclass(frozen=True)
 class Config(RolloutConfig):
@@ -86,6 +88,11 @@ class Config(RolloutConfig):
         require_default(self, corrected, "without importance_sampling", *bounds)
         require_default(self, self.beta > 0, "without beta", "kl")
         self.loss()
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether a token's part in the loss depends on all of the call's."""
+        return self.top_entropy_quantile < 1 or self.objective in COMPARING
 
     @property
     def reads_sampler(self) -> bool:

@@ -76,10 +76,10 @@ def load_for(config: Config, rows: Sequence[Sample] | None, test_rows: Sequence[
     """The pairs that `config` asks for, or the rows given. Raises as `load` and `check_row`."""
     if rows is None:
         require(config.data is not None, "data", None, f"where the pairs of the task {config.task!r} are read from")
-        return load(config.task, str(config.data), config.num_test, config.seed)
+        return load(config.task, str(config.data), config.num_test, config.split_seed)
     require(config.data is None, "data", config.data, "none where rows are given")
     train, test = check(rows, "row"), check(test_rows, "test row")
-    return Preferences(train, test) if test else Preferences(*hold_out(train, config.num_test, config.seed))
+    return Preferences(train, test) if test else Preferences(*hold_out(train, config.num_test, config.split_seed))
 
 
 def load(task: str, source: str, num_test: int, seed: int) -> Preferences:

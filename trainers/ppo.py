@@ -99,8 +99,8 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self) -> Logged:
-        """Of greedy answers: accuracies, or with a reward model the mean score."""
-        if self.reward_model is None:
+        """Of greedy answers: accuracies, or with a reward model, or where samples have no answers, the mean score."""
+        if self.reward_model is None and evaluation.has_answers(self.task):
             return evaluation.accuracy(self.engine, self.loaded, self.task, self.config)
         if not self.task.test:
             return {}
@@ -109,7 +109,7 @@ class PPOTrainer(Trainer):
         return {"score": torch.tensor(self.engine.gather(scores)).nanmean().item()}
 
     def describe(self, metrics: Logged) -> str:
-        return f"score {metrics['score']:.4g}" if "score" in metrics else evaluation.describe(metrics)
+        return evaluation.describe(metrics)
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,10 @@ def prepare(
     named = bool(reward_functions or config.rewards or scorer is None)
     weights = config.reward_weights
     require(named or not weights, "reward_weights", weights, "none: the reward model's own weight is 1")
-    task = data.load_for(config, task, answers=named or config.warmup_steps > 0)
-    functions = rewards.choose(reward_functions, config, task, accelerator.device) if named else []
+    chosen = rewards.named(reward_functions, config)
+    read = any(map(rewards.reads_answers, chosen)) or (named and not chosen)
+    task = data.load_for(config, task, answers=read or config.warmup_steps > 0)
+    functions = rewards.choose(chosen, config, task, accelerator.device) if named else []
     loaded = models.load_for(config, model, tokenizer)
     work = rollouts.workload(loaded, task, config, generations=1, passes=config.num_ppo_epochs)
     if config.stop_token is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -150,12 +151,26 @@ def resolve(name: str) -> Reward:
     return reward
 
 
+def named(given: Sequence[Reward] | None, config: RolloutConfig) -> list[Reward]:
+    """The functions given, or those that `config` names; maybe none. Raises ValueError as `resolve`."""
+    return list(given or map(resolve, config.rewards))
+
+
+def reads_answers(reward: Reward) -> bool:
+    """Whether it cannot be called without the column `answer`."""
+    try:
+        parameter = inspect.signature(reward).parameters.get("answer")
+    except (TypeError, ValueError):  # a builtin tells nothing
+        return False
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
 def choose(given: Sequence[Reward] | None, config: RolloutConfig, task: Task, device: torch.device) -> list[Reward]:
-    """The functions of a run: those given, those that `config` names, or the task's own; tried on two answers of the task.
+    """The functions of a run: those `named`, or the task's own; tried on two answers of the task.
 
     Raises ValueError for an unknown name or weights that are not one per function, RewardError as `score`.
     """
-    functions, weights = list(given or map(resolve, config.rewards or (task.reward,))), config.reward_weights
+    functions, weights = list(given or [resolve(task.reward)]), config.reward_weights
     require(len(weights) in (0, len(functions)), "reward_weights", weights, "one per reward")
     for function in functions:
         if isinstance(function, RewardModel):
@@ -195,7 +210,7 @@ def score(
 def dry_run(rewards: Sequence[Reward], samples: Sequence[dict[str, Any]], timeout: float = 0.0) -> None:
     """Score the answers of the first two samples as if a model had given them: a broken reward shows before a run."""
     some = samples[:2]
-    score(rewards, [str(sample["answer"]) for sample in some], some, timeout)
+    score(rewards, [str(sample.get("answer", "")) for sample in some], some, timeout)
 
 
 def _call(

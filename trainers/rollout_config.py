@@ -14,7 +14,7 @@ class RolloutConfig(TrainConfig):
 
     task: Literal["arithmetic", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
     """arithmetic: generated sums and differences. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
-    gsm8k: its whole questions. prompts: your own rows with prompt and answer, and maybe images."""
+    gsm8k: its whole questions. prompts: your own rows with prompt, maybe images, and an answer where a reward reads it."""
     data: str | None = None
     """Folder with GSM8K's train.jsonl and test.jsonl; for prompts also a .jsonl or .parquet file or a hub id."""
     max_operand: int = 99

@@ -209,6 +209,11 @@ def fit(trainer: Trainer) -> Result:
     run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
     if workload.note:
         run.say(workload.note)
+    if (still := engine.standing_still()) > 0.5:
+        run.say(
+            f"warning: {100 * still:.0f} % of the weights in training, of {config.dtype}, are too coarse for a step of "
+            f"learning_rate={config.learning_rate:g} and will not change; keep dtype float32 (with mixed_precision bf16)"
+        )
     run.open()
     found = checkpoint.latest(run.checkpoints)
     interrupts = Interrupts(lambda: updates >= 0 and not untouched())

@@ -44,7 +44,7 @@ class PreferenceLoss:
         f_alpha: a of the alpha divergence.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter completion; None: 1.
         use_weighting: weight each pair by w_c w_r, w = exp(mean_t(logprob - log sum_v p^2)), without gradient
-            (WPO, arXiv:2406.11827).
+            (WPO, arXiv:2406.11827). The NLL of `sft` is that of all pairs of a call, for each of them.
         options: keywords of the losses: label_smoothing, gamma, ...
 
     Raises:
@@ -217,11 +217,13 @@ class BoundPreferenceLoss(BoundPreference):
             chosen, rejected = self.sides(logprobs)
             known = Pairs(chosen, rejected, self.beta, -chosen.plain * self.num_pairs / self.num_tokens)
         total = logprobs.new_zeros(())
+        weighting = self._weighting(logprobs) if self.objective.use_weighting else None
         for name, weight in zip(self.losses, self.weights):
             function = PREFERENCES[name].function
-            total = total + weight * function(known, **options_of(function, self.options))
-        if self.objective.use_weighting:
-            total = total * self._weighting(logprobs)
+            value = weight * function(known, **options_of(function, self.options))
+            if weighting is not None:  # the NLL is one number of all pairs: each pair's weight meets the whole of it
+                value = value * (weighting.mean() if name == "sft" else weighting)
+            total = total + value
         return total
 
     @torch.no_grad()
