@@ -1,5 +1,7 @@
 """Two processes do what one does: replicated by DDP, sharded by FSDP2; on CPUs, over gloo."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,12 @@ def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher, flags):
     assert found["loss"] < 1e-5
     assert max(found.values()) < 1e-3, found  # the norm of a small gradient, after Adam has taken signs, differs most
     assert {"loss", "kl", "reward", "grad_norm", "entropy", "accuracy"} <= set(found)
+    shown = [
+        [(row["step"], row["prompt"]) for row in map(json.loads, (path / "samples.jsonl").read_text().splitlines())]
+        for path in (tmp_path / "run", folder)
+    ]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 3 * 8 * 4
     mine, its = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", folder))
     assert mine.keys() == its.keys()
     for name in mine:

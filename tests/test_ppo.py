@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fused_rlhf.objectives.reductions import combine
-from fused_rlhf.trainers import cli, ppo
+from fused_rlhf.trainers import cli, ppo, value
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.ppo import Config, KLController
 from fused_rlhf.trainers.rollout import minibatches, slices
 from fused_rlhf.trainers.value import ScalarModel
-from tests import launch, tiny_vision
+from tests import launch, tiny, tiny_vision
 from tests.helpers import relative
 
 SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
@@ -726,3 +726,27 @@ def test_prompts_need_no_answers_where_no_reward_reads_them(tmp_path):
     assert set(ppo.prepare(small(tmp_path), rows, [digits]).evaluate()) == {"score"}
     with pytest.raises(ValueError, match=r"train sample 0: missing \['answer'\]"):
         ppo.prepare(small(tmp_path), rows)
+
+
+@pytest.mark.parametrize("changes", [{}, {"value_model": "copy"}, {"lora_r": 2}, {"value_model": "copy", "lora_r": 2}])
+def test_the_trained_values_are_a_model_to_go_on_with(tmp_path, changes):
+    base = {"model": tiny.saved_model(tmp_path / "base"), "hidden_size": 128, "num_layers": 4}
+    trainer = ppo.prepare(small(tmp_path, steps=3, learning_rate=1e-2, **base, **changes), TASK, [digits])
+    ppo.fit(trainer)
+    folder = tmp_path / "run" / "value_model"
+    some = one(trainer).completions
+    module: Any = trainer.engine.module
+    with torch.no_grad():
+        want = module(some)[1]
+    assert want.std() > 1e-3
+    bias = value.load("value_model", str(folder), torch.float32)[1].bias.item()
+    judge = value.value_of(Config(value_model=str(folder)), trainer.loaded.model)
+    extras = some.model_inputs()
+    torch.testing.assert_close(judge(some.input_ids, some.attention_mask, **extras)[:, :-1], want, atol=1e-5, rtol=1e-4)
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    hidden = theirs.base_model(input_ids=some.input_ids, attention_mask=some.attention_mask).last_hidden_state
+    torch.testing.assert_close(theirs.score(hidden)[:, :-1, 0] + bias, want, atol=1e-5, rtol=1e-4)
+    again = small(tmp_path, **base, value_model=str(folder), overwrite=True)
+    with pytest.raises(ValueError, match=r"value_model: expected a path outside of .*value_model, which the run"):
+        ppo.prepare(again, TASK, [digits])
+    ppo.train(dataclasses.replace(again, output=str(tmp_path / "other")), task=TASK, reward_functions=[digits])

@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from fused_rlhf.objectives.value import value_loss, value_metrics
 from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
+from fused_rlhf.trainers import value as values
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
@@ -96,6 +98,22 @@ class PPOTrainer(Trainer):
             mine = [{**sample, "completion": text, "score": score} for sample, text, score in rows]
             self.run.samples(number, rollouts.everyones(self.engine, n, self.config, mine))
         return metrics | {"episode": number * n}
+
+    def save_model(self, metrics: Logged) -> None:
+        """The values too, as a model of their own, where transformers has one of the kind."""
+        super().save_model(metrics)
+        both: Any = self.engine.module
+        scaling = self.config.lora_alpha / max(self.config.lora_r, 1)
+
+        def export(folder: Path) -> None:
+            values.save(self.engine, both, scaling, folder)
+            if self.engine.rank == 0:
+                (self.loaded.processor or self.loaded.tokenizer).save_pretrained(folder)
+
+        try:
+            self.run.save_model(export, {}, "value_model", card=False)
+        except ValueError as error:
+            self.run.say(f"the value model is in the checkpoints alone: {str(error).splitlines()[0]}")
 
     @torch.no_grad()
     def evaluate(self) -> Logged:

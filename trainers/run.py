@@ -5,6 +5,7 @@
     <output>/samples.jsonl   prompts, completions and rewards
     <output>/curves.png      the metrics by step
     <output>/model/          the model and tokenizer of the last save, for `from_pretrained`
+    <output>/value_model/    the value model of a PPO run, which `--value-model` takes too
     <output>/checkpoints/    what `--resume` goes on from
 
 A checkpoint or model replaces the one before it as a whole, so that there is a complete one whenever the process dies.
@@ -37,6 +38,8 @@ from fused_rlhf.trainers.model import ADAPTERS
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
 FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
+
+MODELS = ("model", "value_model")
 
 # Options that may name a file or folder to read from.
 SOURCES = {"model", "data", "ref_model", "reward_model", "value_model"}
@@ -86,8 +89,9 @@ class Run:
             raise PermissionError(f"output: {str(self.folder)!r} cannot be written, for {str(there)!r} may not be")
         for name, value in to_dict(config).items():
             path = Path(value).expanduser().resolve() if name in SOURCES and value else self.folder
-            inside = self.model_path.resolve() in (path, *path.parents)
-            require(not inside, name, value, f"a path outside of {self.model_path}, which the run replaces")
+            for mine in (self.folder / model for model in MODELS):
+                inside = mine.resolve() in (path, *path.parents)
+                require(not inside, name, value, f"a path outside of {mine}, which the run replaces")
         if config.resume and not self.metrics_path.exists():
             raise FileNotFoundError(f"resume: {str(self.folder)!r} holds no run to go on from")
         if self.metrics_path.exists() and not (config.overwrite or config.resume):
@@ -114,7 +118,7 @@ class Run:
                 if not self.config.resume:
                     shutil.rmtree(self.checkpoints, ignore_errors=True)
                     if self.metrics_path.exists():  # else a folder called model is not that of a run
-                        for name in ("model", "model.old", "model.new"):
+                        for name in (f"{model}{end}" for model in MODELS for end in ("", ".old", ".new")):
                             shutil.rmtree(self.folder / name, ignore_errors=True)
                         self.curves_path.unlink(missing_ok=True)
                 for path in (self.metrics_path, self.samples_path):
@@ -202,20 +206,24 @@ class Run:
                 if i < show:
                     self.say("    " + "  ".join(f"{name}={value!r}" for name, value in sample.items()))
 
-    def save_model(self, export: Callable[[Path], None], result: Logged) -> None:
-        """Make model/ what `export(folder)` writes, which every process calls. model/ or model.old/ is always complete.
+    def save_model(
+        self, export: Callable[[Path], None], result: Logged, name: str = "model", card: bool = True
+    ) -> None:
+        """Make model/, or another folder of that name, what `export(folder)` writes, which every process calls. model/ or
+        model.old/ is always complete.
 
         Raises CheckpointError where it cannot be written; the model/ before it is intact then.
         """
-        new, error = self.folder / "model.new", None
+        new, error = self.folder / f"{name}.new", None
         if self.main:
             shutil.rmtree(new, ignore_errors=True)
         try:
             export(new)
             if self.main:
                 adapters = (new / ADAPTERS).is_file()
-                (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
-                checkpoint.replace(new, self.model_path)
+                if card:
+                    (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
+                checkpoint.replace(new, self.folder / name)
         except (OSError, SafetensorError) as found:
             shutil.rmtree(new, ignore_errors=True)
             error = CheckpointError(f"the model cannot be written to {new}: {found}")

@@ -107,6 +107,10 @@ class Trainer(ABC):
         with models.without_adapters(self.loaded.model) if self.config.lora_r else nullcontext():
             return self.engine(lambda module: function(self.loaded.model, *args))
 
+    def save_model(self, metrics: Logged) -> None:
+        """Into the run's folder, for `from_pretrained`."""
+        self.run.save_model(partial(models.save, self.engine, self.loaded), metrics)
+
     def samples_due(self, number: int) -> bool:
         every = self.config.sample_steps
         return every > 0 and (number == 1 or number % every == 0)
@@ -203,7 +207,7 @@ def fit(trainer: Trainer) -> Result:
         save(done)
 
     def save_model() -> None:
-        run.save_model(partial(models.save, engine, trainer.loaded), latest)
+        trainer.save_model(latest)
         run.plot(trainer.plotted)
 
     run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")

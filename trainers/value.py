@@ -10,18 +10,23 @@ head, zero at first, so that values start at 0 and the first updates are as if t
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.model import base_of, locate, prepare_body, tokenizer_of
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
+
+BIAS = "score.bias"
 
 
 def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -152,7 +157,65 @@ def load(argument: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedMode
     except RuntimeError as error:  # the word of transformers for a head of another size
         raise ValueError(f"{argument}: expected a head with one output; that of {source!r} has another size") from error
     fresh = any(name.startswith("score.") for name in info["missing_keys"])
-    return model, None if fresh else getattr(model, "score", None)
+    head = None if fresh else getattr(model, "score", None)
+    if local and isinstance(head, nn.Linear) and BIAS in info["unexpected_keys"]:
+        head.bias = nn.Parameter(bias_in(Path(path)).to(head.weight))
+    return model, head
+
+
+def bias_in(folder: Path) -> Tensor:
+    """That of the head of a value model of ours; the classifiers of transformers have none and leave it out."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if BIAS in file.keys():  # noqa: SIM118 - not a dict
+                return file.get_tensor(BIAS)
+    raise ValueError(f"value_model: the folder {str(folder)!r} has lost the weight {BIAS!r}")
+
+
+def save(placed: Placed, both: PolicyAndValue, scaling: float, folder: Path) -> None:
+    """Write the values as a sequence classifier of transformers with one label; every process must call.
+
+    Adapters, which multiply by `scaling`, are merged. The head's bias, of which such a classifier has none, lies beside as
+    `score.bias`: `load` takes it, `from_pretrained` says that it does not.
+
+    Raises ValueError where transformers has no classifier of the kind.
+    """
+    base = base_of(both.policy)
+    body, head = (
+        (both.value.body, both.value.score) if isinstance(both.value, ScalarModel) else (base.base_model, both.value)
+    )
+    made = classifier_of(body)
+    weights, score = merged(placed.weights(body), body, scaling), placed.weights(head)
+    if placed.rank == 0:
+        names = {name for name, _ in made.named_parameters()} | {name for name, _ in made.named_buffers()}
+        whole = {f"{made.base_model_prefix}.{name}": value for name, value in weights.items()}
+        whole = {name: value for name, value in whole.items() if name in names}
+        made.save_pretrained(folder, state_dict=whole | {f"score.{name}": value for name, value in score.items()})
+
+
+def classifier_of(body: Any) -> Any:
+    """A sequence classifier around such a body, without weights. Raises ValueError where transformers has none."""
+    config = copy.deepcopy(body.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        made = AutoModelForSequenceClassification.from_config(config, dtype=body.dtype)
+    require(hasattr(made, "score"), "value_model", type(made).__name__, "a classifier whose head is called `score`")
+    return made
+
+
+def merged(weights: dict[str, Tensor], body: nn.Module, scaling: float) -> dict[str, Tensor]:
+    """W + scaling B A under the names that W has without adapters."""
+    found = {}
+    for name, value in weights.items():
+        stem, inside, rest = name.partition(".base_layer.")
+        if inside and rest == "weight" and f"{stem}.lora_A.default.weight" in weights:
+            a, b = (weights[f"{stem}.lora_{side}.default.weight"].float() for side in "AB")
+            layer: Any = body.get_submodule(stem)
+            delta = scaling * (b @ a)
+            value = (value.float() + (delta.T if layer.fan_in_fan_out else delta)).to(value.dtype)
+        if ".lora_" not in name:
+            found[f"{stem}.{rest}" if inside else name] = value
+    return found
 
 
 @torch.no_grad()
