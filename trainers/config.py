@@ -52,7 +52,8 @@ class TrainConfig:
     steps: int = 200
     """Steps of the run."""
     micro_batch_size: int = 256
-    """Sequences in one forward and backward of one process; bounds the memory, leaves the result as it is."""
+    """Sequences in one forward and backward of one process; bounds the memory, leaves the result as it is (but for bnpo,
+    a mean over each micro-batch's own tokens)."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
