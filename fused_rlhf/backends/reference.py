@@ -60,7 +60,7 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
 def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
     z = logits(rows.hidden, head, rows.temperature)
     temperature = rows.temperature.to(z.dtype)
-    log_p, _ = log_softmax(z)
+    log_p = z - stats.lse[:, None]
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
     g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
