@@ -296,7 +296,7 @@ class Engine(Placed):
         parts: list[Metrics] = []
         # Else the modules stay in evaluation mode: a token's log-prob must not differ from call to call.
         self.module.train(self.config.gradient_checkpointing or self.config.lora_dropout > 0)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         for piece in pieces:
             last = len(parts) == len(pieces) - 1
             with nullcontext() if last else self._without_sync():
@@ -377,7 +377,6 @@ class Engine(Placed):
         ]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        self.scheduler._last_lr = rates
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
