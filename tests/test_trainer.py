@@ -22,6 +22,14 @@ from tests.launch import without_seconds
 from tests.tiny import COUNT, IDS
 
 
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c():
+    """A process that a script started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Counter:
     def __init__(self):
         self.value = 0
