@@ -100,9 +100,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
         "dense logits",
     ):
         assert text in out, text
-    assert "a step          256 sequences of at most 134 tokens" in out
+    assert "a step          256 sequences of at most 518 tokens" in out
     assert not (tmp_path / "run").exists()
-    assert cli.main(["grpo", *flags, "--dry-run", "--max-new-tokens", "300"]) == 2  # all checks are made
+    assert cli.main(["grpo", *flags, "--dry-run", "--max-new-tokens", "1100"]) == 2  # all checks are made
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (["--report-to", "notebook"], "report_to: expected one of"),
         (["--liger-layers"], "liger_layers: expected false without a GPU"),
         (["--deepspeed", str(tmp_path / "ds.json")], "deepspeed: expected a DeepSpeed configuration file"),
-        (["--max-new-tokens", "300"], "exceed the model's context of 256"),
+        (["--max-new-tokens", "1100"], "exceed the model's context of 1024"),
     ):
         output = tmp_path / "run"
         assert cli.main(["grpo", "--output", str(output), *flags]) == 2

@@ -11,6 +11,7 @@ from torch import nn
 import fused_rlhf as fr
 from fused_rlhf.objectives.reductions import Side
 from fused_rlhf.trainers import engine
+from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.engine import NonFiniteLoss
 from tests import tiny
 from tests.tiny import COUNT, IDS, pieces
@@ -182,3 +183,18 @@ def test_weights_too_coarse_for_a_step_are_counted(tmp_path):
         assert least <= own.standing_still() <= most
     own, _ = tiny.build(tmp_path, dtype="bfloat16", learning_rate=1e-2)
     assert own.standing_still() < 0.5
+
+
+def test_adams_numbers_and_the_rates_of_parts(tmp_path):
+    changes = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.1}
+    config = tiny.config(tmp_path, **changes)
+    accelerator = engine.start(config)
+    module = models.load_for(config).model
+    made = engine.Engine(config, accelerator, module, 4, [(module.get_output_embeddings(), 0.5)])
+    groups = {(group["lr"], group["weight_decay"]): group for group in made.optimizer.param_groups}
+    assert set(groups) == {(1e-6, 0.1), (1e-6, 0.0), (0.5, 0.1)}
+    assert groups[0.5, 0.1]["params"] == [module.get_output_embeddings().weight]
+    assert {(group["betas"], group["eps"]) for group in groups.values()} == {((0.8, 0.95), 1e-5)}
+    for name, value in (("adam_beta1", 1.0), ("adam_beta2", -0.1), ("adam_epsilon", 0.0)):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            tiny.config(tmp_path, **{name: value})

@@ -16,8 +16,8 @@ from fused_rlhf.objectives.reductions import combine
 from fused_rlhf.trainers import checkpoint, grpo
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.grpo import Config
+from fused_rlhf.trainers.minibatches import chunks, microbatches
 from fused_rlhf.trainers.rewards import RewardError
-from fused_rlhf.trainers.rollout import minibatches, slices
 from tests import tiny, tiny_vision
 
 SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
@@ -144,14 +144,13 @@ def share_of(trainer, batch, num_sequences, num_tokens):
 
 def test_on_policy_the_ratio_is_exactly_one(trainer):
     batch = grpo.collect(trainer, 1, SEVEN[:4])
-    for mini in minibatches(24, trainer.config):
-        for rows in slices(mini, 5):
-            own = batch.completions.completion_mask[rows].sum()
-            _, metrics = share_of(trainer, batch[rows], 12, own)
-            assert metrics["ratio_mean"].item() == 1.0
-            assert metrics["approx_kl"].item() == 0.0
+    for rows in microbatches(batch.updates[:2], trainer.config):
+        own = batch.completions.completion_mask[rows].sum()
+        _, metrics = share_of(trainer, batch[rows], 12, own)
+        assert metrics["ratio_mean"].item() == 1.0
+        assert metrics["approx_kl"].item() == 0.0
     grpo.update(trainer, batch)
-    _, metrics = share_of(trainer, batch[slice(0, 5)], 12, 1)
+    _, metrics = share_of(trainer, batch[range(5)], 12, 1)
     assert metrics["approx_kl"].item() > 0.0
 
 
@@ -174,7 +173,7 @@ def test_the_loss_is_the_formula_and_micro_batches_leave_it_alone(trainer):
 
     model.float()
     for size in (24, 5):
-        pieces = [share_of(trainer, batch[rows], 24, num_tokens) for rows in slices(slice(0, 24), size)]
+        pieces = [share_of(trainer, batch[rows], 24, num_tokens) for rows in chunks(range(24), size)]
         total = sum(loss for loss, _ in pieces)
         grad = torch.autograd.grad(total, model.lm_head.weight)[0]
         torch.testing.assert_close(total.double(), want, atol=0, rtol=1e-5)
@@ -372,10 +371,9 @@ def sampler_of(trainer, shift):
         drawn = [SEVEN[i] for i in range(4)]
         completions = grpo.sample_completions(own, 1, drawn, range(4))
         assert [completions.input_ids[i][: len(ids)].tolist() for i, ids in enumerate(prompts)] == prompts
-        logprobs = grpo.logprobs(config, trainer.engine, completions) - shift
+        logprobs = grpo.logprobs(config, trainer.engine, completions, [range(24)]) - shift
         tokens = [row[keep].tolist() for row, keep in zip(completions.input_ids, completions.completion_mask)]
         found = [row[keep].tolist() for row, keep in zip(logprobs, completions.completion_mask[:, 1:])]
-        assert config.reads_sampler
         return tokens, found
 
     return sample
@@ -395,8 +393,88 @@ def test_another_sampler_is_corrected_for(tmp_path):
         results[shift] = torch.autograd.grad(loss, trainer.loaded.model.lm_head.weight)[0]
     # Every token's ratio to the sampler is exp(0.5), below the bound.
     torch.testing.assert_close(results[0.5], math.exp(0.5) * results[0.0], atol=1e-6, rtol=1e-4)
-    with pytest.raises(ValueError, match="importance_sampling: expected a sampler with it"):
+    with pytest.raises(ValueError, match="importance_sampling, its bounds: expected a sampler with them"):
         grpo.prepare(dataclasses.replace(config, overwrite=True), task=TASK)
+
+
+def without_logprobs(sampler, prompts):
+    return sampler(prompts)[0], None
+
+
+def test_a_sampler_that_reports_logprobs_is_corrected_for_unless_told_otherwise(tmp_path):
+    """By default as if sequence_mask with a ratio of at most 3 had been asked for, and not at all without log-probs."""
+    losses = {}
+    cases: dict[str, dict[str, Any]] = {
+        "default": {},
+        "asked": {"importance_sampling": "sequence_mask", "importance_sampling_max": 3.0},
+        "none": {"importance_sampling": "none"},
+        "bounded": {"importance_sampling_max": 1.0},
+    }
+    for name, options in cases.items():
+        config = small(tmp_path, overwrite=True, **options)
+        trainer = grpo.prepare(config, TASK, [digits], sampler=lambda prompts: ([], None))
+        given = sampler_of(trainer, 0.1)
+        trainer.sampler = given
+        batch = dataclasses.replace(grpo.collect(trainer, 1, SEVEN[:4]), advantages=torch.tensor([-1.0, 2.0] * 12))
+        losses[name] = grpo.update(trainer, batch)["loss"]
+        trainer.sampler = functools.partial(without_logprobs, given)
+        assert name == "asked" or grpo.collect(trainer, 1, SEVEN[:4]).completions.sampling_logprobs is None
+    assert losses["default"] == pytest.approx(losses["asked"], rel=1e-6)
+    assert losses["none"] == pytest.approx(-0.5, abs=1e-5)
+    assert losses["default"] != pytest.approx(losses["none"], rel=1e-2)
+    assert losses["bounded"] == pytest.approx(0.0, abs=1e-6)  # every sequence's ratio, exp(0.1 T), is masked
+    vespo = small(tmp_path, objective="vespo").with_sampler(True)
+    assert (vespo.importance_sampling, vespo.importance_sampling_max) == ("token_mask", 3.0)
+    with pytest.raises(ValueError, match="importance_sampling, its bounds: expected a sampler with them"):
+        grpo.prepare(small(tmp_path, overwrite=True, importance_sampling_max=2.0), task=TASK)
+
+
+def test_another_reference_by_folder_or_object(tmp_path):
+    folder = tiny.saved_model(tmp_path / "ref")
+    torch.manual_seed(5)
+    policy, tokenizer = grpo.models.build(32, 1)
+    other, _ = grpo.models.load(folder)
+    base = {"model": "own/policy", "hidden_size": 128, "num_layers": 4, "beta": 0.1, "overwrite": True}
+    found, sources = [], [({"ref_model": folder}, None), ({}, other)]
+    for changes, given in sources:
+        config = small(tmp_path, **base, **changes)
+        own = policy.__class__.from_pretrained(None, config=policy.config, state_dict=policy.state_dict())
+        trainer = grpo.prepare(config, TASK, [digits], own, tokenizer, ref_model=given)
+        batch = grpo.collect(trainer, 1, SEVEN[:4])
+        found.append(batch.ref_logprobs)
+        some = batch.completions
+        with torch.no_grad():
+            logprobs = other(some.input_ids, some.attention_mask.long()).logits[:, :-1].double().log_softmax(-1)
+        want = logprobs.gather(2, some.input_ids[:, 1:, None])[..., 0] * some.completion_mask[:, 1:]
+        torch.testing.assert_close(batch.ref_logprobs.double(), want, atol=1e-5, rtol=1e-5)
+        assert trainer.controllers() == {}
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    config = small(tmp_path, **base)
+    wrong: list[tuple[dict[str, Any], Any, str]] = [
+        ({"ref_model": folder}, other, "none beside the one given"),
+        ({}, policy, "another than the model"),
+        ({}, grpo.models.small_model(grpo.models.char_tokenizer("01"), 32, 1), "a vocabulary of 99 tokens"),
+        ({"beta": 0.0}, other, "none without a weight of the KL to it"),
+    ]
+    for more, given, words in wrong:
+        with pytest.raises(ValueError, match=f"ref_model: expected {words}"):
+            grpo.prepare(dataclasses.replace(config, **more), TASK, [digits], policy, tokenizer, ref_model=given)
+    with pytest.raises(ValueError, match="ref_model: expected None, for it changes nothing without beta"):
+        dataclasses.replace(config, beta=0.0, ref_model=folder)
+
+
+def test_a_stop_token_is_the_runs_own(tmp_path):
+    """It ends completions and what the saved model generates; the caller's model is as it was."""
+    model, tokenizer = grpo.models.build(32, 1)
+    before = model.generation_config.to_dict()
+    config = small(tmp_path, model="own/model", hidden_size=128, num_layers=4, stop_token="7", steps=1, save_steps=1)
+    seven = tokenizer.convert_tokens_to_ids("7")
+    result = grpo.train(config, task=TASK, reward_functions=[digits], model=model, tokenizer=tokenizer)
+    assert model.generation_config.to_dict() == before
+    saved = AutoModelForCausalLM.from_pretrained(result.model_path).generation_config
+    assert set(saved.eos_token_id) == {seven, tokenizer.eos_token_id}
+    with pytest.raises(ValueError, match="stop_token: expected one token of the tokenizer; got '77'"):
+        grpo.prepare(dataclasses.replace(config, stop_token="77", overwrite=True), TASK, [digits], model, tokenizer)
 
 
 def test_the_off_policy_mask_reads_what_the_sampler_reports(tmp_path):
@@ -412,7 +490,7 @@ def test_the_off_policy_mask_reads_what_the_sampler_reports(tmp_path):
     assert losses[0.0] == pytest.approx(-0.5, abs=1e-5)
     assert losses[-0.5] == pytest.approx(-1.0, abs=1e-5)  # half of the sequences, those of negative advantage, are out
     trainer.sampler = lambda prompts: ([[5]] * len(prompts), None)
-    with pytest.raises(ValueError, match="sampler: expected log-probs of its tokens"):
+    with pytest.raises(ValueError, match="the sampler reports no log-probs: expected some"):
         grpo.collect(trainer, 1, SEVEN[:4])
     with pytest.raises(ValueError, match="off_policy_mask_threshold: expected a sampler, or several updates"):
         grpo.prepare(config, task=TASK)
@@ -442,9 +520,7 @@ def test_a_step_equals_trls(tmp_path):
         processing_class=trainer.loaded.tokenizer,
     )
     theirs.current_gradient_accumulation_steps = 1
-    ours = grpo.update(
-        dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, num_iterations=1)), batch
-    )
+    ours = grpo.update(trainer, dataclasses.replace(batch, updates=[range(24)]))
     inputs = {
         "prompt_ids": some.input_ids[:, :P],
         "prompt_mask": some.attention_mask[:, :P].long(),
@@ -536,7 +612,10 @@ def test_images_reach_rollout_and_updates(tmp_path):
     batch = grpo.collect(trainer, 1, rows[:4])
     alone = dataclasses.replace(config, micro_batch_size=1)
     torch.testing.assert_close(
-        grpo.logprobs(alone, trainer.engine, batch.completions), batch.old_logprobs, atol=1e-5, rtol=0
+        grpo.logprobs(alone, trainer.engine, batch.completions, batch.updates[:2]),
+        batch.old_logprobs,
+        atol=1e-5,
+        rtol=0,
     )
     blind = [{"prompt": row["prompt"], "answer": "7", "images": [tiny_vision.picture(255)]} for row in rows[:4]]
     other = grpo.collect(trainer, 1, blind)
@@ -602,9 +681,12 @@ def test_several_weighted_rewards(tmp_path):
         ({"rewards": ("length=2",), "reward_weights": (1.0, 2.0)}, "reward_weights: expected one for each"),
         ({"baseline": "leave_one_out", "scale_rewards": "batch"}, "scale_rewards: expected 'group', .* got 'batch'"),
         ({"baseline": "length_weighted", "combine_rewards": "normalize_then_sum"}, "combine_rewards: expected 'sum_t"),
-        ({"importance_sampling_max": 2.0}, "importance_sampling_max: expected None, .* without importance_sampling"),
+        (
+            {"importance_sampling": "none", "importance_sampling_max": 2.0},
+            "importance_sampling_max: expected None, .* without importance_sampling",
+        ),
         ({"kl": "k1"}, "kl: expected 'k3', for it changes nothing without beta"),
-        ({"lora_alpha": 8.0}, "lora_alpha: expected 16.0, for it changes nothing without lora_r"),
+        ({"lora_alpha": 8.0}, "lora_alpha: expected None, for it changes nothing without lora_r"),
         ({"warmup_accuracy": 0.5}, r"warmup_steps: expected at least 1 when warmup_accuracy is given \(0.5\)"),
         ({"warmup_accuracy": 1.5, "warmup_steps": 1}, "warmup_accuracy: expected above 0 and at most 1"),
         ({"data": "x"}, "data: expected none for the task 'arithmetic'"),
@@ -643,8 +725,8 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
             task=TASK,
             reward_functions=[digits, digits],
         )
-    long = [{"prompt": "1" * 254, "answer": "1"}]
-    with pytest.raises(ValueError, match="exceed the model's context of 256"):
+    long = [{"prompt": "1" * 1022, "answer": "1"}]
+    with pytest.raises(ValueError, match="exceed the model's context of 1024"):
         grpo.train(config, task=Task(long, SEVEN, "exact_match"))
     with pytest.raises(FileNotFoundError, match="gone"):
         grpo.train(small(tmp_path, model=str(tmp_path / "gone"), hidden_size=128, num_layers=4), task=TASK)

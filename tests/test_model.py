@@ -34,7 +34,7 @@ def test_a_built_model_is_saved_and_loaded_without_the_network(tmp_path, monkeyp
     assert loaded_tokenizer("1+2=3")["input_ids"] == input_ids[0].tolist()
     assert loaded_tokenizer.padding_side == "left"
     torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, atol=0, rtol=0)
-    assert models.max_positions(loaded) == 256
+    assert models.max_positions(loaded) == 1024
 
 
 def test_a_missing_model_is_named(tmp_path):
@@ -98,6 +98,7 @@ def test_a_model_given_as_an_object_may_have_adapters_and_a_built_one_may_not(tm
 
 
 def test_adapters_are_on_all_linear_layers_but_the_head(tmp_path):
+    assert options(tmp_path, lora_r=3).lora_scaling == options(tmp_path, lora_r=8).lora_scaling == 2.0
     config = options(tmp_path, lora_r=3, lora_alpha=6.0)
     loaded = models.load_for(config)
     trained = [name for name, p in loaded.model.named_parameters() if p.requires_grad]

@@ -12,8 +12,8 @@ from fused_rlhf.objectives.reductions import combine
 from fused_rlhf.trainers import cli, ppo, value
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.minibatches import chunks, microbatches
 from fused_rlhf.trainers.ppo import Config, KLController
-from fused_rlhf.trainers.rollout import minibatches, slices
 from fused_rlhf.trainers.value import ScalarModel
 from tests import launch, tiny, tiny_vision
 from tests.helpers import relative
@@ -240,7 +240,7 @@ def test_the_loss_its_gradients_and_metrics_are_those_of_dense_fp64(trainer):
 
     own: Any = trainer.engine.module
     for size in (24, 5, 7):
-        pieces = [ppo.ppo_loss(own, config, batch[rows], n) for rows in slices(slice(0, 24), size)]
+        pieces = [ppo.ppo_loss(own, config, batch[rows], n) for rows in chunks(range(24), size)]
         loss = torch.stack([piece[0] for piece in pieces]).sum()
         grads = torch.autograd.grad(loss, list(own.parameters()))
         assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
@@ -267,15 +267,17 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(train
     config = dataclasses.replace(trainer.config, num_ppo_epochs=2)
     trainer = dataclasses.replace(trainer, config=config)
     batch = one(trainer)
+    turns = batch.updates
+    assert [sorted([*turns[i], *turns[i + 1]]) for i in (0, 2)] == [list(range(24))] * 2
+    assert turns[0] != turns[2]
     module = copy.deepcopy(trainer.engine.module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=0.0)
     norms = []
-    for _ in range(2):
-        for rows in (slice(0, 12), slice(12, 24)):
-            optimizer.zero_grad()
-            ppo.ppo_loss(module, config, batch[rows], batch.mask[rows].sum())[0].backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm).item())
-            optimizer.step()
+    for rows in turns:
+        optimizer.zero_grad()
+        ppo.ppo_loss(module, config, batch[rows], batch.mask[rows].sum())[0].backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm).item())
+        optimizer.step()
     metrics = ppo.update(trainer, batch)
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 4, rel=1e-4)
     assert metrics["lr"] == config.learning_rate
@@ -286,11 +288,10 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(train
 
 def test_before_the_first_update_the_ratio_is_exactly_one(trainer):
     batch = one(trainer)
-    for mini in minibatches(24, trainer.config):
-        for rows in slices(mini, 5):
-            _, metrics = ppo.ppo_loss(trainer.engine.module, trainer.config, batch[rows], batch.mask[rows].sum())
-            assert metrics["val/ratio"].item() == 1.0
-            assert metrics["policy/approxkl_avg"].item() == 0.0
+    for rows in microbatches(batch.updates[:2], trainer.config):
+        _, metrics = ppo.ppo_loss(trainer.engine.module, trainer.config, batch[rows], batch.mask[rows].sum())
+        assert metrics["val/ratio"].item() == 1.0
+        assert metrics["policy/approxkl_avg"].item() == 0.0
     assert ppo.update(trainer, batch)["policy/approxkl_avg"] > 0
 
 
@@ -407,14 +408,56 @@ def test_whitened_rewards_have_unit_variance_and_keep_their_mean(tmp_path, monke
     assert batch.advantages[batch.mask].std().item() != pytest.approx(1.0, abs=1e-2)
 
 
+def test_the_values_learn_at_a_rate_of_their_own(tmp_path):
+    for options, rate in (
+        ({"learning_rate": 1e-6}, 1e-5),
+        ({"learning_rate": 1e-3}, 1e-3),
+        ({"learning_rate": 1e-3, "value_learning_rate": 2e-4}, 2e-4),
+    ):
+        trainer = ppo.prepare(small(tmp_path, **options), TASK, [digits])
+        module: Any = trainer.engine.module
+        rates = {p: group["lr"] for group in trainer.engine.optimizer.param_groups for p in group["params"]}
+        assert {rates[p] for p in module.value.parameters()} == {rate}
+        assert {rates[p] for p in module.policy.parameters()} == {options["learning_rate"]}
+    moved = [p.detach().clone() for p in module.value.parameters()]
+    before = [p.detach().clone() for p in module.policy.parameters()]
+    ppo.update(trainer, one(trainer))
+    # Adam's steps are about as large as the rate.
+    assert max((a - b).abs().max().item() for a, b in zip(moved, module.value.parameters())) < 4 * 2 * 2.1e-4
+    assert max((a - b).abs().max().item() for a, b in zip(before, module.policy.parameters())) > 1e-3
+    with pytest.raises(ValueError, match="value_learning_rate: expected more than 0, or None; got 0"):
+        small(tmp_path, value_learning_rate=0.0)
+
+
+def test_a_run_with_its_value_model_and_reference_as_objects(tmp_path):
+    torch.manual_seed(6)
+    critic, other = models.build(32, 1)[0], models.build(32, 1)[0]
+    config = small(tmp_path, steps=1, save_steps=1)
+    trainer = ppo.prepare(config, TASK, [digits], ref_model=other, value_model=critic)
+    module: Any = trainer.engine.module
+    assert module.value.body is critic.model
+    batch = one(trainer)
+    some = batch.completions
+    with torch.no_grad():
+        logprobs = other(some.input_ids, some.attention_mask.long()).logits[:, :-1].double().log_softmax(-1)
+    want = logprobs.gather(2, some.input_ids[:, 1:, None])[..., 0]
+    kl = (batch.old_logprobs - want)[batch.mask]
+    torch.testing.assert_close(batch.kl[batch.mask].double(), kl, atol=1e-5, rtol=1e-4)
+    assert ppo.fit(trainer).model_path.with_name("value_model").is_dir()
+    with pytest.raises(ValueError, match="ref_model: expected None, for it changes nothing without kl_coef"):
+        small(tmp_path, kl_coef=0.0, ref_model="a/b")
+    with pytest.raises(ValueError, match="reward_model: expected none beside the one given"):
+        ppo.prepare(small(tmp_path, reward_model="a/b"), TASK, reward_model=critic)
+
+
 def test_several_weighted_rewards_and_a_reward_model_add_up(tmp_path):
     torch.manual_seed(3)
     judge = ScalarModel(models.build(32, 1)[0], torch.nn.Linear(32, 1))
     config = small(tmp_path, rewards=("exact_match", "length=2"), reward_weights=(2.0, 0.5), micro_batch_size=5)
-    both = ppo.prepare(config, TASK, scorer=judge)
-    alone = ppo.prepare(small(tmp_path), TASK, scorer=judge)
+    both = ppo.prepare(config, TASK, reward_model=judge)
+    alone = ppo.prepare(small(tmp_path), TASK, reward_model=judge)
     with pytest.raises(ValueError, match="reward_weights: expected none: the reward model's own weight is 1"):
-        ppo.prepare(small(tmp_path, reward_weights=(2.0,)), TASK, scorer=judge)
+        ppo.prepare(small(tmp_path, reward_weights=(2.0,)), TASK, reward_model=judge)
     assert alone.rewards == []
     batch = one(both)
     functions = ppo.rewards.score(both.rewards, batch.completions.texts, batch.samples)
@@ -643,8 +686,8 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path):
         ppo.train(dataclasses.replace(config, value_model=str(tmp_path / "gone")), task=TASK)
     with pytest.raises(ValueError, match="'<lambda>' returned 1 values for 2 completions"):
         ppo.train(config, task=TASK, reward_functions=[lambda completions, **_: [0.0]])
-    with pytest.raises(ValueError, match="exceed the model's context of 256"):
-        ppo.train(config, task=Task([{"prompt": "1" * 254, "answer": "1"}], SEVEN, "exact_match"))
+    with pytest.raises(ValueError, match="exceed the model's context of 1024"):
+        ppo.train(config, task=Task([{"prompt": "1" * 1022, "answer": "1"}], SEVEN, "exact_match"))
     assert not (tmp_path / "run").exists()
 
 
@@ -740,7 +783,7 @@ def test_the_trained_values_are_a_model_to_go_on_with(tmp_path, changes):
         want = module(some)[1]
     assert want.std() > 1e-3
     bias = value.load("value_model", str(folder), torch.float32)[1].bias.item()
-    judge = value.value_of(Config(value_model=str(folder)), trainer.loaded.model)
+    judge = value.value_of(Config(value_model=str(folder)), trainer.loaded)
     extras = some.model_inputs()
     torch.testing.assert_close(judge(some.input_ids, some.attention_mask, **extras)[:, :-1], want, atol=1e-5, rtol=1e-4)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)

@@ -35,8 +35,8 @@ class TrainConfig:
 
     lora_r: int = 0
     """Rank of LoRA adapters (peft); 0 trains all weights. The reference is the model with its adapters off."""
-    lora_alpha: float = 16.0
-    """LoRA: the adapters' output is multiplied by lora_alpha / lora_r."""
+    lora_alpha: float | None = None
+    """LoRA: the adapters' output is multiplied by lora_alpha / lora_r. None: twice lora_r."""
     lora_dropout: float = 0.0
     """LoRA: dropout before the adapters, during updates only."""
     lora_target_modules: tuple[str, ...] = ()
@@ -61,7 +61,13 @@ class TrainConfig:
     lr_warmup_updates: int = 0
     """Updates over which the learning rate rises to its peak."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW."""
+    """Weight decay of AdamW; norms and biases do not decay."""
+    adam_beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    adam_beta2: float = 0.999
+    """AdamW: decay of the mean of their squares."""
+    adam_epsilon: float = 1e-8
+    """AdamW: added to the root of the latter."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
@@ -104,7 +110,10 @@ class TrainConfig:
         require_at_least(self, 1, "micro_batch_size", "keep_checkpoints", "hidden_size", "num_layers")
         require_at_least(self, 0, "steps", "lr_warmup_updates", "threads", "eval_samples", "eval_steps", "save_steps")
         require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps")
-        require_positive(self, "learning_rate", "warmup_learning_rate", "max_grad_norm", "lora_alpha")
+        require_positive(self, "learning_rate", "warmup_learning_rate", "max_grad_norm", "adam_epsilon")
+        require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0, or None")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
         require_default(self, self.lora_r > 0, "without lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
@@ -116,6 +125,11 @@ class TrainConfig:
         require(not (self.fsdp and fp16), "mixed_precision", "fp16", "'no' or 'bf16' with fsdp: no loss scale there")
         mixed = self.fsdp and self.lora_r > 0 and self.dtype != "float32"
         require(not mixed, "dtype", self.dtype, "'float32' with fsdp and LoRA, which shard weights of one dtype only")
+
+    @property
+    def lora_scaling(self) -> float:
+        """What the output of LoRA's adapters is multiplied by."""
+        return 2.0 if self.lora_alpha is None else self.lora_alpha / max(self.lora_r, 1)
 
 
 def require(holds: bool, name: str, value: object, expectation: str) -> None:

@@ -33,6 +33,7 @@ from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.dpo_reference import Precomputed, logprobs, reference_model, sums
 from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.minibatches import chunks
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Preference, Totals
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.run import Logged, Run
@@ -219,8 +220,9 @@ def rounds(trainer: DPOTrainer, some: Sequence[Pair]) -> Iterator[tuple[list[Pai
     """
     own = sorted(trainer.engine.mine(some), key=lambda pair: pair.length)
     most = math.ceil(len(some) / trainer.engine.world)
-    for rows in rollout.slices(slice(0, most), trainer.config.micro_batch_size // 2):
-        yield own[rows] or list(some[:1]), bool(own[rows])
+    for rows in chunks(range(most), trainer.config.micro_batch_size // 2):
+        mine = [own[row] for row in rows if row < len(own)]
+        yield mine or list(some[:1]), bool(mine)
 
 
 def assemble(trainer: DPOTrainer, own: Sequence[Pair], packing: bool | None = None) -> PairBatch:

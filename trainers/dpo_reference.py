@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +35,7 @@ def reference_model(
         return None
     if not config.loss().needs_reference:
         return None
-    if own:
-        return None if config.lora_r or config.precompute_ref else copy.deepcopy(loaded.model)
-    dtype = getattr(torch, config.dtype)
-    model: Any = models.load(str(config.ref_model), dtype)[0] if given is None else given
-    sizes = [m.get_input_embeddings().num_embeddings for m in (model, models.base_of(loaded.model))]
-    require(sizes[0] == sizes[1], "ref_model", sizes[0], f"a vocabulary of {sizes[1]} tokens, as the model has")
-    models.prepare_body(config, model)
-    return model.eval()
+    return None if own and config.precompute_ref else models.reference_for(config, loaded, given)
 
 
 def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:

@@ -221,7 +221,14 @@ class Placed:
 class Engine(Placed):
     """A module in training: placed, with its optimiser (AdamW) and schedule."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, module: nn.Module, num_updates: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        module: nn.Module,
+        num_updates: int,
+        own_rates: Sequence[tuple[nn.Module, float]] = (),  # parts of `module` with learning rates of their own
+    ) -> None:
         super().__init__(accelerator, module, config.fsdp)
         self.config = config
         self.updates = 0
@@ -231,7 +238,7 @@ class Engine(Placed):
             _shard(self.wrapped, config.mixed_precision)
         elif not self.sharded and not self.deepspeed:
             self.wrapped = accelerator.prepare_model(self.wrapped)
-        optimizer = self._adamw(config.learning_rate, config.weight_decay)
+        optimizer = self._adamw(config.learning_rate, config.weight_decay, own_rates)
         if self.sharded_by_accelerate or self.deepspeed:
             self.wrapped, self.optimizer = accelerator.prepare(self.wrapped, optimizer)
             if self.sharded_by_accelerate:
@@ -241,14 +248,20 @@ class Engine(Placed):
         inner = self.optimizer.optimizer
         self.scheduler = get_scheduler(config.lr_schedule, inner, config.lr_warmup_updates, max(num_updates, 1))
 
-    def _adamw(self, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    def _adamw(
+        self, learning_rate: float, weight_decay: float, own_rates: Sequence[tuple[nn.Module, float]] = ()
+    ) -> torch.optim.Optimizer:
         """Norms and biases, which are vectors, do not decay."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        parts = (
-            [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]] if weight_decay else [trained]
+        config, rates = self.config, {p: rate for part, rate in own_rates for p in part.parameters()}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for p in self.module.parameters():
+            if p.requires_grad:
+                alike = rates.get(p, learning_rate), weight_decay if p.dim() > 1 else 0.0
+                groups.setdefault(alike, []).append(p)
+        made = [{"params": some, "lr": rate, "weight_decay": decay} for (rate, decay), some in groups.items()]
+        return torch.optim.AdamW(
+            made, lr=learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
         )
-        groups = [{"params": part, "weight_decay": decay} for part, decay in zip(parts, (weight_decay, 0.0)) if part]
-        return torch.optim.AdamW(groups, lr=learning_rate)
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""

@@ -12,7 +12,6 @@ began with. Current, old and reference log-probs come from one op, which never h
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,8 +31,10 @@ from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.grpo_config import COMPARING, Config
-from fused_rlhf.trainers.rollout import Completions, Sampler, slices
+from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
+from fused_rlhf.trainers.rollout import Completions
 from fused_rlhf.trainers.run import Logged, Run
+from fused_rlhf.trainers.sampler import Sampler, sampled
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
 
 __all__ = ["Config", "GRPOTrainer", "Result", "fit", "plan", "prepare", "train"]
@@ -71,7 +72,7 @@ class GRPOTrainer(Trainer):
         if self.samples_due(number):
             rows = zip(rollout.samples, rollout.completions.texts, rollout.rewards.tolist())
             mine = [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows]
-            self.run.samples(number, rollouts.everyones(self.engine, n, self.config, mine))
+            self.run.samples(number, everyones(self.engine, n, self.config, mine))
         return metrics
 
     def evaluate(self) -> Logged:
@@ -97,8 +98,9 @@ class Rollout:
     advantages: Tensor  # (B,) fp32
     old_logprobs: Tensor | None  # (B, T - 1) fp32; None where the only update is on-policy
     ref_logprobs: Tensor | None  # (B, T - 1) fp32; None where beta is 0
+    updates: Sequence[Rows]  # those of each update that it is for, in their order
 
-    def __getitem__(self, rows: slice) -> Rollout:
+    def __getitem__(self, rows: Rows) -> Rollout:
         """Some of the completions, cut to the longest of them."""
         some = self.completions[rows]
         old, ref = (
@@ -106,7 +108,8 @@ class Rollout:
             for x in (self.old_logprobs, self.ref_logprobs)
         )
         scores, rewards, lengths = self.scores[rows], self.rewards[rows], self.lengths[rows]
-        return Rollout(self.samples[rows], some, scores, rewards, lengths, self.advantages[rows], old, ref)
+        samples, values = [self.samples[row] for row in rows], self.advantages[rows]
+        return Rollout(samples, some, scores, rewards, lengths, values, old, ref, ())
 
 
 def train(
@@ -117,16 +120,18 @@ def train(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     sampler: Sampler | None = None,
+    ref_model: PreTrainedModel | None = None,
 ) -> Result:
-    """Run GRPO as `config` says; task (or a list of samples), rewards, model and tokenizer may be given as objects.
+    """Run GRPO as `config` says; task (or a list of samples), rewards, model and tokenizer, and the reference may be given
+    as objects.
 
     `sampler` takes the place of the model in rollouts: an inference engine, say, that reports its log-probs.
 
-    Raises ValueError, TypeError or OSError for bad input before the first step; RewardError and NonFiniteLoss during
-    the run, with a checkpoint left behind. Ctrl-C leaves the model in `<output>/model`, says so, and goes on as
-    KeyboardInterrupt.
+    Raises ValueError, TypeError or OSError for bad input before the first step; RewardError, SamplerError and
+    NonFiniteLoss during the run, with a checkpoint left behind. Ctrl-C leaves the model in `<output>/model`, says so, and
+    goes on as KeyboardInterrupt.
     """
-    return fit(prepare(config, task, reward_functions, model, tokenizer, sampler))
+    return fit(prepare(config, task, reward_functions, model, tokenizer, sampler, ref_model))
 
 
 def prepare(
@@ -136,6 +141,7 @@ def prepare(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     sampler: Sampler | None = None,
+    ref_model: PreTrainedModel | None = None,
 ) -> GRPOTrainer:
     """Load and check everything, so that what can be refused is refused before the first step; writes nothing."""
     accelerator = engine.start(config)
@@ -152,8 +158,10 @@ def prepare(
     require(
         alone, "objective", config.objective, "another in several processes: it compares all tokens of a mini-batch"
     )
-    external = config.importance_sampling != "none"
-    require(sampler is not None or not external, "importance_sampling", config.importance_sampling, "a sampler with it")
+    bounds = (config.importance_sampling_min, config.importance_sampling_max)
+    external = config.corrects or bounds != (None, None)
+    asked = (config.importance_sampling, *bounds)
+    require(sampler is not None or not external, "importance_sampling, its bounds", asked, "a sampler with them")
     threshold, acts = config.off_policy_mask_threshold, sampler is not None or config.off_policy
     require(
         acts or threshold is None, "off_policy_mask_threshold", threshold, "a sampler, or several updates a rollout"
@@ -164,13 +172,15 @@ def prepare(
     functions = rewards.choose(named, config, task, accelerator.device)
     loaded = models.load_for(config, model, tokenizer)
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
-    frozen = copy.deepcopy(loaded.model) if config.beta and not config.lora_r else None
+    frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     return GRPOTrainer(
         config=config,
         loaded=loaded,
         engine=placed,
         reference=reference,
+        own_reference=ref_model is None and config.ref_model is None,
+        ends=rollouts.ends_of(config, loaded),
         workload=work,
         run=Run(placed, work.fingerprint),
         task=task,
@@ -182,19 +192,22 @@ def prepare(
 @torch.no_grad()
 def collect(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample]) -> Rollout:
     """Sample `num_generations` completions of this process's prompts, score them, take old and reference log-probs."""
-    config, G = trainer.config, trainer.config.num_generations
-    own = rollouts.own_rows(trainer.engine, len(prompts), config)
+    G, own = trainer.config.num_generations, own_prompts(trainer.engine, len(prompts), trainer.config)
     samples = [prompts[i] for i in own for _ in range(G)]
     completions = sample_completions(trainer, number, prompts, own)
+    config = trainer.config.with_sampler(completions.sampling_logprobs is not None)
     scores = evaluation.score_together(trainer.engine, trainer.rewards, completions, samples, config.reward_timeout)
     lengths = completions.completion_mask.sum(dim=1)
     weights = config.reward_weights or [1.0] * len(trainer.rewards)
     values = relative_rewards(trainer, scores, weights, lengths)
     if config.mask_truncated:
         completions = completions.without_truncated()
-    old = logprobs(config, trainer.engine, completions) if config.off_policy else None
-    ref = logprobs(config, trainer.by_reference, completions) if config.beta else None
-    return Rollout(samples, completions, scores, advantages.weighted_sum(scores, weights), lengths, values, old, ref)
+    turns = deal(trainer.engine, len(samples), config, number, config.num_iterations)
+    first = turns[: config.num_minibatches]
+    old = logprobs(config, trainer.engine, completions, first) if config.off_policy else None
+    ref = logprobs(config, trainer.by_reference, completions, first) if config.beta else None
+    rewarded = advantages.weighted_sum(scores, weights)
+    return Rollout(samples, completions, scores, rewarded, lengths, values, old, ref, turns)
 
 
 def sample_completions(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample], own: Sequence[int]) -> Completions:
@@ -202,11 +215,7 @@ def sample_completions(trainer: GRPOTrainer, number: int, prompts: Sequence[Samp
     config, loaded, G = trainer.config, trainer.loaded, trainer.config.num_generations
     grouped = [prompt for prompt in rollouts.encoded(loaded, [prompts[i] for i in own], config) for _ in range(G)]
     if trainer.sampler is not None:
-        tokens, sampled = trainer.sampler([prompt.ids for prompt in grouped])
-        reported = sampled is not None or not config.reads_sampler
-        require(reported, "sampler", None, "log-probs of its tokens, for the objective reads them")
-        ends = rollouts.eos_ids(loaded.model, loaded.tokenizer)
-        return rollouts.assemble(grouped, tokens, ends, loaded.tokenizer, trainer.engine.device, sampled)
+        return sampled(trainer.engine, loaded, trainer.sampler, grouped, config)
     drawn = rollouts.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
     drawn = drawn.view(len(prompts), G, -1)[list(own)].flatten(0, 1)
     return rollouts.complete(trainer.engine, loaded, grouped, config, drawn)
@@ -224,7 +233,9 @@ def relative_rewards(trainer: GRPOTrainer, scores: Tensor, weights: Sequence[flo
     return values[trainer.engine.rank * B : (trainer.engine.rank + 1) * B]
 
 
-def logprobs(config: Config, call: Callable[..., Tensor], completions: Completions) -> Tensor:
+def logprobs(
+    config: Config, call: Callable[..., Tensor], completions: Completions, minibatches: Sequence[Rows]
+) -> Tensor:
     """Log-probs of the completions, (B, T - 1), 0 elsewhere, by `call(function, *args)` with a model before them.
 
     Over the very micro-batches of the updates: a matrix product's last bits may depend on its number of rows, and with
@@ -232,7 +243,7 @@ def logprobs(config: Config, call: Callable[..., Tensor], completions: Completio
     """
     B, T = completions.input_ids.shape
     result = torch.zeros(B, T - 1, device=completions.input_ids.device)
-    for rows in rollouts.microbatches(B, config):
+    for rows in microbatches(minibatches, config):
         some = completions[rows]
         found = call(rollouts.completion_logprobs, some, config.temperature, config.backend)
         result[rows, : some.input_ids.shape[1] - 1] = found
@@ -241,19 +252,19 @@ def logprobs(config: Config, call: Callable[..., Tensor], completions: Completio
 
 def update(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
     """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
-    config, own, updates = trainer.config, trainer.engine, []
-    for mini in rollouts.minibatches(len(rollout.samples), config) * config.num_iterations:
-        mask, rows = rollout.completions.completion_mask, slices(mini, config.micro_batch_size)
-        num_sequences = (mini.stop - mini.start) * own.world
+    own, mask, done = trainer.engine, rollout.completions.completion_mask, []
+    config = trainer.config.with_sampler(rollout.completions.sampling_logprobs is not None)
+    for mini in rollout.updates:
+        rows, num_sequences = chunks(mini, config.micro_batch_size), len(mini) * own.world
         if config.objective == "bnpo":  # a mean over each micro-batch's own tokens
             counts = [mask[micro].sum().clamp(min=1) * len(rows) * own.world for micro in rows]
         else:
             counts = [own.sum(mask[mini].sum()).clamp(min=1)] * len(rows)
         pieces = [(config, rollout[micro], num_sequences, count) for micro, count in zip(rows, counts, strict=True)]
-        updates.append(own.update(policy_loss, pieces))
-    result = means(updates)
+        done.append(own.update(policy_loss, pieces))
+    result = means(done)
     # Over the tokens of all updates: between them, too.
-    result["ratio_var"] += statistics.pvariance([metrics["ratio_mean"] for metrics in updates])
+    result["ratio_var"] += statistics.pvariance([metrics["ratio_mean"] for metrics in done])
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fused_rlhf.objectives import CORRECTIONS, KL_ESTIMATORS, LEVELS, PRESETS, PolicyLoss
@@ -10,7 +10,9 @@ from fused_rlhf.trainers.config import require, require_at_least, require_defaul
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 OBJECTIVES, ESTIMATORS = tuple(PRESETS), tuple(KL_ESTIMATORS)
-LEVEL_NAMES, CORRECTION_NAMES = ("default", *LEVELS), ("none", *CORRECTIONS)
+LEVEL_NAMES, CORRECTION_NAMES = ("default", *LEVELS), ("auto", "none", *CORRECTIONS)
+
+BOUNDS = ("importance_sampling_min", "importance_sampling_max")
 
 COMPARING = ("clip_cov", "kl_cov")  # they choose among all tokens of a call
 
@@ -59,8 +61,9 @@ class Config(RolloutConfig):
     off_policy_mask_threshold: float | None = None
     """Leave out tokens of negative advantage whose sequence's mean of log old - log current exceeds this; old: what a
     sampler reports, if there is one."""
-    importance_sampling: Literal[CORRECTION_NAMES] = "none"  # type: ignore[valid-type]
-    """Correct for a sampler that is not the model itself, with the log-probs that it reports."""
+    importance_sampling: Literal[CORRECTION_NAMES] = "auto"  # type: ignore[valid-type]
+    """Correct for a sampler that is not the model itself, with the log-probs that it reports. auto: where it reports some,
+    sequence_mask (token_mask for vespo) with a ratio of at most 3."""
     importance_sampling_min: float | None = None
     """Lower bound of the correction's ratio."""
     importance_sampling_max: float | None = None
@@ -83,10 +86,8 @@ class Config(RolloutConfig):
         require(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, whole)
         other = f"with the baseline {self.baseline!r}"
         require_default(self, self.baseline == "mean", other, "scale_rewards", "combine_rewards")
-        corrected = self.importance_sampling != "none"
-        bounds = "importance_sampling_min", "importance_sampling_max"
-        require_default(self, corrected, "without importance_sampling", *bounds)
-        require_default(self, self.beta > 0, "without beta", "kl")
+        require_default(self, self.importance_sampling != "none", "without importance_sampling", *BOUNDS)
+        require_default(self, self.beta > 0, "without beta", "kl", "ref_model")
         self.loss()
 
     @property
@@ -95,14 +96,31 @@ class Config(RolloutConfig):
         return self.top_entropy_quantile < 1 or self.objective in COMPARING
 
     @property
+    def corrects(self) -> bool:
+        """Whether the objective weighs a token by how likely its sampler made it."""
+        return self.importance_sampling not in ("auto", "none")
+
+    @property
     def reads_sampler(self) -> bool:
         """Whether the objective uses the log-probs that a sampler reports."""
-        return self.importance_sampling != "none" or self.off_policy_mask_threshold is not None
+        return self.corrects or self.off_policy_mask_threshold is not None
 
     @property
     def off_policy(self) -> bool:
         """Whether updates use a rollout after the model has changed, or weigh it against another sampler."""
-        return self.num_iterations * self.num_minibatches > 1 or self.importance_sampling != "none"
+        return self.num_iterations * self.num_minibatches > 1 or self.corrects
+
+    def with_sampler(self, reports: bool) -> Config:
+        """The same with "auto" decided: whether a sampler reports log-probs."""
+        if self.importance_sampling != "auto":
+            return self
+        if not reports:
+            return replace(self, importance_sampling="none", importance_sampling_min=None, importance_sampling_max=None)
+        how = "token_mask" if self.objective == "vespo" else "sequence_mask"
+        given = self.importance_sampling_min, self.importance_sampling_max
+        return replace(
+            self, importance_sampling=how, importance_sampling_max=3.0 if given == (None, None) else given[1]
+        )
 
     def loss(self) -> PolicyLoss:
         given: dict[str, Any] = dict(self.objective_options)
@@ -113,9 +131,8 @@ class Config(RolloutConfig):
             given["max_completion_length"] = self.max_new_tokens
         if self.level != "default":
             given["level"] = self.level
-        if self.importance_sampling != "none":
-            bounds = {"importance_sampling_min", "importance_sampling_max"}
-            given |= {"importance_sampling": self.importance_sampling} | {name: getattr(self, name) for name in bounds}
+        if self.corrects:
+            given |= {name: getattr(self, name) for name in ("importance_sampling", *BOUNDS)}
         return PRESETS[self.objective](
             kl=self.kl,
             beta=self.beta,

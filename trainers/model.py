@@ -7,8 +7,10 @@ recipes start from it, so that they need no download.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -55,7 +58,7 @@ def char_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
 
 
 def small_model(
-    tokenizer: PreTrainedTokenizerBase, hidden_size: int = 128, num_layers: int = 4, max_positions: int = 256
+    tokenizer: PreTrainedTokenizerBase, hidden_size: int = 128, num_layers: int = 4, max_positions: int = 1024
 ) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 of heads 32 wide over `tokenizer`'s vocabulary; 0.8 M parameters by default."""
     config = Qwen3Config(
@@ -279,7 +282,7 @@ def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
     require(not adapted, "lora_r", config.lora_r, f"0 for a {type(model).__name__} that has adapters already")
     settings = LoraConfig(
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_alpha=config.lora_scaling * config.lora_r,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_target_modules) or "all-linear",
         task_type="CAUSAL_LM",
@@ -288,6 +291,29 @@ def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
         return get_peft_model(model, settings)
     except ValueError as error:
         raise ValueError(f"lora_target_modules: {error}") from error
+
+
+def reference_for(
+    config: Any, loaded: Loaded, given: PreTrainedModel | None, needed: bool = True
+) -> PreTrainedModel | None:
+    """The reference to keep: the one given, that of `config.ref_model`, or a copy of the model; None where none is needed
+    or the model without its adapters serves. Raises ValueError where its vocabulary is another."""
+    if given is None and config.ref_model is None:
+        return copy.deepcopy(loaded.model) if needed and not config.lora_r else None
+    require(needed, "ref_model", type(given).__name__, "none without a weight of the KL to it")
+    require(given is None or config.ref_model is None, "ref_model", config.ref_model, "none beside the one given")
+    model: Any = load(str(config.ref_model), getattr(torch, config.dtype))[0] if given is None else given
+    require(base_of(model) is not base_of(loaded.model), "ref_model", type(model).__name__, "another than the model")
+    require_embeddings("ref_model", model, loaded.model, exactly=True)
+    prepare_body(config, model)
+    return model.eval()
+
+
+def require_embeddings(argument: str, model: Any, policy: Any, exactly: bool) -> None:
+    """Raises ValueError unless a model takes all tokens of the policy, and no others where `exactly`."""
+    rows, own = (base_of(m).get_input_embeddings().num_embeddings for m in (model, policy))
+    fits = rows == own if exactly else rows >= own
+    require(fits, argument, rows, f"a vocabulary of {own} tokens, as the model has")
 
 
 def base_of(model: Any) -> Any:
@@ -300,11 +326,18 @@ def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
     return model.disable_adapter()
 
 
-def save(placed: Placed, loaded: Loaded, folder: Path) -> None:
-    """Write a placed model and its tokenizer or processor for `from_pretrained`; every process must call."""
+def save(placed: Placed, loaded: Loaded, folder: Path, ends: Sequence[int] = ()) -> None:
+    """Write a placed model and its tokenizer or processor for `from_pretrained`; every process must call.
+
+    What it generates ends at the tokens `ends`, if some are given.
+    """
     save_part(placed, loaded.model, folder)
     if placed.rank == 0:
         (loaded.processor or loaded.tokenizer).save_pretrained(folder)
+        if ends and (folder / "generation_config.json").is_file():
+            how = GenerationConfig.from_pretrained(folder)
+            how.eos_token_id = list(ends)
+            how.save_pretrained(folder)
 
 
 def save_part(placed: Placed, model: Any, folder: Path) -> None:

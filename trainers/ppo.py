@@ -14,7 +14,6 @@ batch, however it is split. In Python: `train(Config(task="arithmetic", warmup_s
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,13 +37,16 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
 from fused_rlhf.trainers.kl_control import KLController
+from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
 from fused_rlhf.trainers.ppo_config import Config
-from fused_rlhf.trainers.rollout import Completions, slices
+from fused_rlhf.trainers.rollout import Completions
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.trainer import Controller, Result, Trainer, fit, means, place, plan
 from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, logprobs_and_values, reward_of, rewards_of, value_of
 
 __all__ = ["Config", "KLController", "PPOTrainer", "Result", "fit", "plan", "prepare", "train"]
+
+VALUE_RATE = 1e-5  # at least that of the values, by default
 
 # PPO's names for metrics of the objective.
 POLICY_METRICS = {
@@ -96,17 +98,16 @@ class PPOTrainer(Trainer):
         if self.samples_due(number):
             rows = zip(experience.samples, experience.completions.texts, experience.scores.tolist())
             mine = [{**sample, "completion": text, "score": score} for sample, text, score in rows]
-            self.run.samples(number, rollouts.everyones(self.engine, n, self.config, mine))
+            self.run.samples(number, everyones(self.engine, n, self.config, mine))
         return metrics | {"episode": number * n}
 
     def save_model(self, metrics: Logged) -> None:
         """The values too, as a model of their own, where transformers has one of the kind."""
         super().save_model(metrics)
         both: Any = self.engine.module
-        scaling = self.config.lora_alpha / max(self.config.lora_r, 1)
 
         def export(folder: Path) -> None:
-            values.save(self.engine, both, scaling, folder)
+            values.save(self.engine, both, self.config.lora_scaling, folder)
             if self.engine.rank == 0:
                 (self.loaded.processor or self.loaded.tokenizer).save_pretrained(folder)
 
@@ -143,13 +144,16 @@ class Experience:
     values: Tensor  # before each token
     advantages: Tensor
     returns: Tensor
+    updates: Sequence[Rows]  # those of each update that it is for, in their order
 
-    def __getitem__(self, rows: slice) -> Experience:
+    def __getitem__(self, rows: Rows) -> Experience:
         """Some of the completions, cut to the longest of them."""
         some = self.completions[rows]
         width = some.input_ids.shape[1] - 1
-        tokens = (self.mask, self.old_logprobs, self.kl, self.values, self.advantages, self.returns)
-        return Experience(self.samples[rows], some, self.scores[rows], *(x[rows, :width] for x in tokens))
+        samples = [self.samples[row] for row in rows]
+        of_tokens = (self.mask, self.old_logprobs, self.kl, self.values, self.advantages, self.returns)
+        mask, old, kl, values, advantages, returns = (x[rows, :width] for x in of_tokens)
+        return Experience(samples, some, self.scores[rows], mask, old, kl, values, advantages, returns, ())
 
 
 def train(
@@ -157,34 +161,40 @@ def train(
     *,
     task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
-    reward_model: PreTrainedModel | ScalarModel | None = None,
+    reward_model: torch.nn.Module | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    ref_model: PreTrainedModel | None = None,
+    value_model: PreTrainedModel | ScalarModel | None = None,
 ) -> Result:
-    """Run PPO as `config` says; task (or a list of samples), rewards, reward model, model and tokenizer may be given as
-    objects instead.
+    """Run PPO as `config` says; task (or a list of samples), rewards, reward model, model and tokenizer, the reference and
+    the value model may be given as objects instead.
 
     Raises ValueError, TypeError or OSError for bad input before the first step; RewardError and NonFiniteLoss during
     the run, with a checkpoint left behind. Ctrl-C leaves the model in `<output>/model`, says so, and goes on as
     KeyboardInterrupt.
     """
-    return fit(prepare(config, task, reward_functions, reward_model, model, tokenizer))
+    return fit(prepare(config, task, reward_functions, reward_model, model, tokenizer, ref_model, value_model))
 
 
 def prepare(
     config: Config,
     task: Task | Sequence[Sample] | None = None,
     reward_functions: Sequence[rewards.Reward] | None = None,
-    scorer: PreTrainedModel | ScalarModel | str | None = None,
+    reward_model: torch.nn.Module | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    ref_model: PreTrainedModel | None = None,
+    value_model: PreTrainedModel | ScalarModel | None = None,
 ) -> PPOTrainer:
     """Load and check everything, so that what can be refused is refused before the first step; writes nothing."""
     accelerator = engine.start(config)
     share = config.num_minibatches * accelerator.num_processes
     even = config.prompts_per_step % share == 0
     require(even, "prompts_per_step", config.prompts_per_step, f"a multiple of num_minibatches x processes = {share}")
-    scorer = scorer or config.reward_model
+    once = reward_model is None or config.reward_model is None
+    require(once, "reward_model", config.reward_model, "none beside the one given")
+    scorer = config.reward_model if reward_model is None else reward_model
     named = bool(reward_functions or config.rewards or scorer is None)
     weights = config.reward_weights
     require(named or not weights, "reward_weights", weights, "none: the reward model's own weight is 1")
@@ -194,17 +204,18 @@ def prepare(
     functions = rewards.choose(chosen, config, task, accelerator.device) if named else []
     loaded = models.load_for(config, model, tokenizer)
     work = rollouts.workload(loaded, task, config, generations=1, passes=config.num_ppo_epochs)
-    if config.stop_token is not None:
-        rollouts.end_at(config.stop_token, loaded)
-    judge = None if scorer is None else reward_of(config, scorer, loaded.tokenizer)
-    frozen = copy.deepcopy(loaded.model) if config.kl_coef and not config.lora_r else None
-    both = PolicyAndValue(loaded.model, value_of(config, loaded.model)).eval()
-    placed, reference = place(config, accelerator, loaded, work, frozen, both)
+    judge = None if scorer is None else reward_of(config, scorer, loaded)
+    frozen = models.reference_for(config, loaded, ref_model, needed=config.kl_coef > 0)
+    both = PolicyAndValue(loaded.model, value_of(config, loaded, value_model)).eval()
+    rate = config.value_learning_rate or max(config.learning_rate, VALUE_RATE)
+    placed, reference = place(config, accelerator, loaded, work, frozen, both, [(both.value, rate)])
     return PPOTrainer(
         config=config,
         loaded=loaded,
         engine=placed,
         reference=reference,
+        own_reference=ref_model is None and config.ref_model is None,
+        ends=rollouts.ends_of(config, loaded),
         workload=work,
         run=Run(placed, work.fingerprint),
         task=task,
@@ -218,7 +229,7 @@ def answer_loss(module: PolicyAndValue, some: Completions, num_tokens: Tensor, b
     """The share of some rows in the loss of a batch with this many answer tokens."""
     loss, metrics = warmup.answer_loss(module.policy, some, num_tokens, backend)
     # DDP waits for the gradient of every parameter, those of the values too.
-    return loss + 0.0 * module(some[:1])[1].sum(), metrics
+    return loss + 0.0 * module(some[range(1)])[1].sum(), metrics
 
 
 @torch.no_grad()
@@ -226,7 +237,7 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
     """Sample and score the completions of this process's prompts; what was expected, and what to learn from them."""
     config, own, n = trainer.config, trainer.engine, trainer.config.prompts_per_step
     prompts = data.batch_at(trainer.task.train, config.seed, (number - 1) * n, n)
-    mine = rollouts.own_rows(own, n, config)
+    mine = own_prompts(own, n, config)
     samples = [prompts[i] for i in mine]
     completions = sample_completions(
         trainer, samples, rollouts.uniforms(config.seed, number, n, config.max_new_tokens)[mine]
@@ -234,8 +245,9 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
     scores = score(trainer, completions, samples) - config.missing_eos_penalty * completions.truncated
     mask = completions.completion_mask[:, 1:] & ~scores.isnan().unsqueeze(1)
     old_logprobs, kl, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
+    turns = deal(own, len(mine), config, number, config.num_ppo_epochs)
     # Micro-batches as in the updates: the same shapes give the same bits, and a ratio of 1 before the first update.
-    for rows in rollouts.microbatches(len(mine), config):
+    for rows in microbatches(turns[: config.num_minibatches], config):
         some = completions[rows]
         width = some.input_ids.shape[1] - 1
         logprobs, values[rows, :width] = own(logprobs_and_values, some, config.temperature, config.backend)
@@ -249,7 +261,7 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
     advantages, returns = gae(token_rewards, values, mask, gamma=config.gamma, lam=config.lam)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask, total=own.sum)
-    return Experience(samples, completions, scores, mask, old_logprobs, kl, values, advantages, returns)
+    return Experience(samples, completions, scores, mask, old_logprobs, kl, values, advantages, returns, turns)
 
 
 def sample_completions(trainer: PPOTrainer, samples: Sequence[Sample], uniforms: Tensor | None) -> Completions:
@@ -266,7 +278,7 @@ def score(trainer: PPOTrainer, completions: Completions, samples: Sequence[Sampl
         columns.append(evaluation.score_together(own, trainer.rewards, completions, samples, config.reward_timeout))
     if trainer.reward_model is not None:
         with trainer.reward_model.whole() as module:
-            rows = slices(slice(0, len(samples)), config.micro_batch_size)
+            rows = chunks(range(len(samples)), config.micro_batch_size)
             columns.append(torch.cat([rewards_of(module, completions[some]) for some in rows]).unsqueeze(1))
     weights = [*(config.reward_weights or [1.0] * len(trainer.rewards)), *([1.0] if trainer.reward_model else [])]
     return weighted_sum(torch.cat([column.to(own.device) for column in columns], dim=1), weights)
@@ -274,12 +286,12 @@ def score(trainer: PPOTrainer, completions: Completions, samples: Sequence[Sampl
 
 def update(trainer: PPOTrainer, experience: Experience) -> Logged:
     """`num_ppo_epochs` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
-    config, updates = trainer.config, []
-    for mini in rollouts.minibatches(len(experience.samples), config) * config.num_ppo_epochs:
+    config, done = trainer.config, []
+    for mini in experience.updates:
         num_tokens = trainer.engine.sum(experience.mask[mini].sum()).clamp(min=1)
-        pieces = [(config, experience[rows], num_tokens) for rows in slices(mini, config.micro_batch_size)]
-        updates.append(trainer.engine.update(ppo_loss, pieces))
-    result = means(updates)
+        pieces = [(config, experience[rows], num_tokens) for rows in chunks(mini, config.micro_batch_size)]
+        done.append(trainer.engine.update(ppo_loss, pieces))
+    result = means(done)
     return result | {"lr": result.pop("learning_rate")}
 
 

@@ -23,6 +23,9 @@ class Config(RolloutConfig):
     value_model: str = "shared"
     """shared: a linear head on the policy's body. copy: a model of its own that begins as the policy's body. Otherwise
     the folder or hub id of a model, best a reward model; a head is put on where it has none."""
+    value_learning_rate: float | None = None
+    """Peak learning rate of the values' own weights. None: the policy's, but at least 1e-5: a critic that begins at zero
+    learns next to nothing at the rates that suit a policy."""
 
     steps: int = 200
     """PPO steps: rollouts, each followed by its updates."""
@@ -32,8 +35,6 @@ class Config(RolloutConfig):
     """Sample from the top_k likeliest tokens; 0: from all. The log-probabilities stay those of all tokens."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this probability together; 1: from all. See top_k."""
-    stop_token: str | None = None
-    """A token that ends a completion as an EOS does."""
     missing_eos_penalty: float = 0.0
     """Taken from the score of a completion that reached max_new_tokens without an end."""
 
@@ -68,6 +69,8 @@ class Config(RolloutConfig):
         require_at_least(self, 1, "num_ppo_epochs", "kl_horizon")
         require_at_least(self, 0, "missing_eos_penalty", "top_k", "kl_coef", "vf_coef")
         require_positive(self, "cliprange_value")
+        rate = self.value_learning_rate
+        require(rate is None or rate > 0, "value_learning_rate", rate, "more than 0, or None")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
@@ -77,7 +80,7 @@ class Config(RolloutConfig):
         require(target is None or target > 0, "target_kl", target, "more than 0, or None")
         require(target is None or self.kl_coef > 0, "kl_coef", self.kl_coef, "more than 0 with a target_kl")
         require_default(self, target is not None, "without target_kl", "kl_horizon")
-        require_default(self, self.kl_coef > 0, "without kl_coef", "kl_estimator")
+        require_default(self, self.kl_coef > 0, "without kl_coef", "kl_estimator", "ref_model")
         self.loss()
 
     def loss(self) -> fr.PolicyLoss:

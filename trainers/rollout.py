@@ -11,10 +11,10 @@ which rows are sampled together, on how many processes there are, or on what was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +37,10 @@ from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.data import Sample, Task, fingerprint
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.inputs import Encoded, collate
+from fused_rlhf.trainers.minibatches import Rows, chunks
 from fused_rlhf.trainers.model import Loaded, base_of, max_positions
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
-
-T = TypeVar("T")
-
-# An external sampler: prompts' ids -> completions' ids, EOS included, and the log-probs it gave them (or None).
-Sampler = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Completions:
     extras: list[dict[str, Tensor]]  # what each prompt's images become, on the CPU
     sampling_logprobs: Tensor | None = None  # (B, T - 1) fp32, of an external sampler; 0 outside the completion
 
-    def __getitem__(self, rows: slice) -> Completions:
+    def __getitem__(self, rows: Rows) -> Completions:
         """Some of the rows, cut to the longest of them."""
         length = int(self.attention_mask[rows].sum(dim=1).max())
         return Completions(
@@ -67,8 +63,8 @@ class Completions:
             self.attention_mask[rows, :length],
             self.completion_mask[rows, :length],
             self.truncated[rows],
-            self.texts[rows],
-            self.extras[rows],
+            [self.texts[row] for row in rows],
+            [self.extras[row] for row in rows],
             None if self.sampling_logprobs is None else self.sampling_logprobs[rows, : length - 1],
         )
 
@@ -82,19 +78,26 @@ class Completions:
         return {name: value.to(device) for name, value in collate(self.extras, length).items()}
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation configuration."""
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int] = ()) -> list[int]:
+    """Every token that ends a completion: the tokenizer's EOS, those of the model's generation configuration, and `stop`."""
     ids = model.generation_config.eos_token_id
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({tokenizer.eos_token_id, *ids})
+    return sorted({tokenizer.eos_token_id, *ids, *stop})
 
 
-def end_at(token: str, loaded: Loaded) -> None:
-    """Let a token end the model's completions as an EOS does. Raises ValueError where it is not one token."""
-    ids = loaded.tokenizer(token, add_special_tokens=False)["input_ids"]
-    one = len(ids) == 1 and ids[0] != loaded.tokenizer.unk_token_id
-    require(one, "stop_token", token, "one token of the tokenizer")
-    loaded.model.generation_config.eos_token_id = [*eos_ids(loaded.model, loaded.tokenizer), ids[0]]
+def stop_ids(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those that `config` adds to EOS. Raises ValueError where its stop_token is not one token."""
+    token = config.stop_token
+    if token is None:
+        return []
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    require(len(ids) == 1 and ids[0] != tokenizer.unk_token_id, "stop_token", token, "one token of the tokenizer")
+    return list(ids)
+
+
+def ends_of(config: RolloutConfig, loaded: Loaded) -> list[int]:
+    """Every token that ends a completion of a run. Raises ValueError as `stop_ids`."""
+    return eos_ids(loaded.model, loaded.tokenizer, stop_ids(config, loaded.tokenizer))
 
 
 def placeholders(model: PreTrainedModel) -> list[int]:
@@ -135,6 +138,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    stop: Sequence[int] = (),
     batch_size: int | None = None,
 ) -> Completions:
     """One completion for each prompt, `batch_size` prompts at a time (default: all at once).
@@ -142,9 +146,9 @@ def generate(
     Sampled with `uniforms` (len(prompts), max_new_tokens) from the model's distribution at `temperature`, cut by top_k,
     top_p and min_p where given, and by nothing else, whatever the model's own generation configuration says, so that
     the log-probabilities of the op are those of the sampler. Greedy without `uniforms`. Placeholders of images, which
-    would ask for images that are not there, are never chosen.
+    would ask for images that are not there, are never chosen. The tokens `stop` end a completion as EOS does.
     """
-    ends = eos_ids(model, tokenizer)
+    ends = eos_ids(model, tokenizer, stop)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -164,8 +168,8 @@ def generate(
         warpers.append(MinPLogitsWarper(min_p))
     device = model.device
     completions: list[list[int]] = []
-    for rows in slices(slice(0, len(prompts)), batch_size or len(prompts)):
-        some = prompts[rows]
+    for rows in chunks(range(len(prompts)), batch_size or len(prompts)):
+        some = [prompts[row] for row in rows]
         P = max(len(prompt.ids) for prompt in some)
         pad = tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (P - len(p.ids)) + p.ids for p in some], device=device)
@@ -262,6 +266,7 @@ def complete(
             max_new_tokens=config.max_new_tokens,
             uniforms=uniforms,
             temperature=config.temperature,
+            stop=stop_ids(config, loaded.tokenizer),
             batch_size=batch_size or config.rollout_batch_size or None,
             **cut,
         )
@@ -278,37 +283,6 @@ def completion_logprobs(model: Any, some: Completions, temperature: float, backe
         backend=backend,
         **some.model_inputs(),
     ).logprobs
-
-
-def slices(rows: slice, size: int) -> list[slice]:
-    """`rows` cut into pieces of `size`, the last one maybe shorter."""
-    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-
-def minibatches(num_rows: int, config: RolloutConfig) -> list[slice]:
-    """The rows of each of the updates in a pass over a rollout."""
-    return slices(slice(0, num_rows), num_rows // config.num_minibatches)
-
-
-def microbatches(num_rows: int, config: RolloutConfig) -> list[slice]:
-    """The rows of each forward in a pass of updates over a rollout."""
-    return [micro for mini in minibatches(num_rows, config) for micro in slices(mini, config.micro_batch_size)]
-
-
-def own_rows(engine: Placed, count: int, config: RolloutConfig) -> list[int]:
-    """Which of the `count` prompts of a step this process takes: its share of each of the mini-batches that they are cut
-    into, so that an update of several processes sees what one of a single process would."""
-    if engine.world == 1:
-        return list(range(count))
-    return [i for mini in minibatches(count, config) for i in engine.mine(range(mini.start, mini.stop))]
-
-
-def everyones(engine: Placed, count: int, config: RolloutConfig, rows: Sequence[T]) -> list[T]:
-    """The rows of all processes, as many for each prompt that is one's own, in the order of the prompts."""
-    own = own_rows(engine, count, config)
-    each = len(rows) // max(len(own), 1)
-    tagged = engine.gather([(own[i // each], row) for i, row in enumerate(rows)])
-    return [row for _, row in sorted(tagged, key=lambda pair: pair[0])]
 
 
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:

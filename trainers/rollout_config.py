@@ -35,14 +35,18 @@ class RolloutConfig(TrainConfig):
 
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 512
     """Longest completion, in tokens."""
+    stop_token: str | None = None
+    """A token that ends a completion as an EOS does."""
     temperature: float = 1.0
     """Sampling temperature; the log-probabilities are taken at the same."""
     rollout_batch_size: int = 0
     """Completions sampled together by one process; 0: all of its own."""
     num_minibatches: int = 1
-    """Optimiser updates in a pass over a rollout."""
+    """Optimiser updates in a pass over a rollout; each pass deals the completions anew."""
+    ref_model: str | None = None
+    """Folder or hub id of the model that the KL is to. None: the model that the run's steps begin with."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
 

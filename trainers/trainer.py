@@ -31,6 +31,7 @@ from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_param
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rewards import RewardError
 from fused_rlhf.trainers.run import Logged, Run
+from fused_rlhf.trainers.sampler import SamplerError
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Trainer(ABC):
     engine: Engine  # of the loaded model, or of a module that holds it
     reference: Placed | None  # None where it is the model itself, as with LoRA, or is not needed
     own_reference: bool = True  # a kept reference is the model as the steps begin with, not another
+    ends: Sequence[int] = ()  # tokens at which what the saved model generates ends, where they are not its own
     workload: Workload
     run: Run
 
@@ -109,7 +111,7 @@ class Trainer(ABC):
 
     def save_model(self, metrics: Logged) -> None:
         """Into the run's folder, for `from_pretrained`."""
-        self.run.save_model(partial(models.save, self.engine, self.loaded), metrics)
+        self.run.save_model(partial(models.save, self.engine, self.loaded, ends=self.ends), metrics)
 
     def samples_due(self, number: int) -> bool:
         every = self.config.sample_steps
@@ -123,6 +125,7 @@ def place(
     workload: Workload,
     frozen: PreTrainedModel | None,
     module: nn.Module | None = None,
+    own_rates: Sequence[tuple[nn.Module, float]] = (),
 ) -> tuple[Engine, Placed | None]:
     """The loaded model, or a module that holds it, in training, and the reference where there is one to keep.
 
@@ -132,7 +135,7 @@ def place(
     even = config.warmup_steps == 0 or size % processes == 0
     require(even, "warmup_batch_size", size, f"a multiple of {processes}, the processes")
     fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
-    own = Engine(config, accelerator, module or loaded.model, config.steps * workload.updates)
+    own = Engine(config, accelerator, module or loaded.model, config.steps * workload.updates, own_rates)
     return own, None if frozen is None else own.frozen(frozen)
 
 
@@ -182,7 +185,7 @@ class Interrupts:
 def fit(trainer: Trainer) -> Result:
     """The run itself: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
 
-    Raises RewardError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
+    Raises RewardError, SamplerError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
     CheckpointError where the disk is full. Ctrl-C while a step changes the weights waits for the step's end.
     """
     config, engine, run, workload = trainer.config, trainer.engine, trainer.run, trainer.workload
@@ -267,8 +270,8 @@ def fit(trainer: Trainer) -> Result:
             if last := checkpoint.latest(run.checkpoints):
                 run.say(f"--resume goes on from {last}")
         raise
-    except (RewardError, NonFiniteLoss) as error:
-        if isinstance(error, RewardError) and untouched():
+    except (RewardError, SamplerError, NonFiniteLoss) as error:
+        if not isinstance(error, NonFiniteLoss) and untouched():
             save_done()
         last = checkpoint.latest(run.checkpoints)
         left = f"; the last checkpoint is {last}" if last else ""

@@ -22,16 +22,18 @@ import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Placed
-from fused_rlhf.trainers.model import base_of, locate, prepare_body, tokenizer_of
+from fused_rlhf.trainers.model import Loaded, base_of, locate, prepare_body, require_embeddings, tokenizer_of
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
 
 BIAS = "score.bias"
 
 
-def scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
+def scalars(head: nn.Module, hidden: Tensor) -> Tensor:
     """(..., H) -> (...), in fp32 at least: a value in bf16 would have three digits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    if not isinstance(head, nn.Linear):
+        return head(hidden).squeeze(-1).to(wide)
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.to(wide)
         return nn.functional.linear(hidden.to(wide), head.weight.to(wide), bias).squeeze(-1)
@@ -48,16 +50,18 @@ def new_head(model: PreTrainedModel) -> nn.Linear:
 
 
 class ScalarModel(nn.Module):
-    """The body of a transformers model and a linear head with one output.
+    """The body of a model and a head with one output: (..., H) -> (..., 1).
 
-    Raises ValueError where the head is not a linear layer with one output.
+    The body is what the model's `base_model_prefix` names, as in transformers; where it names nothing, the model itself.
+
+    Raises ValueError where a linear head has more outputs.
     """
 
-    def __init__(self, model: PreTrainedModel, score: nn.Module) -> None:
+    def __init__(self, model: nn.Module, score: nn.Module) -> None:
         super().__init__()
-        ours = isinstance(score, nn.Linear) and score.out_features == 1
-        require(ours, "score", score, "a linear head with one output, the number")
-        self.body = model.base_model
+        outputs = score.out_features if isinstance(score, nn.Linear) else 1
+        require(outputs == 1, "score", score, "a head with one output, the number")
+        self.body: Any = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
         self.score: Any = score
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **model_inputs: Any) -> Tensor:
@@ -102,49 +106,78 @@ def logprobs_and_values(
     return out.logprobs, values
 
 
-def value_of(config: Config, policy: Any) -> nn.Linear | ScalarModel:
-    """The value head or model that `config.value_model` asks for.
+def value_of(
+    config: Config, loaded: Loaded, given: PreTrainedModel | ScalarModel | None = None
+) -> nn.Linear | ScalarModel:
+    """The value head or model that `config.value_model` asks for, or the one given as an object.
 
     "shared": a head on the policy's body. "copy": a model that begins as the policy's body, its adapters included.
-    Otherwise a folder or hub id; a head is put on where it has none.
+    Otherwise a folder or hub id; a head is put on where a model has none.
 
-    Raises FileNotFoundError where there is no such model, ValueError where its head has several outputs.
+    Raises FileNotFoundError where there is no such model, ValueError where its head has several outputs, it lacks tokens
+    of the policy, or cannot be called.
     """
-    base = base_of(policy)
-    if config.value_model == "shared":
+    base, asked = base_of(loaded.model), config.value_model
+    require(given is None or asked == Config.value_model, "value_model", asked, "none beside one given as an object")
+    if isinstance(given, ScalarModel):
+        probe("value_model", given, loaded.tokenizer)
+        return given
+    if given is None and asked == "shared":
         return new_head(base)
-    if config.value_model == "copy":
+    if given is None and asked == "copy":
         return ScalarModel(copy.deepcopy(base.base_model), new_head(base))
-    model, head = load("value_model", config.value_model, getattr(torch, config.dtype))
-    both: list[Any] = [model, base]
-    rows = [m.get_input_embeddings().num_embeddings for m in both]
-    require(rows[0] >= rows[1], "value_model", rows[0], f"a vocabulary of {rows[1]} tokens, as the model has")
+    if given is None:
+        model, head = load("value_model", asked, getattr(torch, config.dtype))
+    else:
+        require(base_of(given) is not base, "value_model", type(given).__name__, "another model than the policy")
+        model, head = given, getattr(given, "score", None)
+    require_embeddings("value_model", model, base, exactly=False)
     prepare_body(config, model)
-    return ScalarModel(model, head or new_head(model))
+    made = ScalarModel(model, head or new_head(model))
+    probe("value_model", made, loaded.tokenizer)
+    return made
 
 
-def reward_of(
-    config: Config, source: str | PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase
-) -> ScalarModel:
+def reward_of(config: Config, source: str | nn.Module, loaded: Loaded) -> ScalarModel:
     """A reward model that reads the policy's own tokens.
 
-    `source`: a folder or hub id, a sequence classifier of transformers, or any body with its head put on.
+    `source`: a folder or hub id, a sequence classifier of transformers or a module like one (its body under the name
+    `base_model_prefix`, its head `score`), or any body with its head put on.
 
-    Raises FileNotFoundError where there is no such model, ValueError where it has no trained head with one output, or
-    another vocabulary than the policy.
+    Raises FileNotFoundError where there is no such model, ValueError where it has no trained head with one output, has
+    another vocabulary than the policy, or cannot be called.
     """
+    head: Any
     if isinstance(source, ScalarModel):
-        return source
-    if isinstance(source, str):
+        made = source
+    elif isinstance(source, str):
         model, head = load("reward_model", source, getattr(torch, config.dtype))
         require(head is not None, "reward_model", source, "a model with a trained head called `score`")
         its = tokenizer_of("reward_model", *locate("reward_model", source)).get_vocab()
         words = "the policy's own vocabulary (a model of another reads texts: rewards: model=FOLDER_OR_ID)"
-        require(its == tokenizer.get_vocab(), "reward_model", source, words)
+        require(its == loaded.tokenizer.get_vocab(), "reward_model", source, words)
+        made = ScalarModel(model, head)
     else:
-        model, head = source, getattr(source, "score", None)
-        require(head is not None, "reward_model", type(model).__name__, "a model with a `score`, or a ScalarModel")
-    return ScalarModel(model, head)
+        head = getattr(source, "score", None)
+        named = isinstance(source, nn.Module) and isinstance(head, nn.Module)
+        words = "a model with a head called `score`, or a ScalarModel"
+        require(named, "reward_model", type(source).__name__, words)
+        made = ScalarModel(source, head)
+    probe("reward_model", made, loaded.tokenizer)
+    return made
+
+
+@torch.no_grad()
+def probe(argument: str, model: ScalarModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError unless a model makes one number of each of two tokens."""
+    device = next(model.parameters()).device
+    ids = torch.full((1, 2), int(tokenizer.eos_token_id), device=device)
+    words = "a model of input_ids and attention_mask whose head makes one number of each hidden state"
+    try:
+        shape = tuple(model(ids, torch.ones_like(ids)).shape)
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(f"{argument}: expected {words}; it raised {type(error).__name__}: {error}") from error
+    require(shape == (1, 2), argument, f"numbers of shape {shape} for ids of shape (1, 2)", words)
 
 
 def load(argument: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
@@ -195,6 +228,7 @@ def save(placed: Placed, both: PolicyAndValue, scaling: float, folder: Path) -> 
 
 def classifier_of(body: Any) -> Any:
     """A sequence classifier around such a body, without weights. Raises ValueError where transformers has none."""
+    require(isinstance(body, PreTrainedModel), "value_model", type(body).__name__, "a model of transformers")
     config = copy.deepcopy(body.config)
     config.num_labels = 1
     with torch.device("meta"):

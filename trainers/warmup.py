@@ -14,8 +14,9 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import conversation
 from fused_rlhf.trainers.data import Sample, Task, batch_at
 from fused_rlhf.trainers.evaluation import correct
+from fused_rlhf.trainers.minibatches import chunks
 from fused_rlhf.trainers.model import Loaded
-from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs, slices
+from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 from fused_rlhf.trainers.run import Run
 
@@ -53,7 +54,7 @@ def on_answers(
         mine = engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size))
         batch = encode(loaded, mine, config.chat_template)
         num_tokens = engine.sum(batch.completion_mask.sum())
-        rows = slices(slice(0, len(batch.texts)), config.micro_batch_size)
+        rows = chunks(range(len(batch.texts)), config.micro_batch_size)
         return [(batch[micro], num_tokens, config.backend) for micro in rows]
 
     def accuracy() -> float:

@@ -1,0 +1,59 @@
+"""What an external sampler may give."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fused_rlhf.trainers.sampler import Sampler, SamplerError, ask
+
+PROMPTS = [[1, 2], [3]]
+
+
+def giving(found: Any) -> Sampler:
+    return lambda prompts: found
+
+
+def test_completions_and_their_logprobs_in_any_container():
+    want: Any = [[4, 5], [6]], [[-0.5, -1.0], [0.0]]
+    containers: list[Any] = [
+        want,
+        ([torch.tensor([4, 5]), torch.tensor([6])], [torch.tensor([-0.5, -1.0]), torch.tensor([0.0])]),
+        [[np.array([4, 5]), (6,)], [np.array([-0.5, -1.0]), [0]]],
+    ]
+    for found in containers:
+        assert ask(giving(found), PROMPTS, 10) == want
+    assert ask(lambda prompts: (prompts, None), PROMPTS, 10) == (PROMPTS, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (None, "returned a NoneType, expected completions and their log-probs"),
+        (([[4]], None), "returned 1 completions, expected 2, one for each prompt"),
+        ((3, None), "returned int, expected 2 completions"),
+        (([[4], ["a"]], None), r"completion 1: expected a list of ids, got \['a'\]"),
+        (([[4], None], None), "completion 1: expected a list of ids, got None"),
+        (([[4], [10]], None), "completion 1: expected ids below 10, got 10"),
+        (([[4], [-1]], None), "completion 1: expected ids below 10, got -1"),
+        (([[4], [5]], [[-1.0]]), "returned 1 lists of log-probs, expected 2"),
+        (([[4], [5]], [[-1.0], None]), "completion 1: expected one log-prob for each of its 1 tokens, got None"),
+        (([[4], [5]], [[-1.0], [None]]), r"completion 1: expected one log-prob for each of its 1 tokens, got \[None\]"),
+        (([[4], [5, 6]], [[-1.0], [-1.0]]), "completion 1: 1 log-probs for its 2 tokens"),
+        (([[4], [5]], [[-1.0], [float("nan")]]), "completion 1: expected log-probs of at most 0, got nan"),
+        (([[4], [5]], [[-1.0], [-float("inf")]]), "completion 1: expected log-probs of at most 0, got -inf"),
+        (([[4], [5]], [[-1.0], [0.7]]), r"completion 1: expected log-probs of at most 0, got 0\.7"),
+    ],
+)
+def test_anything_else_is_refused_by_completion(found, words):
+    with pytest.raises(SamplerError, match=words):
+        ask(giving(found), PROMPTS, 10)
+
+
+def test_what_it_raises_is_told():
+    def broken(prompts):
+        raise ConnectionError("no engine")
+
+    with pytest.raises(SamplerError, match="the sampler raised ConnectionError: no engine"):
+        ask(broken, PROMPTS, 10)
