@@ -1,0 +1,287 @@
+"""Pictures of samples: every form that data sets and processors have them in, each at its place.
+
+    a column    images or image: one picture or a list of them, for the places that the prompt's messages leave open; before
+                the first user's text where they leave none
+    a part      {"type": "image", "image" | "path" | "url" | "base64": picture}, {"type": "image_url", "image_url": address},
+                or {"type": "image"} alone, a place for a picture of the column
+    a picture   PIL, a path, its bytes, {"bytes", "path"} as data sets have it, an array of uint8, (H, W) or (H, W, 3 or 4),
+                base64 or a data: address
+
+Nothing is fetched from the network. A picture is read once when a run begins, to be checked, measured and identified by its
+content, and loaded when it is used, turned as its EXIF orientation says.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Message = dict[str, Any]
+
+COLUMNS = ("images", "image")
+KEYS = ("image", "path", "url", "base64")  # of a part of type "image"
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that has been checked; equal to another of the same content."""
+
+    source: Any = field(compare=False)  # PIL, a path or bytes
+    where: str = field(compare=False)  # row and field, for messages
+    digest: str
+    size: tuple[int, int]  # width and height, as `load` gives it
+
+    @staticmethod
+    def of(source: Any, where: str) -> Picture:
+        """Raises ValueError, beginning with `where`, where it is no picture."""
+        with _reading(source, where):
+            return Picture(source, where, *_measured(source))
+
+    def load(self) -> Image:
+        """In RGB, upright. Raises ValueError naming row and field where it can no longer be read."""
+        from PIL import ImageOps
+
+        with _reading(self.source, self.where):
+            return ImageOps.exif_transpose(_opened(self.source)).convert("RGB")
+
+    def __repr__(self) -> str:
+        return f"<picture{_name(self.source)} {self.size[0]}x{self.size[1]} {self.digest[:16]}>"
+
+
+@contextmanager
+def _reading(source: Any, where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow's readers raise anything over a broken file
+        raise ValueError(f"{where}: the picture{_name(source)} cannot be read: {error}") from error
+
+
+def _name(source: Any) -> str:
+    return f" {str(source)!r}" if isinstance(source, Path) else ""
+
+
+def _opened(source: Any) -> Image:
+    from PIL import Image  # only those who have pictures need it
+
+    if isinstance(source, Image.Image):
+        return source
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _measured(source: Any) -> tuple[str, tuple[int, int]]:
+    """Digest and size of an upright picture. A file is read to its end, but not decoded."""
+    if isinstance(source, (Path, bytes)):
+        source = source.read_bytes() if isinstance(source, Path) else source
+        digest = hashlib.sha256(source).hexdigest()
+        _opened(source).verify()
+    else:
+        digest = hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
+    found = _opened(source)
+    width, height = found.size
+    sideways = found.getexif().get(ORIENTATION) in SIDEWAYS
+    return digest, (height, width) if sideways else (width, height)
+
+
+def read(value: Any, where: str, folder: Path | None = None) -> Picture:
+    """A picture of any form. A relative path is one below `folder`, or below the working directory.
+
+    Raises ValueError, beginning with `where`, for an address of the network and for what is no picture.
+    """
+    if isinstance(value, Picture):
+        return value
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if isinstance(value, (bytes, bytearray)):
+        return Picture.of(bytes(value), where)
+    if isinstance(value, (str, Path)):
+        return Picture.of(_text(value, where, folder), where)
+    if hasattr(value, "__array__") and not hasattr(value, "getexif"):
+        return Picture.of(_array(value, where), where)
+    if not hasattr(value, "getexif"):
+        raise ValueError(
+            f"{where}: expected a picture (PIL, a path, its bytes, base64, an array of uint8), got a {type(value).__name__}"
+        )
+    return Picture.of(value, where)
+
+
+def _text(value: str | Path, where: str, folder: Path | None) -> Path | bytes:
+    text = str(value)
+    if text.startswith(("http://", "https://", "ftp://", "s3://", "gs://", "hf://")):
+        raise ValueError(f"{where}: expected a picture that is here, got the address {text:.80}: nothing is fetched")
+    if text.startswith("data:"):
+        head, _, body = text.partition(",")
+        return _decoded(body, where) if head.endswith(";base64") else unquote(body).encode("latin-1")
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text).expanduser()
+    places = [path] if folder is None or path.is_absolute() else [folder / path, path]
+    for place in places:
+        try:
+            if place.is_file():
+                return place.absolute()
+        except OSError:  # too long for a name: base64
+            break
+    looks = len(text) > 64 and "." not in text and set(text) <= BASE64
+    if looks:
+        return _decoded(text, where)
+    raise ValueError(f"{where}: there is no picture {' or '.join(repr(str(place))[:200] for place in places)}")
+
+
+BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n\r")
+
+
+def _decoded(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{where}: expected base64, got {text[:40]!r}...: {error}") from error
+
+
+def _array(value: Any, where: str) -> Image:
+    from PIL import Image
+
+    array = np.asarray(value)
+    fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    if not fits or 0 in array.shape:
+        raise ValueError(
+            f"{where}: expected an array of uint8, (height, width) or (height, width, 3 or 4), got {array.dtype} "
+            f"{tuple(array.shape)}"
+        )
+    return Image.fromarray(array)
+
+
+# ------------------------------------------------------------------------------------------------------------- of rows
+
+
+def gathered(row: Mapping[str, Any], where: str, folder: Path | None = None) -> dict[str, Any]:
+    """A row with a prompt whose pictures, of parts or of the column, are all in the column `images`, in order.
+
+    Raises ValueError naming row and field: a place without its picture, a picture without its place, both a column and
+    pictures in parts, what is no picture.
+    """
+    prompt = in_parts(row["prompt"], f"{where}: prompt", folder)
+    column = of_column(row, where, folder)
+    places = parts_of(prompt)
+    own = [part["image"] for part in places if "image" in part]
+    if own and column:
+        raise ValueError(
+            f"{where}: images: expected none beside pictures in the prompt's parts, got {len(column)} and {len(own)}"
+        )
+    if own and len(own) < len(places):
+        raise ValueError(f"{where}: prompt: {len(places)} parts of type 'image', but {len(own)} pictures in them")
+    if not own and places and len(column) != len(places):
+        raise ValueError(
+            f"{where}: images: expected {len(places)}, one for each part of type 'image' in the prompt, got {len(column)}"
+        )
+    found = own or column
+    made = {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": _opened_places(prompt)}
+    return made | {"images": found} if found or any(name in row for name in COLUMNS) else made
+
+
+def of_column(row: Mapping[str, Any], where: str, folder: Path | None = None) -> list[Picture]:
+    """The pictures of a row's column `images` or `image`; of one of them, where both hold some."""
+    found = []
+    for name in COLUMNS:
+        value = row.get(name)
+        if value is None:
+            continue
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        numbered = [(f"{where}: {name}" + (f"[{i}]" if len(values) > 1 else ""), one) for i, one in enumerate(values)]
+        found.append([read(one, place, folder) for place, one in numbered])
+    filled = [some for some in found if some]
+    if len(filled) > 1:
+        raise ValueError(f"{where}: images, image: expected pictures in one of these columns, got both")
+    return filled[0] if filled else []
+
+
+def in_parts(prompt: Any, where: str, folder: Path | None = None) -> Any:
+    """Messages whose parts of type image hold a `Picture` under "image", or none; anything else as it is."""
+    if not isinstance(prompt, list):
+        return prompt
+    made = []
+    for message in prompt:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, (list, tuple)):
+            message = {**message, "content": [_part(part, where, folder) for part in content]}
+        made.append(message)
+    return made
+
+
+def _part(part: Any, where: str, folder: Path | None) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image_url":
+        address = part.get("image_url")
+        address = address.get("url") if isinstance(address, Mapping) else address
+        if address is None:
+            raise ValueError(f"{where}: a part of type 'image_url' has no address")
+        return {"type": "image", "image": read(address, where, folder)}
+    if kind != "image":
+        return part
+    given = [(key, part[key]) for key in KEYS if part.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{where}: a part of type 'image' holds {[key for key, _ in given]}: expected one of them")
+    if not given:
+        return {"type": "image"}
+    key, value = given[0]
+    if key == "base64":
+        value = _decoded(value, where) if isinstance(value, str) and not value.startswith("data:") else value
+    return {"type": "image", "image": read(value, where, folder)}
+
+
+def parts_of(messages: Any) -> list[Message]:
+    """The parts of type image, turn after turn."""
+    found = []
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list):
+            found += [part for part in content if isinstance(part, Mapping) and part.get("type") == "image"]
+    return found
+
+
+def _opened_places(prompt: Any) -> Any:
+    """Messages with bare places."""
+    if not isinstance(prompt, list):
+        return prompt
+    made = []
+    for message in prompt:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list):
+            bare = [
+                {"type": "image"} if isinstance(part, Mapping) and part.get("type") == "image" else part
+                for part in content
+            ]
+            message = {**message, "content": bare}
+        made.append(message)
+    return made
+
+
+def at_places(messages: Sequence[Message], count: int) -> list[Message]:
+    """Messages whose parts say where their `count` pictures are: before the first user's text where none says so."""
+    if count == 0 or parts_of(list(messages)):
+        return list(messages)
+    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    content = messages[first].get("content", "")
+    texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    with_parts = {**messages[first], "content": [{"type": "image"}] * count + texts}
+    return [with_parts if i == first else message for i, message in enumerate(messages)]
+
+
+@functools.lru_cache(maxsize=512)
+def blank(size: tuple[int, int]) -> Image:
+    """A grey picture, for what depends on the size alone."""
+    from PIL import Image
+
+    return Image.new("RGB", size, (128, 128, 128))
