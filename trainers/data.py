@@ -257,7 +257,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role, and content or calls."""
     if not prompt or not (isinstance(prompt, str) or are_messages(prompt)):
         raise ValueError(
-            f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {prompt!r}"
+            f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {short(prompt)}"
         )
     if not isinstance(prompt, str):
         check_contents(prompt, where, "prompt")
@@ -279,11 +279,17 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
         typed = all(isinstance(part, Mapping) and "type" in part for part in parts)
         if not (content is None or isinstance(content, (str, list))) or not typed:
             raise ValueError(
-                f"{where}: {field}: expected content as a text or in parts with a type, got {content!r:.80}"
+                f"{where}: {field}: expected content as a text or in parts with a type, got {short(content)}"
             )
         for part in parts:
             if part["type"] == "text" and not isinstance(part.get("text"), (str, type(None))):
-                raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {part!r:.80}")
+                raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {short(part)}")
+
+
+def short(value: Any) -> str:
+    """Its repr for a message, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def fingerprint(rows: Iterable[Any]) -> str:

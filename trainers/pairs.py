@@ -29,8 +29,16 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import conversation, inputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.conversation import Text, common_start, short, without_nulls
-from fused_rlhf.trainers.data import Sample, are_messages, check_contents, read_jsonl, read_splits, require_columns
+from fused_rlhf.trainers.conversation import Text, common_start, without_nulls
+from fused_rlhf.trainers.data import (
+    Sample,
+    are_messages,
+    check_contents,
+    read_jsonl,
+    read_splits,
+    require_columns,
+    short,
+)
 from fused_rlhf.trainers.inputs import Encoded, Message
 
 if TYPE_CHECKING:
