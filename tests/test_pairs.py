@@ -1,4 +1,5 @@
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -106,6 +107,14 @@ def test_rows_of_every_form():
             "row 7: chosen: expected text alone; images belong to the prompt",
         ),
         ({"ref_chosen_logps": -1.0}, r"row 7: missing \['ref_rejected_logps'\]"),
+        *(
+            (
+                {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} | {name: value},
+                f"row 7: {name}: expected a finite",
+            )
+            for name in pairs.REFERENCE
+            for value in (None, math.nan, -math.inf, "-1.5", [-1.0], True)
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_by_number_and_field(change, message):
