@@ -77,6 +77,25 @@ def test_rows_of_every_form():
     assert check_row({**ROW, "prompt": parts}, "").images == ("a.png",)
 
 
+def test_rows_of_token_ids_are_refused_by_name():
+    made = {f"{name}_input_ids": [5, 3] for name in ROW}
+    with pytest.raises(
+        ValueError, match=r"row 1: missing \['chosen', 'rejected'\]; .*'prompt_input_ids', .* are not read: "
+    ):
+        check_row(made, "row 1")
+    texts = {"chosen": "ab", "rejected": "ac"}
+    with pytest.raises(ValueError, match=r"row 1: prompt: expected a text .*, got token ids alone, 'prompt_input_ids'"):
+        check_row({**texts, "prompt_input_ids": [5]}, "row 1")
+    assert check_row({**ROW, "prompt_input_ids": [5]}, "row 1") == check_row(ROW, "row 1")
+    assert check_row({**texts, "prompt_ids": None}, "row 1").prompt is None
+
+
+@pytest.mark.parametrize("row", [None, 3, "1+1=", [ROW], {3: "1+1=", "chosen": "2"}])
+def test_what_is_no_row_of_pairs_is_refused_by_number(row):
+    with pytest.raises(ValueError, match="row 2: "):
+        pairs.check([ROW, row], "row")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

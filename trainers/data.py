@@ -226,9 +226,23 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
 
 
 def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
+    """Raises ValueError where `row` is no dict or lacks one of the columns."""
+    require(isinstance(row, dict), where, row, f"a dict with {' and '.join(columns)}")
     missing = [name for name in columns if name not in row]
     if missing:
-        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}")
+        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(map(str, row))}{_about_ids(row)}")
+
+
+def _about_ids(row: Sample) -> str:
+    made = [name for name in row if str(name).endswith("_ids")]
+    return f"; {made} are not read: expected texts or lists of messages, not token ids" if made else ""
+
+
+def refuse_ids(row: Sample, name: str, where: str) -> None:
+    """Raises ValueError where an optional column is there as token ids alone."""
+    made = [column for column in (f"{name}_input_ids", f"{name}_ids") if row.get(column) is not None]
+    if made and row.get(name) is None:
+        raise ValueError(f"{where}: {name}: expected a text or a list of messages, got token ids alone, {made[0]!r}")
 
 
 def columns_of(answers: bool) -> tuple[str, ...]:
@@ -242,7 +256,6 @@ def check(task: Task, answers: bool = True) -> None:
         raise ValueError("the train data set is empty: expected at least one sample with a prompt and an answer")
     for name, samples in (("train", task.train), ("test", task.test)):
         for index, sample in enumerate(samples):
-            require(isinstance(sample, dict), f"{name} sample {index}", sample, "a dict with a prompt and an answer")
             require_columns(sample, columns_of(answers), f"{name} sample {index}")
             taken = [column for column in RESERVED if column in sample]
             if taken:

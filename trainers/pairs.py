@@ -38,6 +38,7 @@ from fused_rlhf.trainers.data import (
     check_contents,
     read_jsonl,
     read_splits,
+    refuse_ids,
     require_columns,
     short,
 )
@@ -150,6 +151,7 @@ def check_row(row: Sample, where: str) -> Preference:
     prompt or completion, a chosen equal to the rejected, images in a completion.
     """
     require_columns(row, ("chosen", "rejected"), where)
+    refuse_ids(row, "prompt", where)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not (name == "prompt" and value is None):
