@@ -112,6 +112,13 @@ def test_check_refuses_empty_and_incomplete_samples():
         data.check(Task([good], [{"prompt": "", "answer": "1"}], "exact_match"))
 
 
+def test_rows_of_token_ids_are_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"train sample 0: missing \['prompt'\]; .*\['input_ids'\] are not read: expected"
+    ):
+        data.check(Task([{"input_ids": [1, 2], "answer": "1"}], [], "exact_match"))
+
+
 def test_a_prompt_may_be_messages():
     messages = [{"role": "user", "content": "1+1?"}]
     data.check(Task([{"prompt": messages, "answer": "2"}], [{"prompt": messages, "answer": "2"}], "exact_match"))

@@ -1,4 +1,5 @@
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -76,6 +77,25 @@ def test_rows_of_every_form():
     assert check_row({**ROW, "prompt": parts}, "").images == ("a.png",)
 
 
+def test_rows_of_token_ids_are_refused_by_name():
+    made = {f"{name}_input_ids": [5, 3] for name in ROW}
+    with pytest.raises(
+        ValueError, match=r"row 1: missing \['chosen', 'rejected'\]; .*'prompt_input_ids', .* are not read: "
+    ):
+        check_row(made, "row 1")
+    texts = {"chosen": "ab", "rejected": "ac"}
+    with pytest.raises(ValueError, match=r"row 1: prompt: expected a text .*, got token ids alone, 'prompt_input_ids'"):
+        check_row({**texts, "prompt_input_ids": [5]}, "row 1")
+    assert check_row({**ROW, "prompt_input_ids": [5]}, "row 1") == check_row(ROW, "row 1")
+    assert check_row({**texts, "prompt_ids": None}, "row 1").prompt is None
+
+
+@pytest.mark.parametrize("row", [None, 3, "1+1=", [ROW], {3: "1+1=", "chosen": "2"}])
+def test_what_is_no_row_of_pairs_is_refused_by_number(row):
+    with pytest.raises(ValueError, match="row 2: "):
+        pairs.check([ROW, row], "row")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -106,6 +126,14 @@ def test_rows_of_every_form():
             "row 7: chosen: expected text alone; images belong to the prompt",
         ),
         ({"ref_chosen_logps": -1.0}, r"row 7: missing \['ref_rejected_logps'\]"),
+        *(
+            (
+                {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} | {name: value},
+                f"row 7: {name}: expected a finite",
+            )
+            for name in pairs.REFERENCE
+            for value in (None, math.nan, -math.inf, "-1.5", [-1.0], True)
+        ),
     ],
 )
 def test_a_row_that_cannot_be_used_is_refused_by_number_and_field(change, message):

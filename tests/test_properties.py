@@ -1,19 +1,26 @@
 """Any head, any batch, any layout, any objective: what the public functions give is what dense formulas give in fp64.
 
-300 examples of each property, the same ones in every run; HYPOTHESIS_EXAMPLES asks for another number, at random then.
+300 examples of each property (a sixth of it of each objective), the same ones in every run; HYPOTHESIS_EXAMPLES asks for
+another number, at random then.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_rlhf as fr
+from fused_rlhf import objectives, preferences
+from fused_rlhf.kernels.interface import KINDS
+from fused_rlhf.kernels.statistics import OUTPUTS
 from tests import dense_losses
 from tests.dense_losses import entropy_of, log_probabilities
 
@@ -25,8 +32,10 @@ PROPERTY = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
+SHARE = settings(PROPERTY, max_examples=max(PROPERTY.max_examples // 6, 1))
 BACKENDS = st.sampled_from(["chunked", "reference"])
-PAIRED = [n for n, loss in fr.preferences.PREFERENCES.items() if loss.paired and not n.startswith("aot")]
+STATISTICS = ["entropy", "lse", "sum_sq", "mean_logit", "is_top1", "margin"]
+DIVERGENCES: list[Any] = ["forward", "reverse", "jsd"]
 
 
 class Batch:
@@ -36,7 +45,7 @@ class Batch:
         self.g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         self.dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
         self.layout = draw(st.sampled_from(["padded", "left", "packed", "gaps"]))
-        pairs = draw(st.integers(1, 2 if even else 4))
+        pairs = draw(st.integers(1, 3 if even else 4))
         lengths = [draw(st.integers(0, 5)) for _ in range(2 * pairs if even else pairs)]
         self.H, self.V = draw(st.integers(1, 6)), draw(st.integers(1, 40))
         self.head: dict[str, Any] = {
@@ -125,9 +134,7 @@ def agree(
 @given(st.data())
 def test_logprobs(data: st.DataObject) -> None:
     batch, backend = Batch(data.draw), data.draw(BACKENDS)
-    outputs = tuple(
-        data.draw(st.sets(st.sampled_from(["entropy", "lse", "sum_sq", "mean_logit", "is_top1", "margin"])))
-    )
+    outputs = tuple(data.draw(st.sets(st.sampled_from(STATISTICS))))
     ours, dense = batch.leaves(False), batch.leaves(True)
     targets = batch.targets.masked_fill(~batch.mask, -100)
     found = fr.linear_logprobs(
@@ -160,43 +167,175 @@ def test_logprobs(data: st.DataObject) -> None:
     agree(batch, ours, total, dense, expected, steep=max(1, int(live.sum())))
 
 
+def chosen(**options: Any) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of the options, each one of its values."""
+    return st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in options.items()})
+
+
+CLIPS = {"epsilon_low": [0.1, 0.4], "epsilon_high": [0.1, 0.5]}
 SURROGATES = {
-    "ppo_clip": st.fixed_dictionaries(
-        {},
-        optional={
-            "epsilon_low": st.sampled_from([0.1, 0.4]),
-            "epsilon_high": st.sampled_from([0.1, 0.5]),
-            "delta": st.sampled_from([1.05, 2.0]),
-            "dual_clip": st.sampled_from([1.5, 3.0]),
-        },
-    ),
-    "cispo": st.fixed_dictionaries({}, optional={"ratio_max": st.sampled_from([1.1, 2.0]), "ratio_min": st.just(0.9)}),
-    "sapo": st.fixed_dictionaries({}, optional={"tau_pos": st.just(2.0), "tau_neg": st.just(0.5)}),
-    "reinforce": st.just({}),
+    "ppo_clip": chosen(**CLIPS, delta=[1.05, 2.0], dual_clip=[1.5, 3.0]),
+    "cispo": chosen(ratio_max=[1.1, 2.0], ratio_min=[0.9]),
+    "sapo": chosen(tau_pos=[2.0], tau_neg=[0.5]),
+    "reinforce": chosen(),
+    "vespo": chosen(k_pos=[1.0], lambda_pos=[2.0], k_neg=[2.0], lambda_neg=[1.0]),
+    "gmpo": chosen(epsilon_low=[0.05], epsilon_high=[0.05]),
+    "clip_cov": chosen(**CLIPS, share=[0.3, 1.0], cov_low=[0.01], cov_high=[0.5], seed=[7]),
+    "kl_cov": chosen(share=[0.3, 1.0], kl_coef=[0.5]),
 }
+TOKEN_WEIGHTS = ["sequence_mean", "token_mean", "sequence_sum", "fixed_length"]
+LEVELS = ["token", "sequence", "sequence_sum", "sequence_token"]
+KL_ESTIMATORS = ["k1", "k2", "k3", "k3+"]
+CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+GSPO = {"epsilon_low": 3e-4, "epsilon_high": 4e-4}
+POLICIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "grpo": ("ppo_clip", "sequence_mean", "token", {}),
+    "bnpo": ("ppo_clip", "token_mean", "token", {}),
+    "dr_grpo": ("ppo_clip", "fixed_length", "token", {}),
+    "dapo": ("ppo_clip", "token_mean", "token", {"epsilon_low": 0.2, "epsilon_high": 0.28}),
+    "luspo": ("ppo_clip", "sequence_sum", "sequence", {}),
+    "gspo": ("ppo_clip", "sequence_mean", "sequence", GSPO),
+    "gspo_token": ("ppo_clip", "sequence_mean", "sequence_token", GSPO),
+    "cispo": ("cispo", "token_mean", "token", {}),
+    "sapo": ("sapo", "sequence_mean", "token", {}),
+    "vespo": ("vespo", "token_mean", "token", {}),
+    "gmpo": ("gmpo", "sequence_mean", "token", {}),
+    "ppo": ("ppo_clip", "token_mean", "token", {}),
+    "reinforce": ("reinforce", "token_mean", "token", {}),
+    "reinforce_pp": ("ppo_clip", "token_mean", "token", {}),
+    "rloo": ("ppo_clip", "sequence_mean", "sequence_sum", {}),
+    "clip_cov": ("clip_cov", "token_mean", "token", {}),
+    "kl_cov": ("kl_cov", "token_mean", "token", {}),
+}
+PAIRED = [
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cpo", "simpo", "orpo"),
+]
+PAIR_PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "dpo": (("sigmoid",), {}),
+    "ipo": (("ipo",), {}),
+    "cpo": (("cpo", "sft"), {}),
+    "simpo": (("simpo",), {"gamma": 1.0}),
+    "orpo": (("orpo", "sft"), {}),
+}
+UNPAIRED = ["kto", "apo_zero_unpaired"]
+F_DIVERGENCES = ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+REGISTERED = {  # before any other test registers one of its own
+    "statistics": (STATISTICS, OUTPUTS),
+    "divergences": (DIVERGENCES, KINDS),
+    "surrogates": (SURROGATES, objectives.SURROGATES),
+    "token weights": (TOKEN_WEIGHTS, objectives.TOKEN_WEIGHTS),
+    "levels": (LEVELS, objectives.LEVELS),
+    "KL estimators": (KL_ESTIMATORS, objectives.KL_ESTIMATORS),
+    "corrections": (CORRECTIONS, objectives.CORRECTIONS),
+    "policy presets": (POLICIES, objectives.PRESETS),
+    "preferences": ([*PAIRED, *UNPAIRED], preferences.PREFERENCES),
+    "preference presets": ([*PAIR_PRESETS, "kto"], preferences.PRESETS),
+    "f-divergences": (F_DIVERGENCES, preferences.F_DIVERGENCES),
+}
+MISSED = {kind: set(registered) - set(covered) for kind, (covered, registered) in REGISTERED.items()}
 
 
-@PROPERTY
-@given(st.data())
-def test_policies(data: st.DataObject) -> None:
-    batch, backend, draw = Batch(data.draw), data.draw(BACKENDS), data.draw
-    name = draw(st.sampled_from(sorted(SURROGATES)))
+def test_every_registered_name_has_its_property():
+    assert {kind: names for kind, names in MISSED.items() if names} == {}
+
+
+def policies(draw: Any, name: str) -> tuple[fr.PolicyLoss, dict[str, Any]]:
+    """An objective with this surrogate, by its parts or as a preset, and what a dense statement reads."""
+    preset = draw(st.sampled_from([None, *(preset for preset, parts in POLICIES.items() if parts[0] == name)]))
     o: dict[str, Any] = {
-        "surrogate": name,
-        "options": draw(SURROGATES[name]),
-        "token_weight": draw(st.sampled_from(["sequence_mean", "token_mean", "sequence_sum", "fixed_length"])),
-        "level": draw(st.sampled_from(["token", "sequence", "sequence_sum", "sequence_token"])),
-        "kl": draw(st.sampled_from(["k1", "k2", "k3", "k3+"])),
+        "kl": draw(st.sampled_from(KL_ESTIMATORS)),
         "beta": draw(st.sampled_from([0.0, 0.1])),
         "entropy_coef": draw(st.sampled_from([0.0, 0.05])),
+        "off_policy_mask_threshold": draw(st.sampled_from([None, None, -0.03, 0.03])),
+        "importance_sampling": draw(st.sampled_from([None, None, *CORRECTIONS])),
     }
-    fixed = {"max_completion_length": 7} if o["token_weight"] == "fixed_length" else {}
-    objective = fr.PolicyLoss(**{**o, "options": o["options"] | fixed})
+    o["use_bias_correction_kl"] = o["beta"] > 0 and draw(st.booleans())
+    if o["importance_sampling"]:
+        o |= draw(st.sampled_from([{"_max": 1.05}, {"_min": 0.95}, {"_min": 0.9, "_max": 1.1}]).map(bounds))
+    if preset is None:
+        weight, options = draw(st.sampled_from(TOKEN_WEIGHTS)), draw(SURROGATES[name])
+        level = "token" if name in dense_losses.BATCH_SURROGATES else draw(st.sampled_from(LEVELS))
+    else:
+        _, weight, level, options = POLICIES[preset]
+    if name != "gmpo":
+        o["top_entropy_quantile"] = draw(st.sampled_from([1.0, 1.0, 0.5, 0.25]))
+    if name == "vespo" and str(o["importance_sampling"]).startswith("sequence"):
+        o["importance_sampling"] = o["importance_sampling"].replace("sequence", "token")
+    fixed = {"max_completion_length": 7} if weight == "fixed_length" else {}
+    dense = {**o, "surrogate": name, "token_weight": weight, "level": level, "options": options}
+    if preset is not None:
+        return objectives.PRESETS[preset](**o, **fixed), dense
+    return fr.PolicyLoss(**{**dense, "options": options | fixed}), dense
+
+
+def bounds(of: dict[str, float]) -> dict[str, float]:
+    return {f"importance_sampling{end}": value for end, value in of.items()}
+
+
+def apart(values: list[float], from_each_other: bool = False, *edges: float) -> bool:
+    """Whether none of the values lies so near an edge, or another, that a rounding could choose its side."""
+    near = [abs(value - edge) for value in values for edge in edges]
+    ordered = sorted(values)
+    near += [b - a for a, b in itertools.pairwise(ordered)] if from_each_other else []
+    return min(near, default=1.0) > 1e-4
+
+
+def decided(
+    o: dict[str, Any],
+    lp: Tensor,
+    entropy: Tensor,
+    old: Tensor,
+    sampling: Tensor | None,
+    batch: Batch,
+    advantages: Tensor,
+) -> bool:
+    """Whether the operands' roundings change nothing that the objective chooses by comparison."""
+    sequences = [s for s in batch.sequences if s]
+    every, options = [t for s in sequences for t in s], o["options"]
+    logs = [lp[s] - old[s] for s in sequences]
+    ratios = (
+        torch.cat(
+            [torch.zeros(0), *logs]
+            if o["level"] == "token"
+            else [torch.zeros(0), *(x.sum()[None] if o["level"] == "sequence_sum" else x.mean()[None] for x in logs)]
+        )
+        .exp()
+        .tolist()
+    )
+    low, high = options.get("epsilon_low", 0.2), options.get("epsilon_high", 0.2)
+    if o["surrogate"] == "gmpo":
+        low, high = 1 - math.exp(-options.get("epsilon_low", 0.4)), math.exp(options.get("epsilon_high", 0.4)) - 1
+    fine = apart(ratios, False, 1 - low, 1 + high, *(options.get(k, 0.0) for k in ("delta", "dual_clip")))
+    cov = [c.item() for c in dense_losses.covariances(lp, every, advantages).values()]
+    if o["surrogate"] == "clip_cov":
+        fine = fine and apart(cov, False, options.get("cov_low", 1.0), options.get("cov_high", 5.0))
+    if o["surrogate"] == "kl_cov":
+        fine = fine and (options.get("share") == 1.0 or apart(cov, True))
+    if o.get("top_entropy_quantile", 1.0) < 1:
+        fine = fine and apart(entropy[every].tolist(), True)
+    if o["off_policy_mask_threshold"] is not None:
+        sampler = old if sampling is None else sampling
+        drifts = [(sampler[s] - lp[s]).nan_to_num(0.0).mean().item() for s in sequences]
+        fine = fine and apart(drifts, False, o["off_policy_mask_threshold"])
+    return fine
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+@SHARE
+@given(data=st.data())
+def test_policies(name: str, data: st.DataObject) -> None:
+    batch, backend, draw = Batch(data.draw), data.draw(BACKENDS), data.draw
+    objective, o = policies(draw, name)
     ours, dense = batch.leaves(False), batch.leaves(True)
     log_p = batch.dense(dense)
-    lp = batch.lp(log_p)
-    old = batch.near(lp.detach(), 0.1) if draw(st.booleans()) else None
+    lp, entropy = batch.lp(log_p), entropy_of(log_p)
+    corrected = o["importance_sampling"] is not None
+    old = batch.near(lp.detach(), 0.1) if corrected or draw(st.booleans()) else None
     ref = batch.near(lp.detach(), 0.3) if o["beta"] else None
+    sampling = batch.near(lp.detach(), 0.1) if corrected else None
+    if sampling is not None and draw(st.booleans()):  # a sampler that reports nothing for some tokens
+        sampling[torch.rand(batch.shape, generator=batch.g) < 0.2] = torch.nan
     per_sequence = draw(st.booleans())
     count = len(batch.sequences)
     values = torch.randn(count, generator=batch.g, dtype=torch.float64)
@@ -205,6 +344,9 @@ def test_policies(data: st.DataObject) -> None:
         advantages[s] = values[i] if per_sequence else torch.randn(len(s), generator=batch.g, dtype=torch.float64)
     # A vector that could be either is one for each sequence; then they must be.
     assume(per_sequence or batch.shape != (count,))
+    flat_old, flat_ref, flat_sampling = (None if t is None else t.reshape(-1) for t in (old, ref, sampling))
+    before = lp.detach() if flat_old is None else flat_old
+    assume(decided(o, lp.detach(), entropy.detach(), before, flat_sampling, batch, advantages))
     loss, _ = fr.linear_policy_loss(
         ours["hidden"],
         fr.Head(ours["weight"], ours["bias"], ours["logit_scale"], ours["softcap"]),
@@ -213,35 +355,52 @@ def test_policies(data: st.DataObject) -> None:
         objective=objective,
         old_logprobs=old,
         ref_logprobs=ref,
+        sampling_logprobs=sampling,
         backend=backend,
         mode=draw(st.sampled_from(["auto", "two_phase"])),
         **batch.known,
     )
-    flat_old, flat_ref = (None if t is None else t.reshape(-1) for t in (old, ref))
-    true = dense_losses.policy(lp, entropy_of(log_p), batch.sequences, advantages, flat_old, flat_ref, o)
-    # At a kink of the clip the two sides may differ by a rounding: values only, unless the operands are fp64.
-    steep = 1.0 if batch.dtype == torch.float64 else 1e3 if name == "ppo_clip" else 30.0
-    if batch.dtype == torch.float64 or name != "ppo_clip":
-        agree(batch, ours, loss, dense, true, steep)
+    true = dense_losses.policy(lp, entropy, batch.sequences, advantages, flat_old, flat_ref, flat_sampling, o)
+    agree(batch, ours, loss, dense, true, 1.0 if batch.dtype == torch.float64 else 30.0)
+
+
+def pair_objectives(draw: Any, name: str) -> tuple[fr.PreferenceLoss, dict[str, Any]]:
+    """An objective over pairs, of this loss alone or beside another or as a preset, and what a dense statement reads."""
+    preset = draw(st.sampled_from([None, None, *(key for key, (names, _) in PAIR_PRESETS.items() if names[0] == name)]))
+    o: dict[str, Any] = {
+        "beta": draw(st.sampled_from([0.1, 0.5, 2.0])),
+        "f_divergence": draw(st.sampled_from(["reverse_kl", *F_DIVERGENCES])),
+        "ld_alpha": draw(st.sampled_from([None, None, 0.0, 0.3])),
+        "use_weighting": draw(st.sampled_from([False, False, True])),
+    }
+    if o["f_divergence"] == "alpha_divergence":
+        o["f_alpha"] = draw(st.sampled_from([0.5, 1.0, 1.7]))
+    if preset is None:
+        names = (name, *draw(st.lists(st.sampled_from([other for other in PAIRED if other != name]), max_size=1)))
+        weights, options = tuple(draw(st.sampled_from([1.0, 0.4])) for _ in names), {}
+        takes = set().union(*(preferences.PREFERENCES[n].function.__kwdefaults__ or {} for n in names))
+        every = {"label_smoothing": 0.1, "gamma": 0.2, "alpha": 0.3, "discopop_tau": 0.5}
+        options = {name: value for name, value in every.items() if name in takes and draw(st.booleans())}
+        objective = fr.PreferenceLoss(names, weights, **o, options=options)
     else:
-        assert abs(loss.item() - true.item()) <= 1e-3 * max(1.0, abs(true.item()))
+        names, options = PAIR_PRESETS[preset]
+        weights, objective = (1.0,) * len(names), preferences.PRESETS[preset](**o)
+    return objective, {**o, "losses": dict(zip(names, weights)), "options": options}
 
 
-@PROPERTY
-@given(st.data())
-def test_preferences_over_pairs(data: st.DataObject) -> None:
+@pytest.mark.parametrize("name", PAIRED)
+@SHARE
+@given(data=st.data())
+def test_preferences_over_pairs(name: str, data: st.DataObject) -> None:
     batch, backend, draw = Batch(data.draw, even=True), data.draw(BACKENDS), data.draw
-    name, beta = draw(st.sampled_from(PAIRED)), draw(st.sampled_from([0.1, 0.5, 2.0]))
-    assume(batch.V > 1 or name != "orpo")  # a certain token has infinite odds
-    takes = "label_smoothing" in str(fr.preferences.PREFERENCES[name].function.__code__.co_varnames)
-    options = {"label_smoothing": 0.1} if takes and draw(st.booleans()) else {}
+    objective, o = pair_objectives(draw, name)
+    assume("orpo" not in o["losses"] or (batch.V > 1 and all(batch.sequences)))  # no odds of 1, nor of no tokens
     ours, dense = batch.leaves(False), batch.leaves(True)
-    lp = batch.lp(batch.dense(dense))
-    reference = fr.preferences.PREFERENCES[name].reference
-    ref = batch.near(lp.detach(), 0.3) if reference else None
-    assume(name != "orpo" or all(s for s in batch.sequences))  # the mean of no tokens has no odds
+    log_p = batch.dense(dense)
+    lp = batch.lp(log_p)
+    ref = batch.near(lp.detach(), 0.3) if objective.needs_reference else None
     given_ref = ref
-    if ref is not None and draw(st.booleans()):  # summed by the caller, of the live tokens
+    if ref is not None and o["ld_alpha"] is None and draw(st.booleans()):  # summed by the caller, of the live tokens
         flat = ref.reshape(-1)
         given_ref = torch.stack([flat[s].sum() for s in batch.sequences])
     elif ref is not None:
@@ -250,42 +409,44 @@ def test_preferences_over_pairs(data: st.DataObject) -> None:
         ours["hidden"],
         fr.Head(ours["weight"], ours["bias"], ours["logit_scale"], ours["softcap"]),
         batch.targets,
-        objective=fr.PreferenceLoss((name,), beta=beta, options=options),
+        objective=objective,
         ref_logprobs=given_ref,
         backend=backend,
         **batch.known,
     )
     flat_ref = None if ref is None else ref.reshape(-1)
-    true = dense_losses.preference(name, lp, batch.sequences, flat_ref, beta, options)
-    smooth = name not in ("hinge",) or batch.dtype == torch.float64
-    if smooth:
+    certain = log_p.exp().square().sum(-1).log()
+    parts = (w * dense_losses.preference(n, lp, batch.sequences, flat_ref, o, certain) for n, w in o["losses"].items())
+    true = sum(parts, torch.zeros(()).double())
+    if "hinge" not in o["losses"] or batch.dtype == torch.float64:
         agree(batch, ours, loss, dense, true, 1.0 if batch.dtype == torch.float64 else 1e2)
-    else:
+    else:  # it has a corner, on either side of which a rounding may lie
         assert abs(loss.item() - true.item()) <= 1e-3 * max(1.0, abs(true.item()))
 
 
 @PROPERTY
 @given(st.data())
-def test_kto(data: st.DataObject) -> None:
+def test_preferences_over_single_completions(data: st.DataObject) -> None:
     batch, backend, draw = Batch(data.draw), data.draw(BACKENDS), data.draw
     ours, dense = batch.leaves(False), batch.leaves(True)
     lp = batch.lp(batch.dense(dense))
     assume(batch.shape != (len(batch.sequences),))
     ref = batch.near(lp.detach(), 0.3)
     labels = [draw(st.booleans()) for _ in batch.sequences]
-    kl = draw(st.sampled_from([None, 0.0, 0.7]))
+    name, options = draw(st.sampled_from(UNPAIRED)), draw(chosen(desirable_weight=[1.5], undesirable_weight=[0.5]))
+    kl = draw(st.sampled_from([None, 0.0, 0.7])) if name == "kto" else None
     loss, _ = fr.linear_preference_loss(
         ours["hidden"],
         fr.Head(ours["weight"], ours["bias"], ours["logit_scale"], ours["softcap"]),
         batch.targets,
-        objective=fr.KTO(beta=0.4),
+        objective=fr.KTO(name, beta=0.4, **options),
         labels=torch.tensor(labels),
         kl=None if kl is None else torch.tensor(kl, dtype=torch.float64),
         ref_logprobs=ref,
         backend=backend,
         **batch.known,
     )
-    true = dense_losses.kto(lp, batch.sequences, ref.reshape(-1), labels, 0.4, kl or 0.0)
+    true = dense_losses.unpaired(name, lp, batch.sequences, ref.reshape(-1), labels, 0.4, kl or 0.0, options)
     agree(batch, ours, loss, dense, true, 1.0 if batch.dtype == torch.float64 else 1e2)
 
 
@@ -293,7 +454,7 @@ def test_kto(data: st.DataObject) -> None:
 @given(st.data())
 def test_divergences(data: st.DataObject) -> None:
     batch, backend, draw = Batch(data.draw), data.draw(BACKENDS), data.draw
-    kind: Any = draw(st.sampled_from(["forward", "reverse", "jsd"]))
+    kind = draw(st.sampled_from(DIVERGENCES))
     beta = draw(st.sampled_from([0.2, 0.5])) if kind == "jsd" else 0.5
     ours, dense = batch.leaves(False), batch.leaves(True)
     width = draw(st.integers(1, 5))

@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import inputs
-from fused_rlhf.trainers.data import are_messages, check_contents
+from fused_rlhf.trainers.data import are_messages, check_contents, short
 from fused_rlhf.trainers.inputs import Encoded, Message, bare
 
 Text = str | list[Message]
@@ -130,11 +130,6 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class _Chat:

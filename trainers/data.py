@@ -226,9 +226,23 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
 
 
 def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
+    """Raises ValueError where `row` is no dict or lacks one of the columns."""
+    require(isinstance(row, dict), where, row, f"a dict with {' and '.join(columns)}")
     missing = [name for name in columns if name not in row]
     if missing:
-        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}")
+        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(map(str, row))}{_about_ids(row)}")
+
+
+def _about_ids(row: Sample) -> str:
+    made = [name for name in row if str(name).endswith("_ids")]
+    return f"; {made} are not read: expected texts or lists of messages, not token ids" if made else ""
+
+
+def refuse_ids(row: Sample, name: str, where: str) -> None:
+    """Raises ValueError where an optional column is there as token ids alone."""
+    made = [column for column in (f"{name}_input_ids", f"{name}_ids") if row.get(column) is not None]
+    if made and row.get(name) is None:
+        raise ValueError(f"{where}: {name}: expected a text or a list of messages, got token ids alone, {made[0]!r}")
 
 
 def columns_of(answers: bool) -> tuple[str, ...]:
@@ -242,7 +256,6 @@ def check(task: Task, answers: bool = True) -> None:
         raise ValueError("the train data set is empty: expected at least one sample with a prompt and an answer")
     for name, samples in (("train", task.train), ("test", task.test)):
         for index, sample in enumerate(samples):
-            require(isinstance(sample, dict), f"{name} sample {index}", sample, "a dict with a prompt and an answer")
             require_columns(sample, columns_of(answers), f"{name} sample {index}")
             taken = [column for column in RESERVED if column in sample]
             if taken:
@@ -257,7 +270,7 @@ def check_prompt(prompt: Any, where: str) -> None:
     """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role, and content or calls."""
     if not prompt or not (isinstance(prompt, str) or are_messages(prompt)):
         raise ValueError(
-            f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {prompt!r}"
+            f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {short(prompt)}"
         )
     if not isinstance(prompt, str):
         check_contents(prompt, where, "prompt")
@@ -279,11 +292,17 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
         typed = all(isinstance(part, Mapping) and "type" in part for part in parts)
         if not (content is None or isinstance(content, (str, list))) or not typed:
             raise ValueError(
-                f"{where}: {field}: expected content as a text or in parts with a type, got {content!r:.80}"
+                f"{where}: {field}: expected content as a text or in parts with a type, got {short(content)}"
             )
         for part in parts:
             if part["type"] == "text" and not isinstance(part.get("text"), (str, type(None))):
-                raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {part!r:.80}")
+                raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {short(part)}")
+
+
+def short(value: Any) -> str:
+    """Its repr for a message, cut."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def fingerprint(rows: Iterable[Any]) -> str:

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,8 +31,17 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import conversation, inputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.conversation import Text, common_start, short, without_nulls
-from fused_rlhf.trainers.data import Sample, are_messages, check_contents, read_jsonl, read_splits, require_columns
+from fused_rlhf.trainers.conversation import Text, common_start, without_nulls
+from fused_rlhf.trainers.data import (
+    Sample,
+    are_messages,
+    check_contents,
+    read_jsonl,
+    read_splits,
+    refuse_ids,
+    require_columns,
+    short,
+)
 from fused_rlhf.trainers.inputs import Encoded, Message
 
 if TYPE_CHECKING:
@@ -140,6 +151,7 @@ def check_row(row: Sample, where: str) -> Preference:
     prompt or completion, a chosen equal to the rejected, images in a completion.
     """
     require_columns(row, ("chosen", "rejected"), where)
+    refuse_ids(row, "prompt", where)
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not (name == "prompt" and value is None):
@@ -171,11 +183,22 @@ def check_row(row: Sample, where: str) -> Preference:
         if name != "prompt" and any(part["type"] != "text" for part in _parts(value)):
             raise ValueError(f"{where}: {name}: expected text alone; images belong to the prompt")
     inside = [part["image"] for part in _parts(prompt) if part["type"] == "image" and part.get("image") is not None]
-    if any(name in row for name in REFERENCE):
-        require_columns(row, REFERENCE, where)
-    ref = (float(row[REFERENCE[0]]), float(row[REFERENCE[1]])) if REFERENCE[0] in row else None
     columns = {name: row[name] for name in conversation.COLUMNS if row.get(name) is not None}
-    return Preference(where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), ref, columns)
+    return Preference(
+        where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), _reference(row, where), columns
+    )
+
+
+def _reference(row: Sample, where: str) -> tuple[float, float] | None:
+    """The reference's log-probs, where the row holds them."""
+    if not any(name in row for name in REFERENCE):
+        return None
+    require_columns(row, REFERENCE, where)
+    for name in REFERENCE:
+        value = row[name]
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{where}: {name}: expected a finite number, the summed log-prob; got {short(value)}")
+    return float(row[REFERENCE[0]]), float(row[REFERENCE[1]])
 
 
 def _check_text(value: Any, where: str, name: str) -> None:
