@@ -1,32 +1,33 @@
-"""Texts and images as what a model takes: token ids, and whatever else its processor makes of the images.
+"""Texts and pictures as what a model takes: token ids, and whatever else its processor makes of the pictures.
 
-A text is encoded alone, so that rows can be put together, cut and sent around freely; `collate` puts what belongs to
-them beside the padded ids: what is aligned with the tokens is padded like them, the rest (patches, image sizes) is
-concatenated in the order of the rows.
+A text is encoded alone, so that rows can be put together, cut and sent around freely; `collation` puts what belongs to
+their pictures beside the padded ids.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+import functools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-Message = dict[str, Any]
+from fused_rlhf.trainers.pictures import Picture, blank
+
+LABELS = "labels"  # of transformers' own loss, which some processors make
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt, maybe with what follows it, and its images."""
+    """A prompt, maybe with what follows it, and its pictures."""
 
     ids: list[int]
-    extras: dict[str, Tensor] = field(default_factory=dict)  # pixel_values (patches, D), image_grid_thw (images, 3) ...
+    extras: dict[str, Tensor] = field(default_factory=dict)  # pixel_values, image_grid_thw ..., of the prompt
     completion: int = 0  # tokens at the end that are the completion's
+    unloaded: int = 0  # tokens that `ids` has too few of while pictures are not loaded
 
     @property
     def mask(self) -> list[bool]:
@@ -37,11 +38,19 @@ class Encoded:
     def prompt(self) -> list[int]:
         return self.ids[: len(self.ids) - self.completion]
 
+    @property
+    def length(self) -> int:
+        """Tokens, those of all pictures included."""
+        return len(self.ids) + self.unloaded
+
     def without_last(self, count: int) -> Encoded:
         """The same without its last `count` tokens."""
         length = len(self.ids) - count
-        extras = {k: x[:, :length] if k.endswith("token_type_ids") else x for k, x in self.extras.items()}
-        return Encoded(self.ids[:length], extras, max(self.completion - count, 0))
+        extras = {
+            name: x.narrow(1, 0, length) if x.dim() > 1 and x.shape[1] == len(self.ids) else x
+            for name, x in self.extras.items()
+        }
+        return Encoded(self.ids[:length], extras, max(self.completion - count, 0), self.unloaded)
 
 
 def bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -53,30 +62,49 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     processor: ProcessorMixin | None,
     text: str,
-    images: Sequence[Any] = (),
+    pictures: Sequence[Picture] = (),
+    *,
     chat: bool = False,
+    load: bool = True,
 ) -> Encoded:
-    """A text that is already in the model's own form, placeholders of its images included.
+    """A text that is already in the model's own form, with a place for each picture.
 
     It begins as the tokenizer begins texts, once, and is left open at its end, where the tokenizer might add EOS. What a
-    chat template made (`chat`) has all its tokens already.
+    tokenizer's chat template made has all its tokens already; what a processor's made begins like a text, as with
+    `processor.apply_chat_template`.
 
-    Raises ValueError where there are images and no processor.
+    Args:
+        load: false leaves each picture the one token that stands for it, and counts the others.
+
+    Raises ValueError where there are pictures and no processor, or the processor takes the text with them otherwise.
     """
     ids = bare(tokenizer, text)
-    before, after = ([], 0) if chat else _added(tokenizer, text, ids)
+    before, after = ([], 0) if chat and processor is None else _added(tokenizer, text, ids)
     if ids[: len(before)] == before:
         before = []
-    if not images:
+    if not pictures:
         return Encoded(before + ids)
     if processor is None:
-        raise ValueError(f"images: the model takes none, but there are {len(images)} with the text {text[:60]!r}")
-    loaded = [load_image(image) for image in images]
-    made = dict(processor(text=[text], images=loaded, return_tensors="pt", add_special_tokens=bool(before)))
-    found = made.pop("input_ids")[0].tolist()
-    made.pop("attention_mask", None)
-    tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    return Encoded(found, tensors).without_last(after if before else 0)
+        raise ValueError(f"images: the model takes none, but there are {len(pictures)} with the text {text[:60]!r}")
+    if not load:
+        return Encoded(before + ids, unloaded=_beyond(processor, bool(before), tuple(p.size for p in pictures)))
+    found, extras = processed(processor, text, [picture.load() for picture in pictures], bool(before))
+    return Encoded(found, extras).without_last(after if before else 0)
+
+
+def processed(
+    processor: Any, text: str, images: Sequence[Any], special: bool = False
+) -> tuple[list[int], dict[str, Tensor]]:
+    """Ids, and what else a processor makes of a text with images. Raises ValueError in its words."""
+    try:
+        made = dict(processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=special))
+    except Exception as error:  # each processor has errors of its own
+        raise ValueError(f"the processor takes no such text and pictures: {error}") from error
+    extras = {name: x for name, x in made.items() if isinstance(x, Tensor)}
+    ids = extras.pop("input_ids")[0].tolist()
+    for name in ("attention_mask", LABELS):
+        extras.pop(name, None)
+    return ids, extras
 
 
 def _added(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tuple[list[int], int]:
@@ -87,52 +115,64 @@ def _added(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> tup
     return whole[:at], max(count - at, 0)
 
 
-def with_images(messages: Sequence[Message], count: int) -> list[Message]:
-    """Messages whose parts say where their `count` images are: before the first user's text where none says so."""
-    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
-    if count == 0 or any(part["type"] == "image" for part in parts):
-        return list(messages)
-    first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    content = messages[first].get("content", "")
-    texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    with_parts = {**messages[first], "content": [{"type": "image"}] * count + texts}
-    return [with_parts if i == first else message for i, message in enumerate(messages)]
+# ------------------------------------------------------------------------------------------------------------- places
 
 
-def images_of(sample: Mapping[str, Any]) -> list[Any]:
-    images = sample.get("images", sample.get("image"))
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+@dataclass(frozen=True)
+class Places:
+    """How a processor's texts say where pictures are; found by trying texts with and without them."""
+
+    text: str  # what stands for one picture
+    counts: dict[int, int]  # special tokens in it, and how often each occurs
+    shown: frozenset[int]  # special tokens that a processor makes of pictures, these included
+
+    def count(self, ids: Sequence[int]) -> int | None:
+        """How many pictures some ids have a place for; None where the places are not whole."""
+        found = {ids.count(token) / times for token, times in self.counts.items()}
+        count = found.pop() if len(found) == 1 else None
+        return int(count) if count is not None and count == int(count) else None
 
 
-def load_image(image: Any) -> Any:
-    """A PIL image of one, of a path, or of a data set's `{"bytes": ...}` or `{"path": ...}`.
-
-    Raises ValueError for anything else.
-    """
-    from PIL import Image  # only those who have images need it
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, Mapping):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    if not isinstance(image, (str, Path, io.BytesIO)):
-        raise ValueError(f"images: expected an image, a path or its bytes, got a {type(image).__name__}")
-    return Image.open(image).convert("RGB")
+PROBE = "probe"
+SIZE = (40, 28)
 
 
-def collate(extras: Sequence[dict[str, Tensor]], length: int, left: bool = False) -> dict[str, Any]:
-    """What belongs to rows of ids padded to `length`, on the right or on the left."""
-    made: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for row in extras for name in row):
-        if name.endswith("token_type_ids"):  # (1, P) each, aligned with the tokens; 0 is text
-            rows = torch.zeros(len(extras), length, dtype=torch.int64)
-            for i, row in enumerate(extras):
-                if name in row:
-                    P = row[name].shape[1]
-                    rows[i, slice(length - P, length) if left else slice(0, P)] = row[name][0]
-            made[name] = rows
-        else:
-            made[name] = torch.cat([row[name] for row in extras if name in row])
-    return made
+def probe(processor: Any, count: int, text: str = PROBE) -> str:
+    """A text with places for so many pictures, in the form of the processor's chat template where it has one."""
+    if not processor.chat_template:
+        return f"{getattr(processor, 'image_token', '') or ''}" * count + text
+    parts = [{"type": "image"}] * count + [{"type": "text", "text": text}]
+    made = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+    return str(made)
+
+
+@functools.lru_cache(maxsize=8)
+def places(processor: Any) -> Places:
+    """Raises ValueError where no text with a picture can be made."""
+    tokenizer = processor.tokenizer
+    try:
+        none, one, two = (probe(processor, count) for count in range(3))
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"images: the chat template takes no pictures: {error}") from error
+    start = len(os.path.commonprefix([none, one]))
+    end = min(len(os.path.commonprefix([none[::-1], one[::-1]])), len(none) - start)
+    before, some, more = (bare(tokenizer, text) for text in (none, one, two))
+    added = set(tokenizer.all_special_ids) | {int(token) for token in tokenizer.added_tokens_decoder}
+    counts = {token: some.count(token) - before.count(token) for token in dict.fromkeys(some) if token in added}
+    counts = {
+        token: count for token, count in counts.items() if count > 0 and before.count(token) + 2 * count == more.count(token)
+    }
+    if not counts:
+        raise ValueError(f"images: the chat template makes no place for a picture: {one!r}")
+    ids, _ = processed(processor, one, [blank(SIZE)])
+    shown = frozenset(token for token in [*counts, *ids] if token in added and token not in before)
+    return Places(one[start : len(one) - end], counts, shown)
+
+
+@functools.lru_cache(maxsize=4096)
+def _beyond(processor: Any, special: bool, sizes: tuple[tuple[int, int], ...]) -> int:
+    """Tokens that pictures of these sizes have beyond those of their places."""
+    text = probe(processor, len(sizes))
+    ids, _ = processed(processor, text, [blank(size) for size in sizes], special)
+    tokenizer = processor.tokenizer
+    return len(ids) - len(tokenizer(text, add_special_tokens=special)["input_ids"])
