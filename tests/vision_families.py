@@ -112,9 +112,13 @@ def build(
 def without_videos(prefix: str) -> Any:
     """A processor's class without its video processor, which needs torchvision."""
     kind = getattr(hf, f"{prefix}Processor")
-    names = [name for name in kind.get_attributes() if name != "video_processor"]
-    unused = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM reads them for any chat
-    changes = {"get_attributes": classmethod(lambda cls: names), "video_processor": unused}
+    changes = {
+        "__init__": functools.partialmethod(kind.__init__, video_processor=None),
+        "get_attributes": classmethod(
+            lambda cls: [name for name in kind.get_attributes() if name != "video_processor"]
+        ),
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM reads them for any chat
+    }
     return type(kind.__name__, (kind,), changes)
 
 
@@ -434,26 +438,25 @@ def idefics2() -> Any:
     return build("Idefics2", tokens, "<image>", *configs, perceiver_config=sampler), processor
 
 
-def idefics(prefix: str, tokens: PreTrainedTokenizerFast, **parts: None) -> Any:
+def idefics(prefix: str, kind: Any, tokens: PreTrainedTokenizerFast) -> Any:
     """A picture of more than 16 pixels becomes tiles of 16 x 16 and a whole, of 4 tokens each."""
     sizes = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
     images = getattr(hf, f"{prefix}ImageProcessorPil")(**sizes)
-    chat = idefics_template(start=str(tokens.bos_token))
-    processor = without_videos(prefix)(images, tokens, image_seq_len=4, chat_template=chat, **parts)
+    processor = kind(images, tokens, image_seq_len=4, chat_template=idefics_template(start=str(tokens.bos_token)))
     return build(prefix, tokens, "<image>", text(tokens, "llama"), vision(patch_size=4), scale_factor=2), processor
 
 
 @family("idefics3")
 def idefics3() -> Any:
-    bos, eos = "<|begin_of_text|>", "<end_of_utterance>"
-    return idefics("Idefics3", tokenizer(*IDEFICS, *TILES, pad="<|pad|>", eos=eos, bos=bos, add_bos_token=True))
+    ends = {"pad": "<|pad|>", "eos": "<end_of_utterance>", "bos": "<|begin_of_text|>"}
+    return idefics("Idefics3", hf.Idefics3Processor, tokenizer(*IDEFICS, *TILES, add_bos_token=True, **ends))
 
 
 @family("smolvlm")
 def smolvlm() -> Any:
     processing_smolvlm.num2words = str  # of videos' lengths; it asks for a package
     tokens = tokenizer(*IDEFICS, *TILES, "<video>", pad="<|pad|>", eos="<end_of_utterance>", bos="<|im_start|>")
-    return idefics("SmolVLM", tokens, video_processor=None)
+    return idefics("SmolVLM", without_videos("SmolVLM"), tokens)
 
 
 # ---- Llama
