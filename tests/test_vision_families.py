@@ -1,5 +1,6 @@
 """The models of vision_families.py read their pictures and write text of what they have seen."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,16 @@ def test_a_family_is_small_and_its_tokens_are_set(name: str) -> None:
     assert tokens.eos_token_id == config.eos_token_id
     assert tokens.eos_token_id in (ends if isinstance(ends, list) else [ends])
     assert tokens.pad_token_id == config.pad_token_id == model.generation_config.pad_token_id is not None
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-onevision", "internvl", "idefics3", "pixtral", "mllama"])
+def test_a_processor_is_saved_whole(name: str, tmp_path: Path) -> None:
+    _, processor = FAMILIES[name]()
+    processor.save_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path)
+    first, second = (inputs(kind, picture(10, 24, 16)) for kind in (processor, again))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_the_models_of_a_family_are_the_same() -> None:

@@ -113,7 +113,6 @@ def without_videos(prefix: str) -> Any:
     """A processor's class without its video processor, which needs torchvision."""
     kind = getattr(hf, f"{prefix}Processor")
     changes = {
-        "__init__": functools.partialmethod(kind.__init__, video_processor=None),
         "get_attributes": classmethod(
             lambda cls: [name for name in kind.get_attributes() if name != "video_processor"]
         ),
@@ -456,7 +455,7 @@ def idefics3() -> Any:
 def smolvlm() -> Any:
     processing_smolvlm.num2words = str  # of videos' lengths; it asks for a package
     tokens = tokenizer(*IDEFICS, *TILES, "<video>", pad="<|pad|>", eos="<end_of_utterance>", bos="<|im_start|>")
-    return idefics("SmolVLM", without_videos("SmolVLM"), tokens)
+    return idefics("SmolVLM", functools.partial(without_videos("SmolVLM"), video_processor=None), tokens)
 
 
 # ---- Llama
