@@ -168,7 +168,7 @@ def test_keywords_reach_the_template():
         ({"prompt": [user(3)]}, "row 2: prompt: expected content as a text or in parts with a type, got 3"),
         ({"prompt": [user(["a"])]}, r"row 2: prompt: expected content as a text or in parts .*got \['a'\]"),
         ({"prompt": [user([{"type": "audio"}])]}, "row 2: prompt: expected parts of type 'text', all that the model takes"),
-        ({"images": ["a.png"]}, "row 2: images: the model takes none, got 1"),
+        ({"images": [tiny_vision.picture(0)]}, "row 2: images: the model takes none, got 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_encoded_is_refused_by_row_and_field(change, message):

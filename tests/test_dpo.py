@@ -265,7 +265,9 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
     trainer = dpo.prepare(dataclasses.replace(config, output=str(tmp_path / "c")), ROWS, **objects)
     batch = dpo.assemble(trainer, sorted(dpo.data.batch_at(trainer.train, 0, 0, 6), key=lambda pair: pair.length))
     with torch.no_grad():
-        aux = experts(input_ids=batch.input_ids, **batch.model_inputs, output_router_logits=True).aux_loss.item()
+        aux = experts(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True
+        ).aux_loss.item()
     assert row["aux_loss"] == pytest.approx(aux, rel=1e-5)
     assert row["loss"] == pytest.approx(plain["loss"] + 0.5 * aux, rel=1e-5)
     assert row["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
@@ -292,7 +294,7 @@ def test_the_options_of_the_objective_reach_it(tmp_path, options):
     reference = {"ref_model": other_model(2)} if objective.needs_reference else {}
     trainer = dpo.prepare(config, ROWS, **given(None), **reference)
     batch = dpo.with_reference(trainer, dpo.assemble(trainer, dpo.data.batch_at(trainer.train, 0, 0, 6)))
-    inputs = fr.lm_head.forward(trainer.loaded.model, batch.input_ids, **batch.model_inputs)
+    inputs = fr.lm_head.forward(trainer.loaded.model, batch.input_ids, batch.attention_mask)
     expected, _ = fr.linear_preference_loss(
         inputs.hidden[:, :-1],
         inputs.head.weight,
@@ -332,11 +334,11 @@ def test_a_vision_language_model_learns_from_what_it_sees(tmp_path):
     (pair,) = (trainer.encoder.with_images(pair) for pair in trainer.train[:1])
     batch = dpo.assemble(trainer, trainer.train[:1])
     found = trainer.engine(dpo.sums, trainer.config, batch)
-    inputs = {name: value[:1] for name, value in batch.model_inputs.items() if name != "pixel_values"}
-    inputs["pixel_values"] = pair.extras["pixel_values"]
+    kinds = torch.nn.functional.pad(pair.extras["mm_token_type_ids"], (0, len(pair.chosen)))
     with torch.no_grad():
-        length = int(batch.model_inputs["attention_mask"][0].sum())
-        log_p = model(input_ids=batch.input_ids[:1], **inputs).logits[0].log_softmax(-1)
+        length = len(pair.prompt) + len(pair.chosen)
+        ids = batch.input_ids[:1, :length]
+        log_p = model(input_ids=ids, **pair.extras | {"mm_token_type_ids": kinds}).logits[0].log_softmax(-1)
     rows = torch.arange(len(pair.prompt) - 1, length - 1)
     assert found[0].item() == pytest.approx(log_p[rows, torch.tensor(pair.chosen)].sum().item(), rel=1e-4)
     with pytest.raises(ValueError, match="packing: expected pairs without images"):

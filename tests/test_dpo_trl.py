@@ -183,4 +183,4 @@ def test_token_ids_and_batches_are_those_of_trl(tmp_path, rows):
     batch = collate(encoded, pad)
     assert torch.equal(batch.input_ids, expected["input_ids"])
     assert torch.equal(batch.completion_mask.long(), expected["completion_mask"])
-    assert torch.equal(batch.model_inputs["attention_mask"], expected["attention_mask"])
+    assert torch.equal(batch.attention_mask, expected["attention_mask"])

@@ -1,65 +1,74 @@
-import io
+"""Texts and pictures as token ids and tensors, against what processors make of them by themselves."""
 
 import pytest
 import torch
-from PIL import Image
 
 from fused_rlhf.trainers import inputs
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.conversation import encode
+from fused_rlhf.trainers.inputs import ProcessorError
+from fused_rlhf.trainers.pictures import read
+from tests.vision_families import FAMILIES, picture
+
+SIX = ("qwen2.5-vl", "llava-onevision", "gemma3", "idefics3", "pixtral", "mllama")
 
 
-@pytest.fixture
-def tokenizer():
-    return models.char_tokenizer()
+@pytest.fixture(scope="module", params=SIX)
+def family(request):
+    return FAMILIES[request.param]()
 
 
-def test_images_get_their_place_before_the_first_users_text():
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what?"}]
-    got = inputs.with_images(messages, 2)
-    assert got[0] == messages[0]
-    assert got[1]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what?"}]
-    placed = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
-    assert inputs.with_images(placed, 1) == placed
-    assert inputs.with_images(messages, 0) == messages
+def some_pictures(count):
+    return [picture(60 * i, *size) for i, size in zip(range(count), ((40, 28), (28, 56), (64, 32)))]
 
 
-def test_a_model_without_a_processor_refuses_images(tokenizer):
+def asking(found, text="what?"):
+    parts = [{"type": "image", "image": one} for one in found] + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_conversation_is_what_the_processor_makes_of_it(family, count):
+    _, processor = family
+    messages = asking(some_pictures(count))
+    want = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    got = encode(processor.tokenizer, processor, {"prompt": messages})
+    assert got.ids == want["input_ids"][0].tolist()
+    assert set(got.extras) == (set(want) - {"input_ids", "attention_mask", "labels"} if count else set())
+    for name, x in got.extras.items():
+        assert torch.equal(x, want[name]), name
+    counted = encode(processor.tokenizer, processor, {"prompt": messages}, load=False)
+    assert counted.length == got.length == len(got.ids)
+    assert counted.extras == {}
+
+
+def test_places_are_found_by_trial(family):
+    _, processor = family
+    places = inputs.places(processor)
+    for count in range(4):
+        ids = inputs.bare(processor.tokenizer, inputs.probe(processor, count))
+        assert places.count(ids) == count
+    assert set(places.counts) <= places.shown
+    assert processor.tokenizer.eos_token_id not in places.shown
+
+
+def test_a_model_without_a_processor_refuses_pictures():
     with pytest.raises(ValueError, match=r"images: the model takes none, but there are 1 with the text '1\+1='"):
-        inputs.encode(tokenizer, None, "1+1=", [Image.new("RGB", (4, 4))])
+        inputs.encode(models.char_tokenizer(), None, "1+1=", [read(picture(0), "")])
 
 
-def test_images_come_in_many_forms(tmp_path):
-    image = Image.new("RGB", (3, 2), (9, 8, 7))
-    image.save(tmp_path / "i.png")
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    for form in (image, str(tmp_path / "i.png"), {"bytes": buffer.getvalue()}, {"path": str(tmp_path / "i.png")}):
-        got = inputs.load_image(form)
-        assert (got.size, got.mode, got.getpixel((0, 0))) == ((3, 2), "RGB", (9, 8, 7))
-    with pytest.raises(ValueError, match="images: expected an image, a path or its bytes, got a int"):
-        inputs.load_image(7)
-    assert inputs.images_of({"image": image}) == [image]
-    assert inputs.images_of({"images": (image, image)}) == [image, image]
-    assert inputs.images_of({"prompt": "p"}) == []
+def test_what_a_processor_does_not_take_is_told_in_its_words(family):
+    _, processor = family
+    with pytest.raises(ProcessorError, match="the processor takes no such text and pictures: "):
+        inputs.processed(processor, "no place", ["no picture"])
 
 
-def test_collate_pads_what_is_aligned_and_concatenates_the_rest():
-    rows = [
-        {
-            "pixel_values": torch.ones(4, 2),
-            "image_grid_thw": torch.tensor([[1, 2, 2]]),
-            "mm_token_type_ids": torch.tensor([[0, 1]]),
-        },
-        {},
-        {
-            "pixel_values": torch.zeros(2, 2),
-            "image_grid_thw": torch.tensor([[1, 1, 2]]),
-            "mm_token_type_ids": torch.tensor([[1, 0, 1]]),
-        },
-    ]
-    got = inputs.collate(rows, 4)
-    assert got["pixel_values"].shape == (6, 2)
-    assert got["image_grid_thw"].tolist() == [[1, 2, 2], [1, 1, 2]]
-    assert got["mm_token_type_ids"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
-    assert inputs.collate(rows, 4, left=True)["mm_token_type_ids"].tolist() == [[0, 0, 0, 1], [0] * 4, [0, 1, 0, 1]]
-    assert inputs.collate([{}, {}], 4) == {}
+def test_what_is_cut_from_the_end_takes_aligned_entries_along():
+    row = inputs.Encoded([1, 2, 3, 4], {"types": torch.tensor([[0, 1, 1, 0]]), "pixels": torch.ones(3, 5)}, 1)
+    got = row.without_last(2)
+    assert got.ids == [1, 2]
+    assert got.extras["types"].tolist() == [[0, 1]]
+    assert got.extras["pixels"].shape == (3, 5)
+    assert (row.prompt, row.mask, got.completion) == ([1, 2, 3], [False, False, False, True], 0)

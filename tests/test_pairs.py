@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -8,8 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fused_rlhf.trainers import pairs
+from fused_rlhf.trainers.collation import Collator
+from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.model import char_tokenizer
 from fused_rlhf.trainers.pairs import Encoder, Pair, check_row, collate
+from fused_rlhf.trainers.pictures import read
 from tests import tiny_vision
 from tests.gsm8k import GSM8K, needs_gsm8k
 
@@ -71,10 +75,17 @@ def test_rows_of_every_form():
 
     refs = check_row({**ROW, "ref_chosen_logps": -1, "ref_rejected_logps": -2.5}, "")
     assert refs.ref == (-1.0, -2.5)
-    assert check_row({**ROW, "images": ["a.png", "b.png"]}, "").images == ("a.png", "b.png")
-    assert check_row({**ROW, "image": "a.png"}, "").images == ("a.png",)
-    parts = [user([{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?", "image": None}])]
-    assert check_row({**ROW, "prompt": parts}, "").images == ("a.png",)
+    a, b = (read(tiny_vision.picture(shade), "") for shade in (0, 200))
+    assert check_row({**ROW, "images": [a, b]}, "").images == (a, b)
+    assert check_row({**ROW, "image": a}, "").images == (a,)
+    parts = [user([{"type": "image", "image": a}, {"type": "text", "text": "what?", "image": None}])]
+    bare = [user([{"type": "image"}, {"type": "text", "text": "what?"}])]
+    for row in ({**ROW, "prompt": parts}, {**ROW, "prompt": bare, "images": [a]}):
+        assert (check_row(row, "").images, check_row(row, "").prompt) == ((a,), bare)
+    shared = {"chosen": [*parts, assistant("d")], "rejected": [*parts, assistant("e")]}
+    assert (check_row(shared, "").images, check_row(shared, "").prompt) == ((a,), bare)
+    with pytest.raises(ValueError, match="row 1: images: expected none without a prompt, got 1"):
+        check_row({"chosen": "ab", "rejected": "ac", "images": [a]}, "row 1")
 
 
 def test_rows_of_token_ids_are_refused_by_name():
@@ -279,7 +290,7 @@ def test_what_a_tokenizer_cannot_do_is_refused_by_row():
     with pytest.raises(ValueError, match="row 1: the chat template cannot render it: roles must alternate"):
         one(messages, tokenizer=chat_tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(ValueError, match="row 1: images: the model takes none, got 1"):
-        one({**ROW, "images": ["a.png"]})
+        one({**ROW, "images": [tiny_vision.picture(0)]})
     lossy = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2}, unk_token="<unk>")),
         unk_token="<unk>",
@@ -337,27 +348,40 @@ def test_images_wait_and_become_a_part_of_the_prompt():
         {"prompt": [user("what?")], "chosen": "red", "rejected": "blue", "images": []},
     ]
     with_picture, without = made.pairs(pairs.check(rows, "row"))
-    assert with_picture.prompt == [] != without.prompt
+    assert with_picture.length == len(with_picture.prompt) + 1 + 4  # two tokens where there is one place
     assert made.with_images(without) is without
     whole = made.with_images(with_picture)
     patches = whole.extras["image_grid_thw"].prod().item() // 4  # merged two by two
     assert whole.prompt.count(processor.image_token_id) == patches == 2
     assert whole.extras["pixel_values"].shape[0] == 4 * patches
     assert processor.tokenizer.decode(whole.prompt).endswith("<|vision_end|>what?<assistant>")
-    assert with_picture.prompt == []  # the loaded one can be forgotten
+    assert with_picture.length == whole.length
+    assert with_picture.extras == {}  # the loaded one can be forgotten
 
     batch = collate([whole, without], pad_token_id=0)
     assert batch.input_ids.shape[0] == 4
-    assert batch.model_inputs["pixel_values"].shape[0] == 2 * 4 * patches  # chosen and rejected have it both
+    collator = Collator(
+        frozenset({"mm_token_type_ids"}), frozenset({"mm_token_type_ids"}), spare=Encoded([], whole.extras)
+    )
+    found = dataclasses.replace(batch, collator=collator).rows().pictures()
+    assert found["pixel_values"].shape[0] == 2 * 4 * patches  # chosen and rejected have it both
     assert torch.equal(batch.input_ids[0, : len(whole.prompt)], batch.input_ids[2, : len(whole.prompt)])
-    kinds = batch.model_inputs["mm_token_type_ids"]
+    kinds = found["mm_token_type_ids"]
     assert torch.equal(kinds == 1, batch.input_ids == processor.image_token_id)
     with pytest.raises(ValueError, match="packing: expected pairs without images"):
         collate([whole], pad_token_id=0, packing=True)
     length = len(whole.prompt) + len(whole.rejected)
-    short = Encoder(processor.tokenizer, processor, 256, max_length=length - 1)
+
+    def cut(truncate):
+        return Encoder(processor.tokenizer, processor, 256, max_length=length - 1, truncate=truncate)
+
+    some = pairs.check(rows[:1], "row")
     with pytest.raises(ValueError, match=f"row 1: images: with them it has {length} tokens; expected at most"):
-        short.with_images(with_picture)
+        cut("prompt_start").pairs(some)
+    assert cut("drop").pairs(some) == []
+    (shorter,) = cut("completion_end").pairs(some)
+    assert (shorter.chosen, shorter.rejected) == (whole.chosen, whole.rejected[:-1])
+    assert len(Encoder(processor.tokenizer, processor, 256, max_length=length).pairs(some)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -376,7 +400,7 @@ def test_a_padded_batch():
     batch = collate(SOME, pad_token_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 0, 0, 0], [1, 2, 3, 6, 0], [7, 9, 10, 11, 0]]
     assert batch.completion_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 1, 1, 1, 0]]
-    assert batch.model_inputs["attention_mask"].sum(dim=1).tolist() == [5, 2, 4, 4]
+    assert batch.attention_mask.sum(dim=1).tolist() == [5, 2, 4, 4]
     assert batch.lengths.tolist() == [2, 1, 1, 3]
     assert batch.ref_logprobs.tolist() == [-1.0, -3.0, -2.0, -4.0]
     assert (batch.num_pairs, batch.num_tokens, batch.cu_seqlens) == (2, 15, None)
@@ -385,9 +409,9 @@ def test_a_padded_batch():
 def test_a_packed_batch():
     batch, padded = collate(SOME, pad_token_id=0, packing=True), collate(SOME, pad_token_id=0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 8, 1, 2, 3, 6, 7, 9, 10, 11]]
-    assert batch.model_inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.num_tokens == padded.num_tokens
-    real = padded.model_inputs["attention_mask"].bool()
+    real = padded.attention_mask.bool()
     assert torch.equal(batch.completion_mask[0], padded.completion_mask[real])
     # The targets of a sequence, among input_ids[0, 1:]: all of its completion's, and none of another's.
     targets, mask = batch.input_ids[0, 1:], batch.completion_mask[0, 1:]
@@ -402,4 +426,4 @@ def test_a_pair_without_reference_leaves_the_batch_without():
 
 def test_a_batch_moves_as_a_whole():
     batch = collate(SOME, pad_token_id=0).to(torch.device("meta"))
-    assert {x.device.type for x in (batch.input_ids, batch.lengths, *batch.model_inputs.values())} == {"meta"}
+    assert {x.device.type for x in (batch.input_ids, batch.lengths, batch.attention_mask)} == {"meta"}

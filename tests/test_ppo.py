@@ -784,8 +784,7 @@ def test_the_trained_values_are_a_model_to_go_on_with(tmp_path, changes):
     assert want.std() > 1e-3
     bias = value.load("value_model", str(folder), torch.float32)[1].bias.item()
     judge = value.value_of(Config(value_model=str(folder)), trainer.loaded)
-    extras = some.model_inputs()
-    torch.testing.assert_close(judge(some.input_ids, some.attention_mask, **extras)[:, :-1], want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(judge(some.input_ids, some.attention_mask)[:, :-1], want, atol=1e-5, rtol=1e-4)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     hidden = theirs.base_model(input_ids=some.input_ids, attention_mask=some.attention_mask).last_hidden_state
     torch.testing.assert_close(theirs.score(hidden)[:, :-1, 0] + bias, want, atol=1e-5, rtol=1e-4)

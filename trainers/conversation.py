@@ -1,6 +1,7 @@
 """Prompts and conversations as token ids, with where the completion begins.
 
-    row          prompt: a text or a list of messages; images (or image), tools, chat_template_kwargs, where there are any
+    row          prompt: a text or a list of messages; images (or image, or pictures in the messages' parts: `pictures` says
+                 in what forms), tools, chat_template_kwargs, where there are any
     message      role, with content (a text, a list of parts, or null) or tool_calls, as chat templates know them
     completion   a text, or messages that follow the prompt's
 
@@ -23,9 +24,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers import inputs, pictures
 from fused_rlhf.trainers.data import are_messages, check_contents, short
-from fused_rlhf.trainers.inputs import Encoded, Message, bare
+from fused_rlhf.trainers.inputs import Encoded, bare, common_start
+from fused_rlhf.trainers.pictures import Message, at_places
 
 Text = str | list[Message]
 
@@ -50,7 +52,8 @@ def encode(
     *,
     chat_template: bool = False,
     sampled: bool = False,
-    load_images: bool = True,
+    load: bool = True,
+    field: str = "completion",
     where: str = "the row",
 ) -> Encoded:
     """A row's prompt, and what follows it where a completion is given.
@@ -59,14 +62,15 @@ def encode(
         chat_template: texts are a user's message and an assistant's.
         sampled: a completion that is a text goes on where an answer is to begin and ends with EOS, as sampled ones do,
             whatever the template would put around it.
-        load_images: false leaves each image the one token that stands for it.
-        where: of the row, for messages.
+        load: false leaves each picture the one token that stands for it, and counts the others.
+        field, where: of the completion and of the row, for messages.
 
     Raises ValueError naming row and field: something that is neither text nor messages, parts that the model does not
-    take, images without a processor, tools or keywords beside a text, no chat template, one that refuses the messages or
-    renders the prompt differently once an answer follows it.
+    take, pictures without a processor or a place, places without a picture, image tokens in a completion, tools or keywords
+    beside a text, no chat template, one that refuses the messages or renders the prompt differently once an answer follows it.
     """
-    prompt, images = row["prompt"], inputs.images_of(row)
+    row = pictures.gathered(row, where)
+    prompt, images = row["prompt"], row.get("images", [])
     if images and processor is None:
         raise ValueError(f"{where}: images: the model takes none, got {len(images)}")
     tools, keywords = _tools(row, where), _keywords(row, where)
@@ -82,10 +86,14 @@ def encode(
         start = str(prompt)
     else:
         chat = _Chat(tokenizer, processor, tools, keywords, where)
-        messages = inputs.with_images(chat.messages(prompt, "prompt", "user"), len(images))
-        after = [] if completion is None or sampled else chat.messages(completion, "completion", "assistant")
+        messages = at_places(chat.messages(prompt, "prompt", "user"), len(images))
+        after = [] if completion is None or sampled else chat.messages(completion, field, "assistant")
         start, ids = chat.prompt(messages, after)
-    made = inputs.encode(tokenizer, processor, start, images if load_images else (), chat=not plain)
+    start = _with_places(processor, start, len(images), plain, where)
+    try:
+        made = inputs.encode(tokenizer, processor, start, images, chat=not plain, load=load)
+    except inputs.ProcessorError as error:
+        raise ValueError(f"{where}: images: {error}") from error
     if completion is None:
         return made
     if plain or sampled:
@@ -94,7 +102,47 @@ def encode(
         begun = bare(tokenizer, start)  # with no more than a token for each image, like `ids`
         cut = common_start(begun, ids)
         made, rest = made.without_last(len(begun) - cut), ids[cut:]
-    return Encoded([*made.ids, *rest], made.extras, len(rest))
+    _without_pictures(processor, rest, f"{where}: {field}")
+    return Encoded([*made.ids, *rest], made.extras, len(rest), made.unloaded)
+
+
+def _with_places(processor: ProcessorMixin | None, text: str, count: int, plain: bool, where: str) -> str:
+    """A prompt's text with a place for each of its pictures, which a plain text may leave to us: before it.
+
+    Raises ValueError where it has other places.
+    """
+    if processor is None:
+        return text
+    try:
+        places = inputs.places(processor)
+    except ValueError as error:
+        if count == 0:
+            return text
+        raise ValueError(f"{where}: {error}") from error
+    ids = bare(processor.tokenizer, text)  # type: ignore[attr-defined]
+    found = places.count(ids)
+    if found == 0 and plain and count:
+        return places.text * count + text
+    if found != count or any(token in places.shown and token not in places.counts for token in ids):
+        tokens = ", ".join(repr(processor.tokenizer.decode([token])) for token in places.counts)  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{where}: prompt: expected places for {count} pictures and no other image tokens (a place is a part of type "
+            f"'image', which the chat template shows as {tokens}); got {short(text)}"
+        )
+    return text
+
+
+def _without_pictures(processor: ProcessorMixin | None, ids: Sequence[int], where: str) -> None:
+    """Raises ValueError where a completion holds tokens of pictures."""
+    if processor is None:
+        return
+    try:
+        shown = inputs.places(processor).shown
+    except ValueError:  # a processor that makes none
+        return
+    if bad := [token for token in ids if token in shown]:
+        name = processor.tokenizer.decode(bad[:1])  # type: ignore[attr-defined]
+        raise ValueError(f"{where}: expected text alone, got the image token {name!r}; pictures belong to the prompt")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Text, answer: str, where: str = "the row") -> str:
@@ -118,11 +166,6 @@ def following(tokenizer: PreTrainedTokenizerBase, text: str, completion: str) ->
         ids = ids[len(line) :] if ids[: len(line)] == line else bare(tokenizer, completion)
     end = [tokenizer.eos_token_id]
     return ids if ids[-1:] == end else ids + end
-
-
-def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many items two sequences have in common from their beginnings on."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def without_nulls(value: Any) -> Any:
@@ -228,10 +271,12 @@ class _Chat:
     def _content(self, content: Any, field: str) -> Any:
         if isinstance(content, str):
             return [{"type": "text", "text": content}] if self.parts else content
+        known = ("text", "image") if self.images else ("text",)
         for part in content:
-            if part["type"] != "text" and not self.images:
+            if part["type"] not in known:
+                words = " or ".join(map(repr, known))
                 raise ValueError(
-                    f"{self.where}: {field}: expected parts of type 'text', all that the model takes, got {short(part)}"
+                    f"{self.where}: {field}: expected parts of type {words}, all that the model takes, got {short(part)}"
                 )
         if self.parts or any(part["type"] != "text" for part in content):
             # Templates look for a picture's keys; the picture itself is the processor's.

@@ -19,6 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fused_rlhf.trainers import pictures
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
@@ -47,6 +48,11 @@ class Task:
     reward: str
     note: str = ""  # where the samples come from, and what was left out
 
+    @property
+    def pictures(self) -> bool:
+        """Whether some sample has one."""
+        return any(sample.get("images") for sample in (*self.train, *self.test))
+
 
 def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None, answers: bool = True) -> Task:
     """The task that `config` asks for, or the one given, maybe as a list of samples; checked as `check` says."""
@@ -56,7 +62,12 @@ def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None
         task = given if isinstance(given, Task) else in_memory(given, seed=config.split_seed)
         task = replace(task, train=list(task.train), test=list(task.test))  # a slice of a data set would be no list
     check(task, answers)
-    return task
+    return replace(task, train=gathered("train", task.train), test=gathered("test", task.test))
+
+
+def gathered(name: str, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of a split with their pictures checked, in the column `images`. Raises as `pictures.gathered`."""
+    return [pictures.gathered(sample, f"{name} sample {index}") for index, sample in enumerate(samples)]
 
 
 def load(name: str, source: str | None, *, max_operand: int, seed: int, answers: bool = True) -> Task:
@@ -194,6 +205,10 @@ def hold_out(rows: Sequence[Sample], num_test: int, seed: int) -> tuple[list[Sam
 
 
 def _read_file(path: Path, columns: Sequence[str]) -> list[Sample]:
+    return [pictures.located(row, path.parent) for row in _rows_of(path, columns)]
+
+
+def _rows_of(path: Path, columns: Sequence[str]) -> list[Sample]:
     if path.suffix != ".parquet":
         return read_jsonl(path, columns)
     if not path.is_file():
@@ -306,18 +321,23 @@ def short(value: Any) -> str:
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """The same for the same samples in the same order, in every process; pictures count by their size alone."""
+    """The same for the same samples in the same order, in every process."""
 
-    def described(value: Any) -> str:
+    def told(value: Any) -> str:
         if isinstance(value, bytes):
             return hashlib.sha256(value).hexdigest()
-        text = repr(value)  # unless that is an address
+        text = str(pictures.described(value))  # unless that is an address
         return text if " at 0x" not in text else f"{type(value).__name__} {getattr(value, 'size', '')}"
 
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, default=described).encode())
+        digest.update(json.dumps(row, default=told).encode())
     return digest.hexdigest()
+
+
+def asked(sample: Sample) -> str:
+    """What a sample asks, its pictures included, to be compared."""
+    return json.dumps([sample["prompt"], sample.get("images")], default=pictures.described)
 
 
 def batch_at(samples: Sequence[T], seed: int, start: int, count: int) -> list[T]:

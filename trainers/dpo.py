@@ -28,6 +28,7 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import data, engine, pairs, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.bpe import bpe_tokenizer
+from fused_rlhf.trainers.collation import ready
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.dpo_config import Config
@@ -169,6 +170,7 @@ def prepare(
     work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found)
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
     placed, reference = place(config, accelerator, loaded, work, frozen)
+    loaded = ready(placed, loaded, any(pair.images for pair in (*train, *test)))
     trainer = DPOTrainer(
         config=config,
         loaded=loaded,
@@ -228,7 +230,8 @@ def rounds(trainer: DPOTrainer, some: Sequence[Pair]) -> Iterator[tuple[list[Pai
 def assemble(trainer: DPOTrainer, own: Sequence[Pair], packing: bool | None = None) -> PairBatch:
     packing = trainer.config.packing if packing is None else packing
     whole = [trainer.encoder.with_images(pair) for pair in own]
-    return pairs.collate(whole, int(trainer.loaded.tokenizer.pad_token_id), packing).to(trainer.engine.device)
+    pad, collator = int(trainer.loaded.tokenizer.pad_token_id), trainer.loaded.collator
+    return pairs.collate(whole, pad, packing, collator).to(trainer.engine.device)
 
 
 def with_reference(trainer: DPOTrainer, batch: PairBatch) -> PairBatch:
@@ -262,7 +265,7 @@ def completion_loss(model: Any, config: Config, batch: PairBatch, totals: Totals
 
 def head_inputs(model: Any, config: Config, batch: PairBatch) -> fr.lm_head.HeadInputs:
     more: dict[str, Any] = {"output_router_logits": True} if config.router_aux_loss_coef else {}
-    return fr.lm_head.forward(model, batch.input_ids, **batch.model_inputs, **more)
+    return batch.head_inputs(model, **more)
 
 
 def preference_loss(model: Any, config: Config, batch: PairBatch, totals: Totals) -> tuple[Tensor, Metrics]:
@@ -304,6 +307,7 @@ def show_samples(trainer: DPOTrainer, number: int) -> None:
             tokenizer,
             [Encoded(pair.prompt, pair.extras) for pair in some],
             max_new_tokens=int(min(room, trainer.config.sample_tokens)),
+            collator=trainer.loaded.collator,
         )
     chosen, rejected = (
         tokenizer.batch_decode(column, skip_special_tokens=True)

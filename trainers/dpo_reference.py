@@ -58,10 +58,11 @@ def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:
 
 def logprobs(model: Any, config: Config, batch: PairBatch) -> Tensor:
     """(N,) those of the completions' tokens, one sequence after the other."""
-    out = fr.lm_head.logprobs(
-        model, batch.input_ids, completion_mask=batch.completion_mask, backend=config.backend, **batch.model_inputs
-    )
-    return out.logprobs[batch.completion_mask[:, 1:]]
+    inputs, mask = batch.head_inputs(model), batch.completion_mask[:, 1:]
+    targets = batch.input_ids[:, 1:].masked_fill(~mask, -100)
+    with inputs.autocast():
+        out = fr.linear_logprobs(inputs.hidden[:, :-1], inputs.head, targets, backend=config.backend)
+    return out.logprobs[mask]
 
 
 class Precomputed:

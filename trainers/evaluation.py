@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.advantages import weighted_sum
-from fused_rlhf.trainers.data import Sample, Task
+from fused_rlhf.trainers.data import Sample, Task, asked
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rewards import Reward, RewardError, resolve
@@ -73,8 +73,8 @@ def accuracy(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig) 
 
 def accuracies(right: Tensor, samples: Sequence[Sample], train: Sequence[Sample]) -> dict[str, float]:
     """accuracy; where some but not all of the prompts occur in `train`, accuracy_unseen too: of those that do not."""
-    seen = {repr(sample["prompt"]) for sample in train}
-    unseen = torch.tensor([repr(sample["prompt"]) not in seen for sample in samples])
+    seen = {asked(sample) for sample in train}
+    unseen = torch.tensor([asked(sample) not in seen for sample in samples])
     metrics = {"accuracy": right.mean().item()}
     if unseen.any() and not unseen.all():
         metrics["accuracy_unseen"] = right[unseen].mean().item()

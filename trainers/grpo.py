@@ -28,6 +28,7 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
+from fused_rlhf.trainers.collation import head_inputs, ready
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.grpo_config import COMPARING, Config
@@ -174,6 +175,7 @@ def prepare(
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
     placed, reference = place(config, accelerator, loaded, work, frozen)
+    loaded = ready(placed, loaded, task.pictures)
     return GRPOTrainer(
         config=config,
         loaded=loaded,
@@ -274,7 +276,7 @@ def policy_loss(
     """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics."""
     some = rollout.completions
     more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
-    inputs = fr.lm_head.forward(model, some.input_ids, some.attention_mask, **some.model_inputs(), **more)
+    inputs = head_inputs(model, some.rows(), **more)
     loss, metrics = fr.linear_policy_loss(
         inputs.hidden[:, :-1],
         inputs.head,

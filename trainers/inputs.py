@@ -7,7 +7,6 @@ their pictures beside the padded ids.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,10 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from fused_rlhf.trainers.pictures import Picture, blank
 
 LABELS = "labels"  # of transformers' own loss, which some processors make
+
+
+class ProcessorError(ValueError):
+    """A processor does not take a text with these pictures."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Encoded:
         return Encoded(self.ids[:length], extras, max(self.completion - count, 0), self.unloaded)
 
 
+def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences have in common from their beginnings on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def bare(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text and of nothing else."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -76,7 +84,7 @@ def encode(
     Args:
         load: false leaves each picture the one token that stands for it, and counts the others.
 
-    Raises ValueError where there are pictures and no processor, or the processor takes the text with them otherwise.
+    Raises ValueError where there are pictures and no processor, ProcessorError where it takes no such text and pictures.
     """
     ids = bare(tokenizer, text)
     before, after = ([], 0) if chat and processor is None else _added(tokenizer, text, ids)
@@ -95,11 +103,11 @@ def encode(
 def processed(
     processor: Any, text: str, images: Sequence[Any], special: bool = False
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """Ids, and what else a processor makes of a text with images. Raises ValueError in its words."""
+    """Ids, and what else a processor makes of a text with images. Raises ProcessorError in its words."""
     try:
         made = dict(processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=special))
     except Exception as error:  # each processor has errors of its own
-        raise ValueError(f"the processor takes no such text and pictures: {error}") from error
+        raise ProcessorError(f"the processor takes no such text and pictures: {error}") from error
     extras = {name: x for name, x in made.items() if isinstance(x, Tensor)}
     ids = extras.pop("input_ids")[0].tolist()
     for name in ("attention_mask", LABELS):
@@ -142,7 +150,9 @@ def probe(processor: Any, count: int, text: str = PROBE) -> str:
     if not processor.chat_template:
         return f"{getattr(processor, 'image_token', '') or ''}" * count + text
     parts = [{"type": "image"}] * count + [{"type": "text", "text": text}]
-    made = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+    made = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
+    )
     return str(made)
 
 
@@ -154,18 +164,17 @@ def places(processor: Any) -> Places:
         none, one, two = (probe(processor, count) for count in range(3))
     except Exception as error:  # a template may raise anything
         raise ValueError(f"images: the chat template takes no pictures: {error}") from error
-    start = len(os.path.commonprefix([none, one]))
-    end = min(len(os.path.commonprefix([none[::-1], one[::-1]])), len(none) - start)
+    start = common_start(none, one)
+    end = min(common_start(none[::-1], one[::-1]), len(none) - start)
     before, some, more = (bare(tokenizer, text) for text in (none, one, two))
     added = set(tokenizer.all_special_ids) | {int(token) for token in tokenizer.added_tokens_decoder}
-    counts = {token: some.count(token) - before.count(token) for token in dict.fromkeys(some) if token in added}
-    counts = {
-        token: count for token, count in counts.items() if count > 0 and before.count(token) + 2 * count == more.count(token)
-    }
+    once = {token: some.count(token) for token in dict.fromkeys(some) if token in added and token not in before}
+    counts = {token: count for token, count in once.items() if more.count(token) == 2 * count}
     if not counts:
         raise ValueError(f"images: the chat template makes no place for a picture: {one!r}")
     ids, _ = processed(processor, one, [blank(SIZE)])
-    shown = frozenset(token for token in [*counts, *ids] if token in added and token not in before)
+    ordinary = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, *before}
+    shown = frozenset(token for token in [*counts, *ids] if token in added and token not in ordinary)
     return Places(one[start : len(one) - end], counts, shown)
 
 

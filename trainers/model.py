@@ -13,7 +13,7 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -36,6 +36,9 @@ from transformers import (
 
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Placed
+
+if TYPE_CHECKING:
+    from fused_rlhf.trainers.collation import Collator
 
 ADAPTERS = "adapter_config.json"
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
@@ -176,6 +179,7 @@ class Loaded:
     model: PreTrainedModel  # or a PeftModel around one
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None  # of an image-text model
+    collator: Collator | None = None  # of one with a processor, once it is placed
 
 
 def load_for(

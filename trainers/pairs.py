@@ -29,9 +29,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fused_rlhf.trainers import conversation, inputs
+import fused_rlhf as fr
+from fused_rlhf.lm_head import HeadInputs
+from fused_rlhf.trainers import conversation, inputs, pictures
+from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.conversation import Text, common_start, without_nulls
+from fused_rlhf.trainers.conversation import Text, without_nulls
 from fused_rlhf.trainers.data import (
     Sample,
     are_messages,
@@ -42,7 +45,8 @@ from fused_rlhf.trainers.data import (
     require_columns,
     short,
 )
-from fused_rlhf.trainers.inputs import Encoded, Message
+from fused_rlhf.trainers.inputs import Encoded, common_start
+from fused_rlhf.trainers.pictures import Message, Picture
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.dpo_config import Config
@@ -61,14 +65,14 @@ class Preference:
     prompt: Text | None  # None: the beginning that chosen and rejected, two texts, share
     chosen: Text
     rejected: Text
-    images: tuple[Any, ...] = ()
+    images: tuple[Picture, ...] = ()
     ref: tuple[float, float] | None = None  # summed log-probs of chosen and rejected
     columns: dict[str, Any] = field(default_factory=dict)  # tools, chat_template_kwargs
 
     @property
     def row(self) -> dict[str, Any]:
         """Its prompt as `conversation.encode` takes it."""
-        return {"prompt": self.prompt, "images": self.images, **self.columns}
+        return {"prompt": self.prompt, "images": list(self.images), **self.columns}
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def hold_out(pairs: Sequence[Preference], num_test: int, seed: int) -> tuple[lis
     by_prompt: dict[str, list[Preference]] = defaultdict(list)
     for pair in pairs:
         prompt = pair.where if pair.prompt is None else pair.prompt
-        by_prompt[json.dumps([prompt, pair.images], default=repr)].append(pair)
+        by_prompt[json.dumps([prompt, pair.images], default=pictures.described)].append(pair)
     groups = list(by_prompt.values())
     random.Random(seed).shuffle(groups)
     test: list[Preference] = []
@@ -156,6 +160,8 @@ def check_row(row: Sample, where: str) -> Preference:
     for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         if not (name == "prompt" and value is None):
             _check_text(value, where, name)
+    named = (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+    prompt, chosen, rejected = (pictures.in_parts(value, f"{where}: {name}") for name, value in named)
     if chosen == rejected:
         raise ValueError(f"{where}: chosen and rejected are equal: {short(chosen)}")
     prompt, chosen, rejected = (without_nulls(x) for x in (prompt, chosen, rejected))
@@ -182,11 +188,13 @@ def check_row(row: Sample, where: str) -> Preference:
             raise ValueError(f"{where}: {name} is empty: {what} by chosen and rejected")
         if name != "prompt" and any(part["type"] != "text" for part in _parts(value)):
             raise ValueError(f"{where}: {name}: expected text alone; images belong to the prompt")
-    inside = [part["image"] for part in _parts(prompt) if part["type"] == "image" and part.get("image") is not None]
+    own = {name: row[name] for name in pictures.COLUMNS if name in row}
+    placed = pictures.gathered({"prompt": prompt, **own}, where)
+    images = tuple(placed.get("images", ()))
+    if images and prompt is None:
+        raise ValueError(f"{where}: images: expected none without a prompt, got {len(images)}")
     columns = {name: row[name] for name in conversation.COLUMNS if row.get(name) is not None}
-    return Preference(
-        where, prompt, chosen, rejected, tuple(inputs.images_of(row) or inside), _reference(row, where), columns
-    )
+    return Preference(where, placed["prompt"], chosen, rejected, images, _reference(row, where), columns)
 
 
 def _reference(row: Sample, where: str) -> tuple[float, float] | None:
@@ -268,11 +276,12 @@ class Pair:
 
     where: str
     text: str  # the prompt, as it is tokenised
-    prompt: list[int]  # empty while `images` wait to be loaded: see `Encoder.with_images`
+    prompt: list[int]  # a token for each of `images` while they wait to be loaded: see `Encoder.with_images`
     chosen: list[int]
     rejected: list[int]
-    images: tuple[Any, ...] = ()
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what the processor makes of the images
+    images: tuple[Picture, ...] = ()
+    unloaded: int = 0  # tokens that they will have beyond these
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what the processor makes of them
     ref: tuple[float, float] | None = None
     row: dict[str, Any] = field(default_factory=dict)  # where there are images, the prompt's row ...
     cut: int = 0  # ... of which this many last tokens are not among what both conversations begin with
@@ -280,7 +289,7 @@ class Pair:
     @property
     def length(self) -> int:
         """Tokens of the longer of its two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        return len(self.prompt) + self.unloaded + max(len(self.chosen), len(self.rejected))
 
 
 @dataclass(frozen=True)
@@ -295,7 +304,7 @@ class Encoder:
     truncate: Truncate = "prompt_start"
 
     def pairs(self, preferences: Sequence[Preference]) -> list[Pair]:
-        """All of them but those that are too long where truncate is "drop"; images wait for `with_images`.
+        """All of them but those that are too long where truncate is "drop"; pictures are counted, and wait for `with_images`.
 
         Raises ValueError naming row and field: no chat template, images that the model does not take, a prompt or
         completion that does not fit, completions equal once tokenised or cut.
@@ -304,14 +313,11 @@ class Encoder:
         return [pair for pair in made if self._fit(pair)]
 
     def with_images(self, pair: Pair) -> Pair:
-        """The pair with its images loaded. Raises ValueError where it is too long then: it cannot be cut."""
+        """The pair with its pictures loaded. Raises PictureError where one can no longer be read."""
         if not pair.images:
             return pair
-        encoded = self._encode(pair.row, None, pair.where, load_images=True).without_last(pair.cut)
-        limit, length = self.max_length or self.context, len(encoded.ids) + max(len(pair.chosen), len(pair.rejected))
-        if limit and length > limit:
-            raise ValueError(f"{pair.where}: images: with them it has {length} tokens; expected at most {limit}")
-        return dataclasses.replace(pair, prompt=list(encoded.ids), extras=encoded.extras)
+        made = self._encode(pair.row, None, pair.where, load=True).without_last(pair.cut)
+        return dataclasses.replace(pair, prompt=list(made.ids), extras=made.extras, unloaded=0)
 
     def _pair(self, preference: Preference) -> Pair:
         p = preference
@@ -319,24 +325,28 @@ class Encoder:
             if self.chat_template:
                 raise ValueError(f"{p.where}: prompt: expected one with chat_template, got a row without")
             return self._shared(p)
-        chosen, rejected = (self._encode(p.row, completion, p.where) for completion in (p.chosen, p.rejected))
+        sides = (("chosen", p.chosen), ("rejected", p.rejected))
+        chosen, rejected = (self._encode(p.row, completion, p.where, field=name) for name, completion in sides)
         # Some templates end a prompt as not every answer begins.
         count = min(len(chosen.prompt), len(rejected.prompt))
         prompt, first, second = chosen.ids[:count], chosen.ids[count:], rejected.ids[count:]
         text = p.prompt if isinstance(p.prompt, str) and not self.chat_template else str(self.tokenizer.decode(prompt))
         if not p.images:
             return Pair(p.where, text, prompt, first, second, ref=p.ref)
-        cut = len(self._encode(p.row, None, p.where).ids) - count
-        return Pair(p.where, text, [], first, second, p.images, ref=p.ref, row=p.row, cut=cut)
+        cut, more = len(self._encode(p.row, None, p.where).ids) - count, chosen.unloaded
+        return Pair(p.where, text, prompt, first, second, p.images, more, ref=p.ref, row=p.row, cut=cut)
 
-    def _encode(self, row: Sample, completion: Text | None, where: str, load_images: bool = False) -> Encoded:
+    def _encode(
+        self, row: Sample, completion: Text | None, where: str, field: str = "completion", load: bool = False
+    ) -> Encoded:
         return conversation.encode(
             self.tokenizer,
             self.processor,
             row,
             completion,
             chat_template=self.chat_template,
-            load_images=load_images,
+            load=load,
+            field=field,
             where=where,
         )
 
@@ -352,22 +362,28 @@ class Encoder:
         return Pair(p.where, text, chosen[:shared], chosen[shared:], rejected[shared:], ref=p.ref)
 
     def _fit(self, pair: Pair) -> bool:
-        """Cut a pair to its longest length, in place; -> whether it is kept."""
+        """Cut a pair to its longest length, in place; -> whether it is kept. A prompt with pictures is never cut."""
         limit, completion = self.max_length or self.context, max(len(pair.chosen), len(pair.rejected))
-        if limit and not pair.images and len(pair.prompt) + completion > limit:
+        asked = len(pair.prompt) + pair.unloaded
+        if limit and asked + completion > limit:
             if self.max_length is None:
                 raise ValueError(
-                    f"{pair.where}: prompt of {len(pair.prompt)} tokens, chosen of {len(pair.chosen)}, rejected of "
+                    f"{pair.where}: prompt of {asked} tokens, chosen of {len(pair.chosen)}, rejected of "
                     f"{len(pair.rejected)}: beyond the model's context of {limit}; max_length cuts or drops such rows"
                 )
             if self.truncate == "drop":
                 return False
+            if self.truncate == "prompt_start" and pair.images:
+                raise ValueError(
+                    f"{pair.where}: images: with them it has {asked + completion} tokens; expected at most "
+                    f"max_length={limit}: truncate='drop' leaves the row out, 'completion_end' cuts its completions"
+                )
             if self.truncate == "prompt_start":
                 pair.prompt = self._end_of(pair.prompt, max(limit - completion, 1))
-            room = limit - len(pair.prompt)
+            room = limit - len(pair.prompt) - pair.unloaded
             if room < 1:
                 raise ValueError(
-                    f"{pair.where}: prompt of {len(pair.prompt)} tokens: expected fewer than max_length={limit}; "
+                    f"{pair.where}: prompt of {asked} tokens: expected fewer than max_length={limit}; "
                     "truncate='prompt_start' keeps its end, 'drop' leaves the row out"
                 )
             pair.chosen, pair.rejected = pair.chosen[:room], pair.rejected[:room]
@@ -375,7 +391,7 @@ class Encoder:
             cut = f", cut to max_length={limit}" if completion > len(pair.chosen) else ""
             raise ValueError(f"{pair.where}: chosen and rejected are equal as tokens{cut}: {pair.chosen[:8]} ...")
         for name, ids in (
-            ("prompt", pair.prompt or list(pair.images)),
+            ("prompt", pair.prompt),
             ("chosen", pair.chosen),
             ("rejected", pair.rejected),
         ):
@@ -399,10 +415,14 @@ class PairBatch:
     input_ids: Tensor  # (S, T) or (1, N) int64
     completion_mask: Tensor  # bool, alike
     lengths: Tensor  # (S,) tokens of each completion
-    model_inputs: dict[str, Any]  # attention_mask (padded) or position_ids (packed); what belongs to images
+    attention_mask: Tensor | None  # (S, T), padded
+    position_ids: Tensor | None  # (1, N), packed
+    extras: list[dict[str, Tensor]]  # what each prompt's pictures become, on the CPU
+    prompts: list[int]  # tokens of each
     cu_seqlens: Tensor | None  # (S + 1,) of the packed sequences among input_ids[:, 1:]
     ref_logprobs: Tensor | None  # (S,) summed, fp64
     num_tokens: int  # with the prompts, without padding
+    collator: Collator | None = None  # of a model that reads pictures
 
     @property
     def num_pairs(self) -> int:
@@ -410,8 +430,18 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         moved: dict[str, Any] = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
-        moved["model_inputs"] = {name: x.to(device) for name, x in self.model_inputs.items()}
         return dataclasses.replace(self, **moved)
+
+    def head_inputs(self, model: Any, **more: Any) -> HeadInputs:
+        """What the model's forward leaves for its head."""
+        if self.attention_mask is None:
+            return fr.lm_head.forward(model, self.input_ids, position_ids=self.position_ids, **more)
+        return head_inputs(model, self.rows(), **more)
+
+    def rows(self) -> Rows:
+        """For a forward of padded ones."""
+        assert self.attention_mask is not None
+        return Rows(self.input_ids, self.attention_mask, self.extras, self.prompts, self.collator)
 
 
 @dataclass(frozen=True)
@@ -427,7 +457,9 @@ class Totals:
         return Totals(len(some), sum(len(pair.chosen) for pair in some), sum(len(pair.rejected) for pair in some))
 
 
-def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> PairBatch:
+def collate(
+    pairs: Sequence[Pair], pad_token_id: int, packing: bool = False, collator: Collator | None = None
+) -> PairBatch:
     """The chosen sequences, then the rejected ones, each after its prompt.
 
     Padding is on the right; packed, the sequences are told apart by position_ids that begin anew.
@@ -439,26 +471,28 @@ def collate(pairs: Sequence[Pair], pad_token_id: int, packing: bool = False) -> 
     rows = [torch.tensor(prompt + ids) for prompt, ids in zip(prompts, completions, strict=True)]
     masks = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
     sizes = torch.tensor([len(row) for row in rows])
-    cu_seqlens = None
+    cu_seqlens = attention_mask = position_ids = None
     if packing:
         if any(pair.extras for pair in pairs):
             raise ValueError("packing: expected pairs without images; their positions are not one number a token")
         input_ids, completion_mask = torch.cat(rows)[None], torch.cat(masks)[None]
-        model_inputs = {"position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None]}
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0) - 1])
     else:
         pad = torch.nn.utils.rnn.pad_sequence
         input_ids, completion_mask = pad(rows, True, pad_token_id), pad(masks, True, False)
-        T = input_ids.shape[1]
-        model_inputs = {"attention_mask": (torch.arange(T) < sizes[:, None]).long()}
-        model_inputs |= inputs.collate([pair.extras for pair in pairs] * 2, T)
+        attention_mask = (torch.arange(input_ids.shape[1]) < sizes[:, None]).long()
     known = [pair.ref for pair in pairs if pair.ref is not None]
     return PairBatch(
         input_ids=input_ids,
         completion_mask=completion_mask,
         lengths=torch.tensor([len(ids) for ids in completions]),
-        model_inputs=model_inputs,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        extras=[pair.extras for pair in pairs] * 2,
+        prompts=[len(prompt) for prompt in prompts],
         cu_seqlens=cu_seqlens,
         ref_logprobs=torch.tensor(known, dtype=torch.float64).T.flatten() if len(known) == len(pairs) else None,
         num_tokens=int(sizes.sum()),
+        collator=collator,
     )

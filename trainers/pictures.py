@@ -48,12 +48,13 @@ class Picture:
 
     @staticmethod
     def of(source: Any, where: str) -> Picture:
-        """Raises ValueError, beginning with `where`, where it is no picture."""
+        """Raises PictureError, beginning with `where`, where it is no picture."""
         with _reading(source, where):
             return Picture(source, where, *_measured(source))
 
+    @functools.lru_cache(maxsize=16)  # noqa: B019 - few, and those of a group of completions are one
     def load(self) -> Image:
-        """In RGB, upright. Raises ValueError naming row and field where it can no longer be read."""
+        """In RGB, upright. Raises PictureError naming row and field where it can no longer be read."""
         from PIL import ImageOps
 
         with _reading(self.source, self.where):
@@ -63,12 +64,16 @@ class Picture:
         return f"<picture{_name(self.source)} {self.size[0]}x{self.size[1]} {self.digest[:16]}>"
 
 
+class PictureError(ValueError):
+    """A picture cannot be read."""
+
+
 @contextmanager
 def _reading(source: Any, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's readers raise anything over a broken file
-        raise ValueError(f"{where}: the picture{_name(source)} cannot be read: {error}") from error
+        raise PictureError(f"{where}: the picture{_name(source)} cannot be read: {error}") from error
 
 
 def _name(source: Any) -> str:
@@ -84,21 +89,21 @@ def _opened(source: Any) -> Image:
 
 
 def _measured(source: Any) -> tuple[str, tuple[int, int]]:
-    """Digest and size of an upright picture. A file is read to its end, but not decoded."""
-    if isinstance(source, (Path, bytes)):
-        source = source.read_bytes() if isinstance(source, Path) else source
-        digest = hashlib.sha256(source).hexdigest()
-        _opened(source).verify()
-    else:
-        digest = hashlib.sha256(f"{source.mode} {source.size} ".encode() + source.tobytes()).hexdigest()
+    """Digest and size of an upright picture, which is decoded, so that what is broken shows."""
+    source = source.read_bytes() if isinstance(source, Path) else source
     found = _opened(source)
     width, height = found.size
     sideways = found.getexif().get(ORIENTATION) in SIDEWAYS
-    return digest, (height, width) if sideways else (width, height)
+    if isinstance(source, bytes):
+        content = source
+        found.load()
+    else:
+        content = f"{found.mode} {found.size} ".encode() + found.tobytes()
+    return hashlib.sha256(content).hexdigest(), (height, width) if sideways else (width, height)
 
 
-def read(value: Any, where: str, folder: Path | None = None) -> Picture:
-    """A picture of any form. A relative path is one below `folder`, or below the working directory.
+def read(value: Any, where: str) -> Picture:
+    """A picture of any form.
 
     Raises ValueError, beginning with `where`, for an address of the network and for what is no picture.
     """
@@ -109,7 +114,7 @@ def read(value: Any, where: str, folder: Path | None = None) -> Picture:
     if isinstance(value, (bytes, bytearray)):
         return Picture.of(bytes(value), where)
     if isinstance(value, (str, Path)):
-        return Picture.of(_text(value, where, folder), where)
+        return Picture.of(_text(value, where), where)
     if hasattr(value, "__array__") and not hasattr(value, "getexif"):
         return Picture.of(_array(value, where), where)
     if not hasattr(value, "getexif"):
@@ -119,7 +124,7 @@ def read(value: Any, where: str, folder: Path | None = None) -> Picture:
     return Picture.of(value, where)
 
 
-def _text(value: str | Path, where: str, folder: Path | None) -> Path | bytes:
+def _text(value: str | Path, where: str) -> Path | bytes:
     text = str(value)
     if text.startswith(("http://", "https://", "ftp://", "s3://", "gs://", "hf://")):
         raise ValueError(f"{where}: expected a picture that is here, got the address {text:.80}: nothing is fetched")
@@ -127,17 +132,20 @@ def _text(value: str | Path, where: str, folder: Path | None) -> Path | bytes:
         head, _, body = text.partition(",")
         return _decoded(body, where) if head.endswith(";base64") else unquote(body).encode("latin-1")
     path = Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text).expanduser()
-    places = [path] if folder is None or path.is_absolute() else [folder / path, path]
-    for place in places:
-        try:
-            if place.is_file():
-                return place.absolute()
-        except OSError:  # too long for a name: base64
-            break
-    looks = len(text) > 64 and "." not in text and set(text) <= BASE64
-    if looks:
+    if _is_file(path):
+        return path.absolute()
+    if len(text) > 64 and set(text) <= BASE64:
         return _decoded(text, where)
-    raise ValueError(f"{where}: there is no picture {' or '.join(repr(str(place))[:200] for place in places)}")
+    raise ValueError(
+        f"{where}: there is no picture {text[:200]!r}, beside the data's file or in the working directory"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 BASE64 = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n\r")
@@ -163,17 +171,45 @@ def _array(value: Any, where: str) -> Image:
     return Image.fromarray(array)
 
 
+def described(value: Any) -> Any:
+    """What tells one picture from another, for JSON; of anything else its repr."""
+    return value.digest if isinstance(value, Picture) else repr(value)
+
+
 # ------------------------------------------------------------------------------------------------------------- of rows
 
 
-def gathered(row: Mapping[str, Any], where: str, folder: Path | None = None) -> dict[str, Any]:
+def located(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A row of a file in `folder`, the relative paths of its pictures made whole where they lead there."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, str) and len(value) < 4096 and _is_file(folder / value):
+            return str((folder / value).absolute())
+        if isinstance(value, Mapping):
+            return {key: found(inner) if key in ("path", "url") else inner for key, inner in value.items()}
+        return [found(inner) for inner in value] if isinstance(value, list) else value
+
+    def of_part(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
+            return part
+        return {key: inner if key == "type" else found(inner) for key, inner in part.items()}
+
+    def of_message(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        return {**message, "content": list(map(of_part, content))} if isinstance(content, list) else message
+
+    made = {name: found(value) if name in COLUMNS else value for name, value in row.items()}
+    return {name: list(map(of_message, value)) if isinstance(value, list) else value for name, value in made.items()}
+
+
+def gathered(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A row with a prompt whose pictures, of parts or of the column, are all in the column `images`, in order.
 
     Raises ValueError naming row and field: a place without its picture, a picture without its place, both a column and
     pictures in parts, what is no picture.
     """
-    prompt = in_parts(row["prompt"], f"{where}: prompt", folder)
-    column = of_column(row, where, folder)
+    prompt = in_parts(row["prompt"], f"{where}: prompt")
+    column = of_column(row, where)
     places = parts_of(prompt)
     own = [part["image"] for part in places if "image" in part]
     if own and column:
@@ -191,7 +227,7 @@ def gathered(row: Mapping[str, Any], where: str, folder: Path | None = None) -> 
     return made | {"images": found} if found or any(name in row for name in COLUMNS) else made
 
 
-def of_column(row: Mapping[str, Any], where: str, folder: Path | None = None) -> list[Picture]:
+def of_column(row: Mapping[str, Any], where: str) -> list[Picture]:
     """The pictures of a row's column `images` or `image`; of one of them, where both hold some."""
     found = []
     for name in COLUMNS:
@@ -200,14 +236,14 @@ def of_column(row: Mapping[str, Any], where: str, folder: Path | None = None) ->
             continue
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         numbered = [(f"{where}: {name}" + (f"[{i}]" if len(values) > 1 else ""), one) for i, one in enumerate(values)]
-        found.append([read(one, place, folder) for place, one in numbered])
+        found.append([read(one, place) for place, one in numbered])
     filled = [some for some in found if some]
     if len(filled) > 1:
         raise ValueError(f"{where}: images, image: expected pictures in one of these columns, got both")
     return filled[0] if filled else []
 
 
-def in_parts(prompt: Any, where: str, folder: Path | None = None) -> Any:
+def in_parts(prompt: Any, where: str) -> Any:
     """Messages whose parts of type image hold a `Picture` under "image", or none; anything else as it is."""
     if not isinstance(prompt, list):
         return prompt
@@ -215,19 +251,19 @@ def in_parts(prompt: Any, where: str, folder: Path | None = None) -> Any:
     for message in prompt:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, (list, tuple)):
-            message = {**message, "content": [_part(part, where, folder) for part in content]}
+            message = {**message, "content": [_part(part, where) for part in content]}
         made.append(message)
     return made
 
 
-def _part(part: Any, where: str, folder: Path | None) -> Any:
+def _part(part: Any, where: str) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image_url":
         address = part.get("image_url")
         address = address.get("url") if isinstance(address, Mapping) else address
         if address is None:
             raise ValueError(f"{where}: a part of type 'image_url' has no address")
-        return {"type": "image", "image": read(address, where, folder)}
+        return {"type": "image", "image": read(address, where)}
     if kind != "image":
         return part
     given = [(key, part[key]) for key in KEYS if part.get(key) is not None]
@@ -238,12 +274,12 @@ def _part(part: Any, where: str, folder: Path | None) -> Any:
     key, value = given[0]
     if key == "base64":
         value = _decoded(value, where) if isinstance(value, str) and not value.startswith("data:") else value
-    return {"type": "image", "image": read(value, where, folder)}
+    return {"type": "image", "image": read(value, where)}
 
 
 def parts_of(messages: Any) -> list[Message]:
     """The parts of type image, turn after turn."""
-    found = []
+    found: list[Any] = []
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list):

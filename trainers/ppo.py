@@ -33,6 +33,7 @@ from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers import value as values
+from fused_rlhf.trainers.collation import ready
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
@@ -209,6 +210,7 @@ def prepare(
     both = PolicyAndValue(loaded.model, value_of(config, loaded, value_model)).eval()
     rate = config.value_learning_rate or max(config.learning_rate, VALUE_RATE)
     placed, reference = place(config, accelerator, loaded, work, frozen, both, [(both.value, rate)])
+    loaded = ready(placed, loaded, task.pictures)
     return PPOTrainer(
         config=config,
         loaded=loaded,

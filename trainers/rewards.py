@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Batc
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import render
 from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.pictures import Picture
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 Reward = Callable[..., Sequence[float | None]]  # with a __name__, if it is no plain function, to be called by
@@ -267,8 +268,15 @@ def _within(
 
 def _arguments(completions: Sequence[str], samples: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for sample in samples for name in sample)
-    columns = {name: [sample.get(name) for sample in samples] for name in names}
+    columns = {name: [_shown(sample.get(name)) for sample in samples] for name in names}
     return {"prompts": columns.pop("prompt"), "completions": list(completions), **columns}
+
+
+def _shown(value: Any) -> Any:
+    """A column's value as its function gets it: pictures loaded."""
+    if isinstance(value, list) and value and all(isinstance(one, Picture) for one in value):
+        return [one.load() for one in value]
+    return value
 
 
 def _place(completion: str, sample: dict[str, Any]) -> str:

@@ -11,8 +11,7 @@ which rows are sampled together, on how many processes there are, or on what was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,13 +31,17 @@ from transformers import (
 )
 
 import fused_rlhf as fr
+from fused_rlhf.lm_head import HeadInputs
+from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.data import Sample, Task, fingerprint
 from fused_rlhf.trainers.engine import Placed
-from fused_rlhf.trainers.inputs import Encoded, collate
-from fused_rlhf.trainers.minibatches import Rows, chunks
-from fused_rlhf.trainers.model import Loaded, base_of, max_positions
+from fused_rlhf.trainers.generation import eos_ids, only, placeholders
+from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.minibatches import Rows as Numbers
+from fused_rlhf.trainers.minibatches import chunks
+from fused_rlhf.trainers.model import Loaded, max_positions
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
@@ -52,10 +55,11 @@ class Completions:
     completion_mask: Tensor  # (B, T) bool, True at the completion's tokens, the EOS that ends it included
     truncated: Tensor  # (B,) bool: max_new_tokens came before an EOS
     texts: list[str]  # completions without special tokens
-    extras: list[dict[str, Tensor]]  # what each prompt's images become, on the CPU
+    prompts: list[Encoded]  # with what their pictures become, on the CPU
+    collator: Collator | None = None  # of a model that reads pictures
     sampling_logprobs: Tensor | None = None  # (B, T - 1) fp32, of an external sampler; 0 outside the completion
 
-    def __getitem__(self, rows: Rows) -> Completions:
+    def __getitem__(self, rows: Numbers) -> Completions:
         """Some of the rows, cut to the longest of them."""
         length = int(self.attention_mask[rows].sum(dim=1).max())
         return Completions(
@@ -64,7 +68,8 @@ class Completions:
             self.completion_mask[rows, :length],
             self.truncated[rows],
             [self.texts[row] for row in rows],
-            [self.extras[row] for row in rows],
+            [self.prompts[row] for row in rows],
+            self.collator,
             None if self.sampling_logprobs is None else self.sampling_logprobs[rows, : length - 1],
         )
 
@@ -72,17 +77,11 @@ class Completions:
         """The same rows, with an empty completion mask where a completion did not end."""
         return replace(self, completion_mask=self.completion_mask & ~self.truncated.unsqueeze(1))
 
-    def model_inputs(self) -> dict[str, Any]:
-        """What the model's forward takes besides ids and mask."""
-        length, device = self.input_ids.shape[1], self.input_ids.device
-        return {name: value.to(device) for name, value in collate(self.extras, length).items()}
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int] = ()) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS, those of the model's generation configuration, and `stop`."""
-    ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return sorted({tokenizer.eos_token_id, *ids, *stop})
+    def rows(self) -> Rows:
+        """For a forward."""
+        prompts = self.prompts
+        extras, lengths = [prompt.extras for prompt in prompts], [len(prompt.ids) for prompt in prompts]
+        return Rows(self.input_ids, self.attention_mask, extras, lengths, self.collator)
 
 
 def stop_ids(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -98,13 +97,6 @@ def stop_ids(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase) -> list[
 def ends_of(config: RolloutConfig, loaded: Loaded) -> list[int]:
     """Every token that ends a completion of a run. Raises ValueError as `stop_ids`."""
     return eos_ids(loaded.model, loaded.tokenizer, stop_ids(config, loaded.tokenizer))
-
-
-def placeholders(model: PreTrainedModel) -> list[int]:
-    """Tokens that stand for an image, a video or a sound, of which a completion has none."""
-    own = model.config.to_dict()
-    kinds = [f"{kind}_token_{suffix}" for kind in ("image", "video", "audio") for suffix in ("id", "index")]
-    return sorted({own[kind] for kind in kinds if own.get(kind) is not None})
 
 
 def uniforms(seed: int, step: int, rows: int, length: int) -> Tensor:
@@ -140,6 +132,7 @@ def generate(
     min_p: float = 0.0,
     stop: Sequence[int] = (),
     batch_size: int | None = None,
+    collator: Collator | None = None,
 ) -> Completions:
     """One completion for each prompt, `batch_size` prompts at a time (default: all at once).
 
@@ -167,25 +160,37 @@ def generate(
     if min_p > 0:
         warpers.append(MinPLogitsWarper(min_p))
     device = model.device
-    completions: list[list[int]] = []
-    for rows in chunks(range(len(prompts)), batch_size or len(prompts)):
+    completions: list[list[int]] = [[]] * len(prompts)
+    for rows in batches(prompts, batch_size or len(prompts), collator):
         some = [prompts[row] for row in rows]
         P = max(len(prompt.ids) for prompt in some)
         pad = tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (P - len(p.ids)) + p.ids for p in some], device=device)
         mask = torch.tensor([[0] * (P - len(p.ids)) + [1] * len(p.ids) for p in some], device=device)
-        extras = {name: x.to(device) for name, x in collate([p.extras for p in some], P, left=True).items()}
+        lengths = [len(prompt.ids) for prompt in some]
+        extras = collator.collate([p.extras for p in some], lengths, P, left=True) if collator else {}
         chosen = warpers if uniforms is None else [_InverseCDF(uniforms[rows].to(device), P, warpers)]
-        with torch.no_grad(), _generation_config(model, config):
+        with torch.no_grad(), only(model, config):
             output = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(chosen),
-                **extras,
+                **{name: x.to(device) for name, x in extras.items()},
             )
-        completions += output[:, P:].tolist()
-    return assemble(prompts, completions, ends, tokenizer, device)
+        for row, tokens in zip(rows, output[:, P:].tolist(), strict=True):
+            completions[row] = tokens
+    return assemble(prompts, completions, ends, tokenizer, device, collator=collator)
+
+
+def batches(prompts: Sequence[Encoded], size: int, collator: Collator | None) -> list[Numbers]:
+    """The prompts that are sampled from together, by number."""
+    found = chunks(range(len(prompts)), size)
+    if collator is None:
+        return found
+    return [
+        [rows[i] for i in group] for rows in found for group in collator.groups([prompts[row].extras for row in rows])
+    ]
 
 
 def assemble(
@@ -195,6 +200,7 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device | str = "cpu",
     sampling_logprobs: Sequence[Sequence[float]] | None = None,
+    collator: Collator | None = None,
 ) -> Completions:
     """Prompts and the tokens sampled after each, up to its first EOS, as right-padded rows."""
     cut = []
@@ -219,30 +225,22 @@ def assemble(
         completion_mask.to(device),
         torch.tensor([not tokens or tokens[-1] not in ends for tokens in cut], device=device),
         tokenizer.batch_decode(cut, skip_special_tokens=True),
-        [prompt.extras for prompt in prompts],
+        list(prompts),
+        collator,
         None if logprobs is None else logprobs.to(device),
     )
 
 
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Hide the model's own generation configuration, from which `generate` takes whatever `config` leaves unset."""
-    holders = {id(m): m for m in (model, base_of(model))}.values()  # peft hands its own on to the model inside
-    own = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = config
-    try:
-        yield
-    finally:
-        for holder, configuration in zip(holders, own, strict=True):
-            holder.generation_config = configuration
+def encoded(
+    loaded: Loaded, samples: Sequence[Sample], config: RolloutConfig, name: str = "this", load: bool = True
+) -> list[Encoded]:
+    """The prompts of samples, of the split `name`, as the model takes them; `load`: with their pictures.
 
-
-def encoded(loaded: Loaded, samples: Sequence[Sample], config: RolloutConfig, name: str = "this") -> list[Encoded]:
-    """The prompts of samples, of the split `name`, as the model takes them. Raises as `conversation.encode`."""
+    Raises as `conversation.encode`.
+    """
     tokenizer, processor, chat = loaded.tokenizer, loaded.processor, config.chat_template
     return [
-        encode(tokenizer, processor, sample, chat_template=chat, where=f"{name} sample {index}")
+        encode(tokenizer, processor, sample, chat_template=chat, load=load, where=f"{name} sample {index}")
         for index, sample in enumerate(samples)
     ]
 
@@ -268,21 +266,22 @@ def complete(
             temperature=config.temperature,
             stop=stop_ids(config, loaded.tokenizer),
             batch_size=batch_size or config.rollout_batch_size or None,
+            collator=loaded.collator,
             **cut,
         )
 
 
 def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:
     """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere; of the whole distribution at `temperature`."""
-    return fr.lm_head.logprobs(
-        model,
-        some.input_ids,
-        some.attention_mask,
-        completion_mask=some.completion_mask,
-        temperature=temperature,
-        backend=backend,
-        **some.model_inputs(),
-    ).logprobs
+    return logprobs_of(head_inputs(model, some.rows()), some, temperature, backend)
+
+
+def logprobs_of(inputs: HeadInputs, some: Completions, temperature: float, backend: str) -> Tensor:
+    """The same from what a forward left for the head."""
+    targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
+    with inputs.autocast():
+        hidden = inputs.hidden[:, :-1]
+        return fr.linear_logprobs(hidden, inputs.head, targets, temperature=temperature, backend=backend).logprobs
 
 
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:
@@ -298,9 +297,9 @@ def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
     """Tokens of the longest prompt. Raises ValueError as `encoded` and `check_lengths`, for either split."""
     longest = 0
     for name, samples in (("train", task.train), ("test", task.test)):
-        prompts = encoded(loaded, samples, config, name)
+        prompts = encoded(loaded, samples, config, name, load=False)
         check_lengths(name, prompts, loaded.model, config.max_new_tokens)
-        longest = max([longest, *(len(prompt.ids) for prompt in prompts)])
+        longest = max([longest, *(prompt.length for prompt in prompts)])
     return longest
 
 
@@ -310,8 +309,8 @@ def check_lengths(name: str, prompts: Sequence[Encoded], model: PreTrainedModel,
     for index, prompt in enumerate(prompts):
         if not prompt.ids:
             raise ValueError(f"{name} sample {index}: the prompt has no tokens")
-        if limit is not None and len(prompt.ids) + max_new_tokens > limit:
+        if limit is not None and prompt.length + max_new_tokens > limit:
             raise ValueError(
-                f"{name} sample {index}: its prompt of {len(prompt.ids)} tokens and max_new_tokens={max_new_tokens} "
+                f"{name} sample {index}: its prompt of {prompt.length} tokens and max_new_tokens={max_new_tokens} "
                 f"exceed the model's context of {limit}"
             )

@@ -44,7 +44,9 @@ def sampled(
     engine.agree(error)
     if any(engine.gather([logprobs is None])):  # the updates of all processes are of one kind
         logprobs = None
-    return assemble(prompts, completions, ends_of(config, loaded), loaded.tokenizer, engine.device, logprobs)
+    return assemble(
+        prompts, completions, ends_of(config, loaded), loaded.tokenizer, engine.device, logprobs, loaded.collator
+    )
 
 
 def ask(

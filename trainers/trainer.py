@@ -28,6 +28,7 @@ from fused_rlhf.trainers import checkpoint, planning
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_parameters
+from fused_rlhf.trainers.pictures import PictureError
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rewards import RewardError
 from fused_rlhf.trainers.run import Logged, Run
@@ -185,8 +186,8 @@ class Interrupts:
 def fit(trainer: Trainer) -> Result:
     """The run itself: warm-up, evaluation, the steps, evaluation; or what is left of them after `--resume`.
 
-    Raises RewardError, SamplerError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint left behind;
-    CheckpointError where the disk is full. Ctrl-C while a step changes the weights waits for the step's end.
+    Raises RewardError, SamplerError, PictureError, NonFiniteLoss or KeyboardInterrupt where a step does, with a checkpoint
+    left behind; CheckpointError where the disk is full. Ctrl-C while a step changes the weights waits for the step's end.
     """
     config, engine, run, workload = trainer.config, trainer.engine, trainer.run, trainer.workload
     controllers, phase = trainer.controllers(), trainer.name.lower()
@@ -270,7 +271,7 @@ def fit(trainer: Trainer) -> Result:
             if last := checkpoint.latest(run.checkpoints):
                 run.say(f"--resume goes on from {last}")
         raise
-    except (RewardError, SamplerError, NonFiniteLoss) as error:
+    except (RewardError, SamplerError, PictureError, NonFiniteLoss) as error:
         if not isinstance(error, NonFiniteLoss) and untouched():
             save_done()
         last = checkpoint.latest(run.checkpoints)

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
+from fused_rlhf.trainers.collation import head_inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.model import Loaded, base_of, locate, prepare_body, require_embeddings, tokenizer_of
 from fused_rlhf.trainers.ppo_config import Config
-from fused_rlhf.trainers.rollout import Completions
+from fused_rlhf.trainers.rollout import Completions, logprobs_of
 
 BIAS = "score.bias"
 
@@ -80,10 +80,9 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, completions: Completions) -> tuple[HeadInputs, Tensor]:
         """-> what the policy's LM head works on, (B, T, H), and the values, (B, T - 1): [:, t] before token t + 1."""
-        extras = completions.model_inputs()
-        inputs = fr.lm_head.forward(self.policy, completions.input_ids, completions.attention_mask, **extras)
+        inputs = head_inputs(self.policy, completions.rows())
         if isinstance(self.value, ScalarModel):
-            values = self.value(completions.input_ids, completions.attention_mask, **extras)
+            values = completions.rows().through(self.value)
         else:
             values = scalars(self.value, inputs.hidden)
         return inputs, values[:, :-1]
@@ -94,16 +93,7 @@ def logprobs_and_values(
 ) -> tuple[Tensor, Tensor]:
     """(B, T - 1) fp32 each: log-probs of the completions' tokens, 0 elsewhere, and the values before all tokens."""
     inputs, values = module(some)
-    targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
-    with inputs.autocast():
-        out = fr.linear_logprobs(
-            inputs.hidden[:, :-1],
-            inputs.head,
-            targets,
-            temperature=temperature,
-            backend=backend,
-        )
-    return out.logprobs, values
+    return logprobs_of(inputs, some, temperature, backend), values
 
 
 def value_of(
@@ -255,6 +245,6 @@ def merged(weights: dict[str, Tensor], body: nn.Module, scaling: float) -> dict[
 @torch.no_grad()
 def rewards_of(model: nn.Module, completions: Completions) -> Tensor:
     """(B,) fp32: a ScalarModel's number at the last token of each row."""
-    numbers = model(completions.input_ids, completions.attention_mask, **completions.model_inputs())
+    numbers = completions.rows().through(model)
     last = completions.attention_mask.sum(dim=1, keepdim=True) - 1
     return numbers.gather(1, last).squeeze(1)

@@ -35,7 +35,8 @@ def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = Fals
     ]
     prompts = [some.without_last(some.completion) for some in made]
     answers = [some.ids[len(some.prompt) :] for some in made]
-    return assemble(prompts, answers, [tokenizer.eos_token_id], tokenizer, loaded.model.device)
+    ends, device = [tokenizer.eos_token_id], loaded.model.device
+    return assemble(prompts, answers, ends, tokenizer, device, collator=loaded.collator)
 
 
 def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
