@@ -61,7 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"f_divergence": "alpha_divergence", "f_alpha": 0.7},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
     ),
-    "lora": ({"lora_r": 4, "lora_target_modules": ("q_proj", "down_proj")}, {}),
+    "lora": ({"lora_r": 4, "lora_alpha": 16.0, "lora_target_modules": ("q_proj", "down_proj")}, {}),
     "precomputed": ({"precompute_ref": True}, {"precompute_ref_log_probs": True}),
     "packing": ({"packing": True}, {}),
     "micro_batches": ({"micro_batch_size": 4}, {}),

@@ -99,6 +99,7 @@ def test_a_broken_file_is_named_at_the_door_or_when_it_is_used(file, tmp_path):
         (tmp_path / "half").write_bytes(encoded(noise, kind)[:-500])
         with pytest.raises(PictureError, match=r"row 1: images: the picture '.*half' cannot be read"):
             read(tmp_path / "half", "row 1: images")
+    file.write_bytes(encoded(noise))
     picture = read(file, "row 2: images")
     file.write_bytes(b"gone")
     with pytest.raises(PictureError, match=r"row 2: images: the picture '.*a picture.png' cannot be read"):

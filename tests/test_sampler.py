@@ -5,10 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.pictures import read
 from fused_rlhf.trainers.sampler import Sampler, SamplerError, ask
 
-PROMPTS = [[1, 2], [3]]
+PROMPTS = [Encoded([1, 2], text="a"), Encoded([3], text="b")]
 
 
 def giving(found: Any) -> Sampler:
@@ -24,7 +27,7 @@ def test_completions_and_their_logprobs_in_any_container():
     ]
     for found in containers:
         assert ask(giving(found), PROMPTS, 10) == want
-    assert ask(lambda prompts: (prompts, None), PROMPTS, 10) == (PROMPTS, None)
+    assert ask(lambda prompts: (prompts, None), PROMPTS, 10) == ([[1, 2], [3]], None)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +60,23 @@ def test_what_it_raises_is_told():
 
     with pytest.raises(SamplerError, match="the sampler raised ConnectionError: no engine"):
         ask(broken, PROMPTS, 10)
+
+
+def test_images_and_texts_go_to_those_that_take_them():
+    seen = []
+
+    def looks(prompts, images):
+        seen.append(images)
+        return prompts, None
+
+    def reads(prompts, **more):
+        seen.append(more)
+        return prompts, None
+
+    picture = read(Image.new("RGB", (3, 2), "red"), "")
+    prompts = [Encoded([1], text="<image>what?", pictures=(picture,)), PROMPTS[1]]
+    ask(looks, prompts, 10)
+    ask(reads, prompts, 10)
+    for images in (seen[0], seen[1]["images"]):
+        assert [[one.getpixel((0, 0)) for one in row] for row in images] == [[(255, 0, 0)], []]
+    assert seen[1]["texts"] == ["<image>what?", "b"]

@@ -332,12 +332,12 @@ def test_a_second_ctrl_c_stops_at_once_and_a_third_does_not_spoil_what_is_saved(
         update()
         os.kill(os.getpid(), signal.SIGINT)
 
-    def saved(*arguments):
+    def saved(*arguments, **more):
         os.kill(os.getpid(), signal.SIGINT)
-        save(*arguments)
+        save(*arguments, **more)
 
     own.broken = press
-    monkeypatch.setattr(models, "save", lambda *a: (saved if own.engine.stepping else save)(*a))
+    monkeypatch.setattr(models, "save", lambda *a, **more: (saved if own.engine.stepping else save)(*a, **more))
     with pytest.raises(KeyboardInterrupt):
         fit(own)
     captured = capsys.readouterr()

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_language_only")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -40,7 +42,10 @@ class TrainConfig:
     lora_dropout: float = 0.0
     """LoRA: dropout before the adapters, during updates only."""
     lora_target_modules: tuple[str, ...] = ()
-    """LoRA: names of the layers that get adapters. Default: every linear layer but the head."""
+    """LoRA: names of the layers that get adapters, or one pattern that the whole name matches (`.*layers.[0-7]..*`).
+    Default: every linear layer but the head."""
+    lora_language_only: bool = True
+    """LoRA: an image-text model's adapters lie in its language model alone; what reads pictures stays as it is."""
 
     warmup_steps: int = 0
     """Supervised steps before the run's own; the reference is the model after them."""
@@ -115,7 +120,7 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
-        require_default(self, self.lora_r > 0, "without lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        require_default(self, self.lora_r > 0, "without lora_r", *LORA)
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
         built = self.model is None
         sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)

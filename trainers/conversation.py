@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -103,7 +104,7 @@ def encode(
         cut = common_start(begun, ids)
         made, rest = made.without_last(len(begun) - cut), ids[cut:]
     _without_pictures(processor, rest, f"{where}: {field}")
-    return Encoded([*made.ids, *rest], made.extras, len(rest), made.unloaded)
+    return replace(made, ids=[*made.ids, *rest], completion=len(rest))
 
 
 def _with_places(processor: ProcessorMixin | None, text: str, count: int, plain: bool, where: str) -> str:

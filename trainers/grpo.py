@@ -35,7 +35,7 @@ from fused_rlhf.trainers.grpo_config import COMPARING, Config
 from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
 from fused_rlhf.trainers.rollout import Completions
 from fused_rlhf.trainers.run import Logged, Run
-from fused_rlhf.trainers.sampler import Sampler, sampled
+from fused_rlhf.trainers.sampler import Sampler, sampled, takes
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
 
 __all__ = ["Config", "GRPOTrainer", "Result", "fit", "plan", "prepare", "train"]
@@ -176,6 +176,8 @@ def prepare(
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = ready(placed, loaded, task.pictures)
+    sees = sampler is None or not task.pictures or takes(sampler, "images")
+    require(sees, "sampler", sampler, "one that takes images=, for samples have pictures")
     return GRPOTrainer(
         config=config,
         loaded=loaded,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Encoded:
     extras: dict[str, Tensor] = field(default_factory=dict)  # pixel_values, image_grid_thw ..., of the prompt
     completion: int = 0  # tokens at the end that are the completion's
     unloaded: int = 0  # tokens that `ids` has too few of while pictures are not loaded
+    text: str = ""  # of the prompt, with a place for each picture
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def mask(self) -> list[bool]:
@@ -53,7 +55,7 @@ class Encoded:
             name: x.narrow(1, 0, length) if x.dim() > 1 and x.shape[1] == len(self.ids) else x
             for name, x in self.extras.items()
         }
-        return Encoded(self.ids[:length], extras, max(self.completion - count, 0), self.unloaded)
+        return replace(self, ids=self.ids[:length], extras=extras, completion=max(self.completion - count, 0))
 
 
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -91,13 +93,16 @@ def encode(
     if ids[: len(before)] == before:
         before = []
     if not pictures:
-        return Encoded(before + ids)
+        return Encoded(before + ids, text=text)
     if processor is None:
         raise ValueError(f"images: the model takes none, but there are {len(pictures)} with the text {text[:60]!r}")
+    shown: dict[str, Any] = {"text": text, "pictures": tuple(pictures)}
     if not load:
-        return Encoded(before + ids, unloaded=_beyond(processor, bool(before), tuple(p.size for p in pictures)))
+        return Encoded(
+            before + ids, unloaded=_beyond(processor, bool(before), tuple(p.size for p in pictures)), **shown
+        )
     found, extras = processed(processor, text, [picture.load() for picture in pictures], bool(before))
-    return Encoded(found, extras).without_last(after if before else 0)
+    return Encoded(found, extras, **shown).without_last(after if before else 0)
 
 
 def processed(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
         return merged(folder, dtype)
     source, local = locate("model", name)
     config = AutoConfig.from_pretrained(source, local_files_only=local)
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "vision_config" in config.to_dict():
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and has_vision(config):
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=local)
         return model, tokenizer_of("model", source, local, AutoProcessor)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
@@ -284,17 +285,62 @@ def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
 
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     require(not adapted, "lora_r", config.lora_r, f"0 for a {type(model).__name__} that has adapters already")
+    outside = beside_language(model) if config.lora_language_only else []
     settings = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_scaling * config.lora_r,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules) or "all-linear",
+        target_modules=targets(config.lora_target_modules),
+        exclude_modules=outside or None,
         task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(model, settings)
     except ValueError as error:
         raise ValueError(f"lora_target_modules: {error}") from error
+
+
+def targets(names: Sequence[str]) -> list[str] | str:
+    """What peft takes: names of layers, or a pattern of whole names. Raises ValueError for a pattern among several, or one
+    that is none."""
+    if not names:
+        return "all-linear"
+    patterns = [name for name in names if re.fullmatch(r"[\w.-]+", name) is None]
+    require(not patterns or len(names) == 1, "lora_target_modules", names, "names, or one pattern alone")
+    if not patterns:
+        return list(names)
+    try:
+        re.compile(patterns[0])
+    except re.error as error:
+        raise ValueError(f"lora_target_modules: {patterns[0]!r} is no pattern: {error}") from error
+    return patterns[0]
+
+
+def beside_language(model: Any) -> list[str]:
+    """Names of the layers outside of an image-text model's language model and its head; none of other models."""
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model or not has_vision(model.config):
+        return []
+    inside = {
+        id(module) for part in (decoder, model.get_output_embeddings()) if part is not None for module in part.modules()
+    }
+    leaves = ((name, module) for name, module in model.named_modules() if not any(module.children()))
+    return [name for name, module in leaves if id(module) not in inside]
+
+
+def has_vision(config: Any) -> bool:
+    return "vision_config" in config.to_dict()
+
+
+def adapters(model: Any) -> str:
+    """How many layers have adapters, and where, in words."""
+    from peft.tuners.lora import LoraLayer
+
+    base, named = base_of(model), base_of(model).named_modules()
+    outside = beside_language(base)  # the parts of adapted layers among them
+    adapted = [name for name, module in named if isinstance(module, LoraLayer)]
+    where = [any(part.startswith(f"{name}.") for part in outside) for name in adapted]
+    return f"LoRA adapters on {where.count(False)} layers of the language model, {where.count(True)} of what reads pictures"
 
 
 def reference_for(

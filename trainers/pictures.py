@@ -136,9 +136,7 @@ def _text(value: str | Path, where: str) -> Path | bytes:
         return path.absolute()
     if len(text) > 64 and set(text) <= BASE64:
         return _decoded(text, where)
-    raise ValueError(
-        f"{where}: there is no picture {text[:200]!r}, beside the data's file or in the working directory"
-    )
+    raise ValueError(f"{where}: there is no picture {text[:200]!r}, beside the data's file or in the working directory")
 
 
 def _is_file(path: Path) -> bool:

@@ -1,13 +1,16 @@
 """An external sampler, an inference engine say, in the place of the model in rollouts.
 
     sampler(prompts) -> completions, logprobs
+    sampler(prompts, images=..., texts=...) where it takes these, as it must take images where samples have pictures
 
-prompts: a list of lists of ids. completions: as many lists of ids, EOS included. logprobs: as many lists of what the sampler
-gave each of these tokens, at the run's temperature, or None where it reports none.
+prompts: a list of lists of ids, all of a picture's included. completions: as many lists of ids, EOS included. logprobs: as
+many lists of what the sampler gave each of these tokens, at the run's temperature, or None where it reports none. images: a list
+of PIL images for each prompt, in order. texts: the prompts, with one place for each image, as engines take them with images.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +21,7 @@ from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.model import Loaded, base_of
 from fused_rlhf.trainers.rollout import Completions, assemble, ends_of
 
-Sampler = Callable[[list[list[int]]], tuple[list[list[int]], list[list[float]] | None]]
+Sampler = Callable[..., tuple[list[list[int]], list[list[float]] | None]]
 
 
 ROUNDING = 1e-3  # above 0, of a log-prob
@@ -36,7 +39,7 @@ def sampled(
     logprobs, error = None, None
     try:
         vocabulary = base_of(loaded.model).get_input_embeddings().num_embeddings
-        completions, logprobs = ask(sampler, [prompt.ids for prompt in prompts], vocabulary)
+        completions, logprobs = ask(sampler, prompts, vocabulary)
         if logprobs is None and config.reads_sampler:
             raise SamplerError("the sampler reports no log-probs: expected some, for the objective reads them")
     except SamplerError as found:
@@ -50,14 +53,19 @@ def sampled(
 
 
 def ask(
-    sampler: Sampler, prompts: Sequence[list[int]], vocabulary: int
+    sampler: Sampler, prompts: Sequence[Encoded], vocabulary: int
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """Its completions, and the log-probs of their tokens where it reports them.
 
     Raises SamplerError naming the completion, what is wrong and what was expected.
     """
+    more: dict[str, Any] = {}
+    if takes(sampler, "images"):
+        more["images"] = [[picture.load() for picture in prompt.pictures] for prompt in prompts]
+    if takes(sampler, "texts"):
+        more["texts"] = [prompt.text for prompt in prompts]
     try:
-        found = sampler(list(prompts))
+        found = sampler([prompt.ids for prompt in prompts], **more)
     except Exception as error:
         raise SamplerError(f"the sampler raised {type(error).__name__}: {error}") from error
     if not isinstance(found, (tuple, list)) or len(found) != 2:
@@ -68,6 +76,15 @@ def ask(
         return completions, None
     rows = _rows(logprobs, "lists of log-probs", len(prompts))
     return completions, [_numbers(row, ids, i) for i, (row, ids) in enumerate(zip(rows, completions, strict=True))]
+
+
+def takes(sampler: Sampler, name: str) -> bool:
+    """Whether it has a parameter of that name, or takes any."""
+    try:
+        parameters = inspect.signature(sampler).parameters
+    except (TypeError, ValueError):  # a builtin tells nothing
+        return False
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def _rows(values: Any, what: str, count: int) -> list[Any]:

@@ -215,6 +215,8 @@ def fit(trainer: Trainer) -> Result:
         run.plot(trainer.plotted)
 
     run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
+    if config.lora_r:
+        run.say(models.adapters(trainer.loaded.model))
     if workload.note:
         run.say(workload.note)
     if (still := engine.standing_still()) > 0.5:
