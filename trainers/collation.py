@@ -31,7 +31,7 @@ import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers import inputs
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.engine import Placed
+from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded, processed
 from fused_rlhf.trainers.model import Loaded, base_of
@@ -78,7 +78,7 @@ class Collator:
         """The extras of rows whose ids are padded to `length`, on the right or on the left, `prompts` ids each that the
         extras speak of; all that follows is the completion."""
         names = dict.fromkeys(name for row in extras for name in row)
-        if not names and self.typed and not left and self.spare is not None:
+        if not names and self.typed and self.spare is not None:
             names = dict.fromkeys(name for name in self.spare.extras if name in self.aligned)
         made = {}
         for name in names:
@@ -145,7 +145,10 @@ def learned(model: Any, tokenizer: PreTrainedTokenizerBase, processor: Processor
     found.by_row = frozenset(name for name, x in one.extras.items() if len(x) == len(two.extras[name]) == 1)
     trial.fill(one)
     found.typed = trial.needs_types(none)
-    found.share = next(share for share in SHARES if trial.shared(share, [two, one, none, other]))
+    text = Encoded(inputs.encode(tokenizer, processor, inputs.probe(processor, 0, "no picture")).ids)
+    batches = [two, one, none, other, text], [none, text], [one, two]
+    if not any(all(trial.shared(share, rows) for rows in batches) for share in SHARES):
+        raise ValueError(f"model: {type(base_of(model)).__name__} gives other logits for the same row in two calls")
     return found
 
 
@@ -268,8 +271,10 @@ class _Trial:
         return torch.stack([of[n - 1 : n - 1 + NEW] for of, n in zip(logits, lengths, strict=True)]).float()
 
 
-def ready(engine: Placed, loaded: Loaded, pictures: bool) -> Loaded:
+def ready(engine: Engine, loaded: Loaded, pictures: bool) -> Loaded:
     """A placed model's `Loaded` with its collator, where it reads pictures.
+
+    An update without a picture takes what reads them along, as it must where another process has one.
 
     Raises ValueError as `learned`, and where processes cannot share a batch as the model needs it.
     """
@@ -277,7 +282,7 @@ def ready(engine: Placed, loaded: Loaded, pictures: bool) -> Loaded:
         return loaded
     with engine.whole():
         found = learned(loaded.model, loaded.tokenizer, loaded.processor, pictures)
-    found.always = pictures and engine.world > 1
+    found.always, engine.zero_gradients = pictures and engine.world > 1, pictures
     name = type(base_of(loaded.model)).__name__
     fits = found.share == "all" or not (engine.sharded and found.always)
     require(fits, "fsdp", True, f"false for {name} with pictures: its rows with and without cannot share a forward")

@@ -233,6 +233,7 @@ class Engine(Placed):
         self.config = config
         self.updates = 0
         self.stepping = False  # the weights are being changed
+        self.zero_gradients = False  # a weight without a gradient has one of 0, which AdamW's means of it go on with
         self.deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
         if self.sharded and not self.sharded_by_accelerate:
             _shard(self.wrapped, config.mixed_precision)
@@ -321,6 +322,10 @@ class Engine(Placed):
                 # Engines average gradients over processes.
                 self.accelerator.backward(loss * self.world)
         self.module.eval()
+        if self.zero_gradients:
+            for p in self.module.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
         grad_norm = self._clip()
         if self.accelerator.scaler is None:  # a loss scale steps over infinities by itself
             self._check(grad_norm, "norm of the gradient", parts)

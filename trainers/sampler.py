@@ -1,11 +1,13 @@
 """An external sampler, an inference engine say, in the place of the model in rollouts.
 
-    sampler(prompts) -> completions, logprobs
-    sampler(prompts, images=..., texts=...) where it takes these, as it must take images where samples have pictures
+sampler(prompts) -> completions, logprobs
+sampler(prompts, images=..., texts=...) where it takes these, as it must take images where samples have pictures
 
-prompts: a list of lists of ids, all of a picture's included. completions: as many lists of ids, EOS included. logprobs: as
-many lists of what the sampler gave each of these tokens, at the run's temperature, or None where it reports none. images: a list
-of PIL images for each prompt, in order. texts: the prompts, with one place for each image, as engines take them with images.
+prompts      a list of ids for each prompt, all of a picture's included
+completions  a list of ids for each prompt, EOS included
+logprobs     what the sampler gave each of these tokens, at the run's temperature; None where it reports none
+images       a list of PIL images for each prompt, in order
+texts        the prompts, with one place for each image, as engines take them with images
 """
 
 from __future__ import annotations
