@@ -19,7 +19,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fused_rlhf.trainers import pictures
+from fused_rlhf.trainers import pictures, shapes
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
@@ -74,6 +74,8 @@ def load(name: str, source: str | None, *, max_operand: int, seed: int, answers:
     """The task of that name, read from `source`; see the functions below."""
     if name == "arithmetic":
         return arithmetic(max_operand, seed=seed)
+    if name == "pictures":
+        return looking(seed)
     if source is None:
         raise ValueError(f"data: expected where the task {name!r} is read from; got None")
     if name == "gsm8k-steps":
@@ -95,6 +97,13 @@ def arithmetic(max_operand: int = 99, operators: str = "+-", num_test: int = 500
     random.Random(seed).shuffle(samples)
     note = f"a {' or '.join(operators)} b, operands up to {max_operand}; no test expression occurs in training"
     return Task(samples[num_test:], samples[:num_test], "exact_match", note)
+
+
+def looking(seed: int = 0, num_train: int = 4000, num_test: int = 500) -> Task:
+    """The generated pictures of `shapes`, no test picture among those to train on."""
+    samples = shapes.samples(num_train + num_test, seed)
+    note = f"squares on {shapes.SIZE} x {shapes.SIZE} pixels; one answer in four is right without looking"
+    return Task(samples[:num_train], samples[num_train:], "exact_match", note)
 
 
 def steps_of(answer: str, max_operand: int) -> list[Sample]:

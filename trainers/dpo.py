@@ -153,7 +153,9 @@ def prepare(
     preferences = pairs.load_for(config, rows, test_rows)
     if model is None and config.model is None:
         models.require_chosen(config)
-        model, tokenizer = build(config, preferences.train)
+        sizes = config.hidden_size, config.num_layers
+        looks = any(p.images for p in preferences.train)
+        model, tokenizer = models.build(*sizes, looks) if looks else build(config, preferences.train)
     loaded = models.load_for(config, model, tokenizer)
     context = models.max_positions(loaded.model)
     limit, template = config.max_length, config.chat_template

@@ -19,9 +19,10 @@ class Config(TrainConfig):
 
     output: str = "runs/dpo"
     """Folder for metrics, curves, samples, checkpoints and the model."""
-    task: Literal["pairs", "gsm8k-solutions"] = "pairs"
-    """pairs: your own rows with chosen and rejected, and maybe prompt and images; texts or lists of messages.
-    gsm8k-solutions: correct solutions of GSM8K's example_model_solutions.jsonl against wrong ones."""
+    task: Literal["pairs", "pictures", "gsm8k-solutions"] = "pairs"
+    """pairs: your own rows with chosen and rejected, and maybe prompt and images; texts or lists of messages. pictures:
+    generated ones, with the colour or the number of their squares over a wrong one. gsm8k-solutions: correct solutions of
+    GSM8K's example_model_solutions.jsonl against wrong ones."""
     data: str | None = None
     """A .jsonl or .parquet file, a folder with train and test files, or a hub id; GSM8K's folder."""
     num_test: int = 500
@@ -86,6 +87,10 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        generated = self.task == "pictures"
+        require(
+            not (generated and self.data), "data", self.data, f"none for the task {self.task!r}, which is generated"
+        )
         require_at_least(self, 1, "batch_size", "warmup_batch_size", "sample_tokens")
         require_at_least(self, 0, "num_test", "rpo_alpha", "router_aux_loss_coef")
         require_positive(self, "beta")

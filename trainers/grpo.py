@@ -171,7 +171,7 @@ def prepare(
     answers = not named or config.warmup_steps > 0 or any(map(rewards.reads_answers, named))
     task = data.load_for(config, task, answers)
     functions = rewards.choose(named, config, task, accelerator.device)
-    loaded = models.load_for(config, model, tokenizer)
+    loaded = models.load_for(config, model, tokenizer, task.pictures)
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
     placed, reference = place(config, accelerator, loaded, work, frozen)

@@ -82,8 +82,12 @@ def small_model(
     return Qwen3ForCausalLM(config)
 
 
-def build(hidden_size: int, num_layers: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The small model and its character tokenizer."""
+def build(hidden_size: int, num_layers: int, pictures: bool = False) -> tuple[PreTrainedModel, Any]:
+    """The small model and its character tokenizer, or its processor where it reads pictures."""
+    if pictures:
+        from fused_rlhf.trainers import small_vision  # needs Pillow
+
+        return small_vision.build(hidden_size, num_layers)
     tokenizer = char_tokenizer()
     return small_model(tokenizer, hidden_size, num_layers), tokenizer
 
@@ -187,8 +191,12 @@ def load_for(
     config: TrainConfig,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    pictures: bool = False,
 ) -> Loaded:
-    """The model that `config` asks for, or the one given with its tokenizer (or processor), ready to be trained."""
+    """The model that `config` asks for, or the one given with its tokenizer (or processor), ready to be trained.
+
+    A built one reads `pictures` where there are some.
+    """
     require((model is None) == (tokenizer is None), "model, tokenizer", (model, tokenizer), "both or neither")
     dtype = getattr(torch, config.dtype)
     if model is None and config.model is None:
@@ -197,7 +205,7 @@ def load_for(
         require(not config.lora_r, "lora_r", config.lora_r, "0 without a model: adapters need a trained one")
     if model is None or tokenizer is None:
         sizes = config.hidden_size, config.num_layers
-        model, tokenizer = load(config.model, dtype) if config.model else build(*sizes)
+        model, tokenizer = load(config.model, dtype) if config.model else build(*sizes, pictures)
     model = model.to(dtype)  # type: ignore[arg-type]
     processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
     inner: Any = processor.tokenizer if processor else tokenizer

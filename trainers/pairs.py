@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
-from fused_rlhf.trainers import conversation, inputs, pictures
+from fused_rlhf.trainers import conversation, inputs, pictures, shapes
 from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import Text, without_nulls
@@ -89,12 +89,21 @@ class Preferences:
 
 def load_for(config: Config, rows: Sequence[Sample] | None, test_rows: Sequence[Sample]) -> Preferences:
     """The pairs that `config` asks for, or the rows given. Raises as `load` and `check_row`."""
+    if rows is None and config.task == "pictures":
+        return looking(config.split_seed)
     if rows is None:
         require(config.data is not None, "data", None, f"where the pairs of the task {config.task!r} are read from")
         return load(config.task, str(config.data), config.num_test, config.split_seed)
     require(config.data is None, "data", config.data, "none where rows are given")
     train, test = check(rows, "row"), check(test_rows, "test row")
     return Preferences(train, test) if test else Preferences(*hold_out(train, config.num_test, config.split_seed))
+
+
+def looking(seed: int, num_train: int = 2000, num_test: int = 500) -> Preferences:
+    """The generated pictures of `shapes`, no test picture among those to train on."""
+    found = check(shapes.pairs(num_train + num_test, seed), "row")
+    note = f"squares on {shapes.SIZE} x {shapes.SIZE} pixels; one pair in two is right without looking"
+    return Preferences(found[:num_train], found[num_train:], note)
 
 
 def load(task: str, source: str, num_test: int, seed: int) -> Preferences:

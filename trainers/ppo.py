@@ -203,7 +203,7 @@ def prepare(
     read = any(map(rewards.reads_answers, chosen)) or (named and not chosen)
     task = data.load_for(config, task, answers=read or config.warmup_steps > 0)
     functions = rewards.choose(chosen, config, task, accelerator.device) if named else []
-    loaded = models.load_for(config, model, tokenizer)
+    loaded = models.load_for(config, model, tokenizer, task.pictures)
     work = rollouts.workload(loaded, task, config, generations=1, passes=config.num_ppo_epochs)
     judge = None if scorer is None else reward_of(config, scorer, loaded)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.kl_coef > 0)

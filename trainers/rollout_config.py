@@ -12,8 +12,9 @@ from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, r
 class RolloutConfig(TrainConfig):
     """Options that GRPO and PPO share. Raises ValueError for values out of range or at odds with each other."""
 
-    task: Literal["arithmetic", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
-    """arithmetic: generated sums and differences. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
+    task: Literal["arithmetic", "pictures", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
+    """arithmetic: generated sums and differences. pictures: generated ones, whose squares are to be counted or named by their
+    colour. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
     gsm8k: its whole questions. prompts: your own rows with prompt, maybe images, and an answer where a reward reads it."""
     data: str | None = None
     """Folder with GSM8K's train.jsonl and test.jsonl; for prompts also a .jsonl or .parquet file or a hub id."""
@@ -63,6 +64,8 @@ class RolloutConfig(TrainConfig):
         require(not idle, "warmup_steps", 0, f"at least 1 when warmup_accuracy is given ({self.warmup_accuracy})")
         adapters = self.lora_r > 0 and self.warmup_steps > 0
         require(not adapters, "warmup_steps", self.warmup_steps, "0 with LoRA, whose reference is the model as loaded")
-        generated = self.task == "arithmetic"
-        require(not (generated and self.data), "data", self.data, "none for the task 'arithmetic', which is generated")
+        generated = self.task in ("arithmetic", "pictures")
+        require(
+            not (generated and self.data), "data", self.data, f"none for the task {self.task!r}, which is generated"
+        )
         require(generated or self.data is not None, "data", self.data, f"where the task {self.task!r} is read from")
