@@ -1,11 +1,9 @@
 import copy
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import is_deepspeed_available
 from torch import nn
 
 import fused_rlhf as fr
@@ -164,16 +162,6 @@ def test_a_process_leaves_its_group():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     engine.leave()
     assert not torch.distributed.is_initialized()
-
-
-def test_deepspeed_needs_its_file(tmp_path):
-    with pytest.raises(ValueError, match=r"deepspeed: expected a DeepSpeed configuration file; got '.*gone\.json'"):
-        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "gone.json")))
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    if is_deepspeed_available():
-        pytest.skip("deepspeed is installed: a single process cannot tell what it would do without")
-    with pytest.raises(ValueError, match="the package deepspeed is not installed"):
-        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
 
 
 def test_weights_too_coarse_for_a_step_are_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""A model under accelerate: bare, replicated (DDP), sharded (FSDP2) or in DeepSpeed's hands, and one update of it.
+"""A model under accelerate: bare, replicated (DDP) or sharded (FSDP2), and one update of it.
 
     gradient of an update = sum over processes and micro-batches of the gradients of their shares of the loss
 
@@ -15,13 +15,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, is_deepspeed_available, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,7 +29,7 @@ from transformers import get_scheduler
 
 from fused_rlhf.objectives import reductions
 from fused_rlhf.objectives.reductions import OF_SIDE, Metrics, Side
-from fused_rlhf.trainers import private
+from fused_rlhf.trainers import launcher, private
 from fused_rlhf.trainers.config import TrainConfig, require
 
 T = TypeVar("T")
@@ -47,17 +46,14 @@ class NonFiniteLoss(FloatingPointError):
 def start(config: TrainConfig) -> Accelerator:
     """Seed and threads, and the accelerator of this run. Call it before a model is built.
 
-    Raises ValueError for a tracker or an engine that is unknown, not installed, or not supported.
+    Raises ValueError for a tracker that is unknown or not installed, and for what `accelerate launch` was told and a run
+    would not do.
     """
+    launcher.check()
     set_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
     private.forget_accelerators()
-    plugin = None
-    if config.deepspeed:
-        require(Path(config.deepspeed).is_file(), "deepspeed", config.deepspeed, "a DeepSpeed configuration file")
-        require(is_deepspeed_available(), "deepspeed", config.deepspeed, "none: the package deepspeed is not installed")
-        plugin = DeepSpeedPlugin(hf_ds_config=config.deepspeed, gradient_accumulation_steps=1)
     known, installed = private.trackers(), {str(name) for name in get_available_trackers()}
     for name in config.report_to:
         require(name in known, "report_to", name, f"one of {known}")
@@ -65,7 +61,6 @@ def start(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
         mixed_precision=config.mixed_precision,
-        deepspeed_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
         log_with=list(config.report_to) or None,
         project_dir=config.output,
@@ -73,9 +68,6 @@ def start(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type is DistributedType.FSDP:
         version = accelerator.state.fsdp_plugin.fsdp_version
         require(version == 2, "fsdp_version", version, "2 in accelerate's configuration")
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        require(stage < 3, "zero_optimization.stage", stage, "0, 1 or 2 (to shard the weights too, use fsdp)")
     return accelerator
 
 
@@ -226,16 +218,14 @@ class Engine(Placed):
         self.config = config
         self.updates = 0
         self.stepping = False  # the weights are being changed
-        self.deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
         if self.sharded and not self.sharded_by_accelerate:
             _shard(self.wrapped, config.mixed_precision)
-        elif not self.sharded and not self.deepspeed:
+        elif not self.sharded:
             self.wrapped = accelerator.prepare_model(self.wrapped)
         optimizer = self._adamw(config.learning_rate, config.weight_decay)
-        if self.sharded_by_accelerate or self.deepspeed:
+        if self.sharded_by_accelerate:
             self.wrapped, self.optimizer = accelerator.prepare(self.wrapped, optimizer)
-            if self.sharded_by_accelerate:
-                _set_up(self.wrapped)
+            _set_up(self.wrapped)
         else:
             self.optimizer = accelerator.prepare(optimizer)
         inner = self.optimizer.optimizer
@@ -252,7 +242,6 @@ class Engine(Placed):
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
-        require(not self.deepspeed, "deepspeed", self.config.deepspeed, "none with a warm-up: it has one optimiser")
         other = copy.copy(self)
         optimizer = self._adamw(learning_rate, 0.0)
         other.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -302,12 +291,11 @@ class Engine(Placed):
             with nullcontext() if last else self._without_sync():
                 loss, metrics = self.measure(function, *piece)
                 parts.append(Metrics(metrics.parts | {"loss": reductions.total(loss.detach())}))
-                if last:  # before DeepSpeed, whose last backward is its step
-                    combined = self.combine(parts)
-                    self._check(combined["loss"], "loss", parts)
                 # Engines average gradients over processes.
                 self.accelerator.backward(loss * self.world)
         self.module.eval()
+        combined = self.combine(parts)
+        self._check(combined["loss"], "loss", parts)
         grad_norm = self._clip()
         if self.accelerator.scaler is None:  # a loss scale steps over infinities by itself
             self._check(grad_norm, "norm of the gradient", parts)
@@ -344,8 +332,6 @@ class Engine(Placed):
 
     def _clip(self) -> float:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        if self.deepspeed:
-            return float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm) or 0.0)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

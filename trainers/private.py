@@ -19,7 +19,7 @@ def forget_accelerators() -> None:
 
 def sync_gradients(accelerator: Accelerator, wanted: bool) -> None:
     """Whether the next backward is an update's last. What accelerate offers for it, `accumulate`, counts calls by itself;
-    an optimiser that it prepared, and DeepSpeed's engine in `backward`, ask its state alone."""
+    an optimiser that it prepared asks its state alone."""
     accelerator.gradient_state._set_sync_gradients(wanted)
 
 
