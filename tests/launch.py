@@ -37,16 +37,17 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def command(arguments: Sequence[str], processes: int, launcher: str) -> list[str]:
-    """`fused-rlhf` with these arguments, by a launcher ("torchrun" or "accelerate")."""
+def command(arguments: Sequence[str], processes: int, launcher: str, program: Sequence[str]) -> list[str]:
+    """`program` with these arguments, by a launcher ("torchrun", "accelerate", or "fsdp": the latter's FSDP2)."""
     port = free_port()
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
     else:
-        start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        kind = ["--multi_gpu"] if launcher == "accelerate" else ["--use_fsdp", "--fsdp_version", "2"]
+        start = ["-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes)]
         start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         start += ["--main_process_port", port]
-    return [sys.executable, *start, *MODULE, *arguments]
+    return [sys.executable, *start, *program, *arguments]
 
 
 def started(arguments: Sequence[str], output: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
@@ -64,11 +65,16 @@ def log_of(output: Path) -> Path:
 
 
 def run(
-    arguments: Sequence[str], output: Path, processes: int = 1, launcher: str = "", **env: str
+    arguments: Sequence[str],
+    output: Path,
+    processes: int = 1,
+    launcher: str = "",
+    program: Sequence[str] = MODULE,
+    **env: str,
 ) -> list[dict[str, Any]]:
     """Run to the end; -> the rows of metrics.jsonl. Without a launcher the processes are forks, which start at once."""
     if launcher:
-        full = command([*arguments, "--output", str(output)], processes, launcher)
+        full = command([*arguments, "--output", str(output)], processes, launcher, program)
         with log_of(output).open("a") as log:
             codes = [subprocess.run(full, cwd=output.parent, env=environment(**env), stdout=log, stderr=log).returncode]
     else:

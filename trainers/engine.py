@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ def start(config: TrainConfig) -> Accelerator:
     Raises ValueError for a tracker that is unknown or not installed, and for what `accelerate launch` was told and a run
     would not do.
     """
-    launcher.check()
+    launcher.check(config)
     set_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -58,17 +57,14 @@ def start(config: TrainConfig) -> Accelerator:
     for name in config.report_to:
         require(name in known, "report_to", name, f"one of {known}")
         require(name in installed, "report_to", name, f"a tracker whose package is installed (pip install {name})")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
-        log_with=list(config.report_to) or None,
-        project_dir=config.output,
-    )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        version = accelerator.state.fsdp_plugin.fsdp_version
-        require(version == 2, "fsdp_version", version, "2 in accelerate's configuration")
-    return accelerator
+    with launcher.without_plugin():
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+            log_with=list(config.report_to) or None,
+            project_dir=config.output,
+        )
 
 
 def leave() -> None:
@@ -86,7 +82,6 @@ class _Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        private.declare_blocks(self, private.blocks_of(module))
 
     def forward(self, function: Callable[..., T], *args: Any) -> T:
         return function(self.module, *args)
@@ -100,15 +95,10 @@ def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
     for child in wrapper.modules():
         if type(child).__name__ in blocks:
             fully_shard(child, mp_policy=policy)
-    fully_shard(wrapper, mp_policy=policy)
-    _set_up(wrapper)
-
-
-def _set_up(wrapper: Any) -> None:
-    """The groups of FSDP2 find their root in its first forward, which must not be one of their own."""
-    with torch.no_grad():
-        wrapper(lambda module: None)
-    wrapper.reshard()
+    root: Any = fully_shard(wrapper, mp_policy=policy)
+    with torch.no_grad():  # the groups find their root in its first forward, which must not be one of their own
+        root(lambda module: None)
+    root.reshard()
 
 
 @torch.no_grad()
@@ -129,15 +119,17 @@ class Placed:
         self.module = module
         self.device = accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        # accelerate knows FSDP2 on accelerators only; its launcher's wish is the same as the flag.
-        wished = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self.sharded_by_accelerate = accelerator.distributed_type is DistributedType.FSDP
-        self.sharded = fsdp or wished or self.sharded_by_accelerate
+        self.sharded = fsdp or launcher.shards()
         self.wrapped: nn.Module = _Wrapper(module.to(self.device))
+        if self.sharded:
+            _shard(self.wrapped, accelerator.mixed_precision)
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         with self.accelerator.autocast():
-            return self.wrapped(function, *args)
+            result = self.wrapped(function, *args)
+        if isinstance(self.wrapped, FSDPModule) and not torch.is_grad_enabled():
+            self.wrapped.reshard()  # a backward would have done it
+        return result
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -218,16 +210,9 @@ class Engine(Placed):
         self.config = config
         self.updates = 0
         self.stepping = False  # the weights are being changed
-        if self.sharded and not self.sharded_by_accelerate:
-            _shard(self.wrapped, config.mixed_precision)
-        elif not self.sharded:
+        if not self.sharded:
             self.wrapped = accelerator.prepare_model(self.wrapped)
-        optimizer = self._adamw(config.learning_rate, config.weight_decay)
-        if self.sharded_by_accelerate:
-            self.wrapped, self.optimizer = accelerator.prepare(self.wrapped, optimizer)
-            _set_up(self.wrapped)
-        else:
-            self.optimizer = accelerator.prepare(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(self._adamw(config.learning_rate, config.weight_decay))
         inner = self.optimizer.optimizer
         self.scheduler = get_scheduler(config.lr_schedule, inner, config.lr_warmup_updates, max(num_updates, 1))
 
@@ -263,10 +248,7 @@ class Engine(Placed):
 
     def frozen(self, module: nn.Module) -> Placed:
         """A module that is only evaluated (a reference, a reward model), placed like the trained one."""
-        placed = Placed(self.accelerator, module.requires_grad_(False), self.config.fsdp)
-        if placed.sharded:
-            _shard(placed.wrapped, self.config.mixed_precision)
-        return placed
+        return Placed(self.accelerator, module.requires_grad_(False), self.config.fsdp)
 
     def update(self, function: Loss, pieces: Sequence[tuple[Any, ...]]) -> dict[str, float]:
         """One optimiser update.

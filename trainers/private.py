@@ -32,8 +32,3 @@ def blocks_of(module: nn.Module) -> set[str]:
     """Class names of the transformer blocks below, by the attribute with which transformers tells accelerate what not to
     split: no public one says what to shard."""
     return {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
-
-
-def declare_blocks(wrapper: nn.Module, names: set[str]) -> None:
-    """accelerate reads the blocks from the outermost module, which is ours."""
-    wrapper._no_split_modules = sorted(names)  # type: ignore[assignment]
