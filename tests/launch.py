@@ -52,12 +52,23 @@ def command(arguments: Sequence[str], processes: int, launcher: str, program: Se
 
 def started(arguments: Sequence[str], output: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
     """`fused-rlhf` in so many forks, with what torchrun would tell each; their output goes beside `output`."""
-    full = ["-c", WITHOUT_CURVES, *arguments, "--output", str(output)]
+    return forked(["-c", WITHOUT_CURVES, *arguments, "--output", str(output)], log_of(output), processes, **env)
+
+
+def forked(arguments: Sequence[str], log: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
+    """`python` in so many forks, with what torchrun would tell each."""
     if processes > 1:
         env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {} for i in range(processes)]
-    return [forks.start(full, output.parent, environment(**env, **rank), log_of(output)) for rank in ranks]
+    return [forks.start(arguments, log.parent, environment(**env, **rank), log) for rank in ranks]
+
+
+def together(code: str, folder: Path, processes: int = 2) -> None:
+    """Python code in so many processes, which must all end well."""
+    log = folder / "together.log"
+    codes = [process.wait() for process in forked(["-c", code], log, processes)]
+    assert not any(codes), log.read_text()[-6000:]
 
 
 def log_of(output: Path) -> Path:

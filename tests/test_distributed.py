@@ -36,15 +36,15 @@ sys.exit(cli.main())
 """
 
 
-def of_model(folder):
-    """GRPO's flags for a small model that is loaded."""
-    return GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(folder)}").split()
+def of_model(folder, tied=True):
+    """GRPO's flags for a small model that is loaded, its vocabulary of 99 tokens."""
+    return GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(folder, tied)}").split()
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    flags = of_model(folder / "base")
+    flags = of_model(folder / "base", tied=False)
     return flags, run(flags, folder / "run"), folder / "run"
 
 

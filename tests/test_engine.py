@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import fused_rlhf as fr
 from fused_rlhf.objectives.reductions import Side
@@ -155,6 +157,46 @@ def test_a_frozen_copy_takes_over_parameters(tmp_path):
     engine.copy_parameters(own.module, reference.module)
     reference.load_state_dict(kept)
     assert not torch.equal(first, next(iter(reference.module.parameters())))
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
+    folder = tiny.saved_model(tmp_path / "base", tied)
+    own, loaded = tiny.build(tmp_path, fsdp=True, model=folder, hidden_size=128, num_layers=4)
+    alone, _ = tiny.build(tmp_path, model=folder, hidden_size=128, num_layers=4)
+    model: Any = loaded.model
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert [isinstance(table, FSDPModule) for table in tables] == [not tied] * 2
+
+    def sharded(parameters):
+        return all(isinstance(p, DTensor) for p in parameters)
+
+    seen: list[bool] = []
+
+    def loss(model, ids, count):
+        found = tiny.logprob_loss(model, ids, count)
+        seen.extend(sharded(table.parameters()) for table in tables)
+        return found
+
+    for _ in range(2):
+        mine, its = own.update(loss, pieces(4, 2)), alone.update(tiny.logprob_loss, pieces(4, 2))
+        assert mine == pytest.approx(its, rel=1e-5)
+        assert sharded(model.parameters())
+    assert set(seen) == {not tied}
+    with torch.no_grad():
+        own(loss, IDS, COUNT)
+    assert sharded(model.parameters())
+    with own.whole():
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert sharded(model.parameters())
 
 
 def test_a_process_leaves_its_group():

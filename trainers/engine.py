@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from fused_rlhf.objectives import reductions
 from fused_rlhf.objectives.reductions import OF_SIDE, Metrics, Side
@@ -88,17 +89,37 @@ class _Wrapper(nn.Module):
 
 
 def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
-    """FSDP2 on any device: a group for each transformer block, and one for the rest."""
+    """FSDP2 on any device: a group for each transformer block, one each for embedding and head, and one for the rest.
+
+    A weight that is both embedding and head is among the rest: an update needs it from beginning to end.
+    """
     half = mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    blocks = private.blocks_of(wrapper)
+    blocks, tables = private.blocks_of(wrapper), _tables(wrapper)
     for child in wrapper.modules():
         if type(child).__name__ in blocks:
             fully_shard(child, mp_policy=policy)
+    for table in tables:
+        # The backward of neither reads it: an embedding's by its nature, the head's since the op has a copy.
+        fully_shard(table, mp_policy=policy).set_unshard_in_backward(False)
     root: Any = fully_shard(wrapper, mp_policy=policy)
     with torch.no_grad():  # the groups find their root in its first forward, which must not be one of their own
         root(lambda module: None)
     root.reshard()
+
+
+def _tables(module: nn.Module) -> list[nn.Module]:
+    """Embeddings and heads whose weights nothing else has."""
+    uses = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
+    found = [t for m in _models(module) for t in (m.get_input_embeddings(), m.get_output_embeddings()) if t is not None]
+    return [table for table in found if all(uses[p] == 1 for p in table.parameters())]
+
+
+def _models(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models below that are no part of another."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _models(child)]
 
 
 @torch.no_grad()
@@ -291,18 +312,13 @@ class Engine(Placed):
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
-        """Gradients stay on this process."""
+        """Gradients stay on this process, but for shards: before they are reduced they are whole on each."""
         private.sync_gradients(self.accelerator, False)
-        sharded = isinstance(self.wrapped, FSDPModule)
-        if sharded:
-            self.wrapped.set_requires_gradient_sync(False)  # type: ignore[operator]
         try:
-            with nullcontext() if sharded else self.accelerator.no_sync(self.wrapped):
+            with nullcontext() if self.sharded else self.accelerator.no_sync(self.wrapped):
                 yield
         finally:
             private.sync_gradients(self.accelerator, True)
-            if sharded:
-                self.wrapped.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def _check(self, value: float, what: str, parts: Sequence[Metrics]) -> None:
         if math.isfinite(value):
