@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused_rlhf as fr
 from fused_rlhf.objectives.reductions import Side
 from fused_rlhf.trainers import engine
-from fused_rlhf.trainers.engine import NonFiniteLoss
+from fused_rlhf.trainers.engine import Engine, NonFiniteLoss
 from tests import tiny
 from tests.tiny import COUNT, IDS, pieces
 
@@ -197,6 +198,25 @@ def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
     with own.whole():
         assert not any(isinstance(p, DTensor) for p in model.parameters())
     assert sharded(model.parameters())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "mamba"])
+def test_blocks_hold_blocks_and_embeddings(tmp_path, kind, tied):
+    """BERT's embeddings are a block to transformers; Mamba's mixer is one within another."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    more = (
+        {"num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True} if kind == "bert" else {"state_size": 8}
+    )
+    losses = []
+    for fsdp in (False, True):
+        config = tiny.config(tmp_path, fsdp=fsdp, learning_rate=1e-2)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+        own = Engine(config, engine.start(config), model, 2)
+        losses.append([own.update(tiny.logprob_loss, pieces(4, 2))["loss"] for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_process_leaves_its_group():

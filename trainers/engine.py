@@ -91,17 +91,19 @@ class _Wrapper(nn.Module):
 def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
     """FSDP2 on any device: a group for each transformer block, one each for embedding and head, and one for the rest.
 
-    A weight that is both embedding and head is among the rest: an update needs it from beginning to end.
+    A weight that has a second place, as where it is both embedding and head, is among the rest.
     """
     half = mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    blocks, tables = private.blocks_of(wrapper), _tables(wrapper)
-    for child in wrapper.modules():
-        if type(child).__name__ in blocks:
-            fully_shard(child, mp_policy=policy)
+    places = Counter(p for _, p in wrapper.named_parameters(remove_duplicate=False))
+    names, tables = private.blocks_of(wrapper), _tables(wrapper)
+    blocks = [child for child in wrapper.modules() if type(child).__name__ in names]
+    blocks, tables = ([m for m in some if all(places[p] == 1 for p in m.parameters())] for some in (blocks, tables))
     for table in tables:
         # The backward of neither reads it: an embedding's by its nature, the head's since the op has a copy.
         fully_shard(table, mp_policy=policy).set_unshard_in_backward(False)
+    for block in reversed(blocks):  # those within others first
+        fully_shard(block, mp_policy=policy)
     root: Any = fully_shard(wrapper, mp_policy=policy)
     with torch.no_grad():  # the groups find their root in its first forward, which must not be one of their own
         root(lambda module: None)
@@ -109,10 +111,9 @@ def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
 
 
 def _tables(module: nn.Module) -> list[nn.Module]:
-    """Embeddings and heads whose weights nothing else has."""
-    uses = Counter(p for _, p in module.named_parameters(remove_duplicate=False))
-    found = [t for m in _models(module) for t in (m.get_input_embeddings(), m.get_output_embeddings()) if t is not None]
-    return [table for table in found if all(uses[p] == 1 for p in table.parameters())]
+    """Embeddings and heads."""
+    both = [table for m in _models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())]
+    return [table for table in both if table is not None]
 
 
 def _models(module: nn.Module) -> list[PreTrainedModel]:
