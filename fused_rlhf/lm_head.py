@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf import private, reading
+from fused_rlhf.checks import dtensor
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.head import DTYPES, Head, LoRA
@@ -424,6 +425,8 @@ class _Stub:
         if threading.get_ident() != self.thread:
             return None
         self.calls += 1
+        if args and isinstance(args[0], Tensor) and (what := dtensor(args[0])):
+            raise ValueError(f"the output embeddings are called with {what}")
         if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
             raise ValueError(f"the output embeddings are called with {[_describe(a) for a in args]}, not (B, T, H)")
         self.hidden = args[0]
@@ -582,13 +585,15 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
             module = module.get_base_layer()
     # accelerate's device hooks replace the instance's forward and call the class's.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if replaced and isinstance(module, nn.Linear) and (what := dtensor(module.weight)):  # transformers' tp_plan
+        raise ValueError(f"unsupported head: its weight is {what}")
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or replaced:
         raise ValueError(
             f"unsupported head: the output embeddings must compute h W^T + b as nn.Linear does, got {_name(module)}"
-            " (quantised, sharded or custom)"
+            " (quantised or custom)"
         )
     weight = module.weight
-    if weight.dtype not in DTYPES or not (_is_dtensor(weight) or type(weight) in (Tensor, nn.Parameter)):
+    if weight.dtype not in DTYPES or not (dtensor(weight) or type(weight) in (Tensor, nn.Parameter)):
         raise ValueError(
             f"unsupported head: the head's weight must be a plain tensor of one of {[str(d) for d in DTYPES]}, "
             f"got {_name(weight)} of {weight.dtype} (quantised?)"
@@ -604,12 +609,13 @@ def operands_of(embeddings: nn.Module) -> Operands:
     """
     linear = linear_of(embeddings)
     weight, bias = linear.weight, linear.bias
-    if _is_dtensor(weight) or weight.dim() != 2 or weight.numel() == 0:
+    if what := dtensor(weight):
         raise ValueError(
-            f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)}); FSDP2 gathers it for a "
-            "forward alone: take the head from lm_head.forward, with fully_shard on all of model.get_output_embeddings() "
-            "or on what is around them"
+            f"unsupported head: its weight is {what}. FSDP2 gathers it for a forward alone: not for find_head, nor where "
+            "fully_shard is called for a part of model.get_output_embeddings()"
         )
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)})")
     if weight.is_meta:
         raise ValueError("unsupported head: its weight is on the meta device (offloaded?); keep the head in memory")
     return Operands(weight, bias, adapter_of(embeddings))
@@ -628,11 +634,6 @@ def _class_of(module: nn.Module) -> type:
 def _of_fsdp2(cls: type) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and issubclass(cls, fsdp.FSDPModule)
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def _takes(base: nn.Module, name: str) -> bool:

@@ -201,6 +201,13 @@ def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
 
 
 @pytest.mark.usefixtures("group")
+def test_a_model_that_is_split_already_is_refused(tmp_path):
+    own, loaded = tiny.build(tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match=r"model: expected whole weights \(no tp_plan.*; got 'a DTensor, .*weight'"):
+        own.frozen(loaded.model)
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "mamba"])
 def test_blocks_hold_blocks_and_embeddings(tmp_path, kind, tied):

@@ -457,8 +457,41 @@ def test_a_sharded_head_is_whole_in_a_forward_alone() -> None:
         lm_head.hidden_states(expected, batch()), expected.lm_head.weight, batch()
     ).logprobs.sum().backward()
     torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), 2 * expected.lm_head.weight.grad)
-    with pytest.raises(ValueError, match=r"its weight is sharded \(DTensor.*take the head from lm_head\.forward"):
+    with pytest.raises(ValueError, match=r"its weight is a DTensor, Shard.* not for find_head"):
         lm_head.find_head(model)
+
+
+def assert_refused_as_split(model: nn.Module) -> None:
+    for call in (lm_head.find_head, lambda m: lm_head.forward(m, batch()), lambda m: lm_head.logprobs(m, batch())):
+        with pytest.raises(ValueError, match=r"a DTensor, .* over \d processes \(tensor parallelism .*without tp_plan"):
+            call(model)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_tensor_parallelism_is_refused_by_its_name() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    hooked = build("llama")
+    parallelize_module(hooked, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
+    replaced = build("llama")  # as transformers does it
+    replaced.lm_head.weight = nn.Parameter(distribute_tensor(replaced.lm_head.weight.detach(), mesh, [Shard(0)]))
+    replaced.lm_head.forward = replaced.lm_head.forward
+    for model in (hooked, replaced):
+        assert_refused_as_split(model)
+
+
+def load_split(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    assert_refused_as_split(transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_model_loaded_with_a_tp_plan_is_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    launch.together(f"from tests import test_lm_head as t; t.load_split({str(tmp_path / 'model')!r})", tmp_path)
 
 
 def test_accelerates_device_hooks() -> None:

@@ -141,6 +141,9 @@ class Placed:
         self.module = module
         self.device = accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        for name, parameter in module.named_parameters():
+            split = isinstance(parameter, DTensor)
+            require(not split, "model", f"a DTensor, {name}", "whole weights (no tp_plan, no fully_shard): fsdp shards them")
         self.sharded = fsdp or launcher.shards()
         self.wrapped: nn.Module = _Wrapper(module.to(self.device))
         if self.sharded:
