@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -24,10 +25,8 @@ def check_tensor(name: str, value: object, device: torch.device | None = None) -
         return
     stand_in = private.is_fake(value)  # of someone who traces through us
     if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not stand_in:
-        raise TypeError(
-            f"{name} must be a plain tensor, got a {type(value).__name__}; make it one first (a DTensor by full_tensor(), a "
-            "quantised tensor by dequantize())"
-        )
+        how = dtensor(value) or f"a {type(value).__name__}; make it one first (a quantised tensor by dequantize())"
+        raise TypeError(f"{name} must be a plain tensor, got {how}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of hidden, {device}, got {value.device}")
     if value.is_meta and not stand_in:
@@ -37,6 +36,19 @@ def check_tensor(name: str, value: object, device: torch.device | None = None) -
             f"{name} must not carry a tangent: forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are not "
             "implemented; use backward"
         )
+
+
+def dtensor(value: Tensor) -> str:
+    """Of a DTensor, what it is and what to do about it; "" of any other tensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None or not isinstance(value, distributed.DTensor):
+        return ""
+    placements = ", ".join(map(repr, value.placements))
+    return (
+        f"a DTensor, {placements} over {value.device_mesh.size()} processes (tensor parallelism or FSDP2): load the model "
+        "without tp_plan and shard it by fully_shard, for lm_head.forward, or gather the tensor: full_tensor(), with "
+        "grad_placements=[Partial()] where processes have data of their own"
+    )
 
 
 def check_zero_or_one(name: str, values: Tensor | None) -> None:

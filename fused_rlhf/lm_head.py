@@ -6,6 +6,9 @@ Nothing here knows a model by name. The model's own forward runs with hooks on i
 head's input, which makes whatever happens before the head right by construction, and leaves the head no rows to
 multiply. The other puts known values where the logits would be; what `.logits` then holds tells scale and curve, and
 is compared with them value by value, so that a head of any other kind is refused instead of being trained wrongly.
+
+A head in a group of its own under FSDP2 is whole only while it runs. What is multiplied by is copied then: the copy lives
+as long as it is needed, and FSDP2 frees, reduces and scatters as ever, since the head's input has gone through its hooks.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fused_rlhf import private, reading
+from fused_rlhf.checks import dtensor
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.head import DTYPES, Head, LoRA
@@ -40,7 +44,7 @@ class HeadInputs:
     """What one forward of a model leaves for its head."""
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
-    head: Head  # with the model's own parameters
+    head: Head  # with the model's own parameters, or copies with their graph where FSDP2 has sharded the head by itself
     aux_loss: Tensor | None  # a mixture of experts' auxiliary loss, where asked for (`output_router_logits=True`)
     autocast_dtype: torch.dtype | None  # of the autocast the head would have run in; None outside of one
 
@@ -50,21 +54,36 @@ class HeadInputs:
         return torch.autocast(self.hidden.device.type, dtype=dtype, enabled=dtype is not None)
 
 
+class Operands(NamedTuple):
+    """What a head multiplies by."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: LoRA | None
+
+    def copied(self) -> Operands:
+        """The same, with memory of its own and the same graph."""
+        lora = None if self.lora is None else LoRA(self.lora.a.clone(), self.lora.b.clone(), self.lora.scale)
+        return Operands(self.weight.clone(), None if self.bias is None else self.bias.clone(), lora)
+
+
 @dataclass(frozen=True, eq=False)
 class Probed:
     """What one forward of a model puts into its head, and what it does to the logits that come out."""
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
+    operands: Operands
     transform: Transform
     aux_loss: Tensor | None
     autocast_dtype: torch.dtype | None  # as in `HeadInputs`
 
-    def head(self, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> Head:
-        """The head of these parameters."""
+    @property
+    def head(self) -> Head:
+        (weight, bias, lora), scale = self.operands, self.transform.logit_scale
         name, parameter = self.transform.curve, self.transform.parameter
         if name in ("", "softcap"):
-            return Head(weight, bias, self.transform.logit_scale, parameter if name else None, lora)
-        return Head(weight, bias, self.transform.logit_scale, lora=lora, curve=(name, parameter))
+            return Head(weight, bias, scale, parameter if name else None, lora)
+        return Head(weight, bias, scale, lora=lora, curve=(name, parameter))
 
 
 def logprobs(
@@ -174,7 +193,7 @@ def find_head(model: nn.Module, **model_inputs: Any) -> Head:
     gpus = {p.device.index for p in base.parameters() if p.is_cuda}
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
-    weight, bias = _operands(linear_of(base.get_output_embeddings()))  # a parametrised weight wants its graph
+    weight, bias, _ = operands_of(base.get_output_embeddings())  # a parametrised weight wants its graph
     return replace(head, weight=weight, bias=bias)
 
 
@@ -221,14 +240,11 @@ def forward(
     _check_adapter_names(embeddings, model_inputs.get("adapter_names"))
     model_inputs.update(_checked_reading(model, found, embeddings, model_inputs))
     with found.stance(embeddings):
-        probed = probe(found.base, embeddings, lambda: model(**model_inputs))
-    # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
-    weight, bias = _operands(linear_of(embeddings))
+        probed = probe(found.base, embeddings, lambda: model(**model_inputs), tied=any(map(_is_fsdp2, found.chain)))
     hidden = probed.hidden
     if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
         hidden = hidden[:, -input_ids.shape[1] :]
-    head = probed.head(weight, bias, adapter_of(embeddings))
-    return HeadInputs(hidden, head, probed.aux_loss, probed.autocast_dtype)
+    return HeadInputs(hidden, probed.head, probed.aux_loss, probed.autocast_dtype)
 
 
 def _checked_reading(
@@ -303,13 +319,25 @@ def _check_adapter_names(embeddings: nn.Module, names: Any) -> None:
         )
 
 
-def probe(base: nn.Module, embeddings: nn.Module, call: Callable[[], Any]) -> Probed:
+def probe(
+    base: nn.Module,
+    embeddings: nn.Module,
+    call: Callable[[], Any],
+    operands: Callable[[], Operands] | None = None,
+    tied: bool = False,
+) -> Probed:
     """Run `call()`, a forward of the transformers model `base`, up to its output embeddings.
+
+    Args:
+        operands: what the head multiplies by, asked for where it is whole; None is `operands_of(embeddings)`.
+        tied: a backward from `hidden` begins with what `call()` returned, where FSDP2 has hooked it. Without it nobody
+            reduces the gradients of what is in the root's group alone.
 
     Raises:
         ValueError: the logits are made in a way that `Probed` cannot say; the message tells why.
     """
-    with _stubbed(embeddings) as stub:
+    found = operands or (lambda: operands_of(embeddings))
+    with _stubbed(embeddings, operands=found if _is_fsdp2(embeddings) else None) as stub:
         try:
             result = call()
         except torch.OutOfMemoryError:
@@ -318,8 +346,24 @@ def probe(base: nn.Module, embeddings: nn.Module, call: Callable[[], Any]) -> Pr
             if stub.calls == 0:
                 raise
             raise ValueError(f"unsupported head: {_name(base)} fails on the probe of its logits: {error}") from error
-    transform = _fit(_logits(result, base, stub), stub)
-    return Probed(stub.hidden, transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
+    logits = _logits(result, base, stub)
+    transform = _fit(logits.detach(), stub)
+    hidden = _Tied.apply(stub.hidden, logits) if tied and logits.requires_grad else stub.hidden
+    # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
+    return Probed(hidden, stub.operands or found(), transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
+
+
+class _Tied(torch.autograd.Function):
+    """The first tensor, which has a gradient of zeros for the second one too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        ctx.zeros = other.new_zeros(()).expand_as(other)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        return upstream, ctx.zeros
 
 
 @dataclass
@@ -362,10 +406,15 @@ class _HeadReached(BaseException):
 
 
 class _Stub:
-    """The hooks that stand in for the head during one forward, in the thread that runs it; `last`: which ends there."""
+    """The hooks that stand in for the head during one forward, in the thread that runs it.
 
-    def __init__(self, last: bool) -> None:
+    last: which ends there. operands: of a head that is whole now alone.
+    """
+
+    def __init__(self, last: bool, operands: Callable[[], Operands] | None) -> None:
         self.last = last
+        self.operands_now = operands
+        self.operands: Operands | None = None
         self.thread = threading.get_ident()
         self.calls = 0
         self.autocast_dtype: torch.dtype | None = None
@@ -376,6 +425,8 @@ class _Stub:
         if threading.get_ident() != self.thread:
             return None
         self.calls += 1
+        if args and isinstance(args[0], Tensor) and (what := dtensor(args[0])):
+            raise ValueError(f"the output embeddings are called with {what}")
         if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
             raise ValueError(f"the output embeddings are called with {[_describe(a) for a in args]}, not (B, T, H)")
         self.hidden = args[0]
@@ -393,18 +444,31 @@ class _Stub:
         rows = max(2, math.ceil(len(_GRID) / V))
         values = _GRID.repeat(math.ceil(rows * V / len(_GRID)))[: rows * V]
         self.probe = values.view(*(1 for _ in output.shape[:-2]), rows, V)
+        if self.operands_now is not None:
+            self.operands = self.operands_now().copied()
+            if self.hidden.requires_grad:  # else a backward from the output would gather the head for nothing
+                output = output.detach()
         wide = torch.float32 if output.device.type == "mps" else torch.float64
         # The empty product ties the model's output to all its parameters: DDP looks there for unused ones.
         return self.probe.to(output.device, wide) + output.sum().to(wide)
 
+    def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """After FSDP2's own hook, ties the output to the rest of the model again."""
+        if threading.get_ident() != self.thread or self.operands_now is None:
+            return None
+        return output + self.hidden[..., :0, :].sum().to(output)
+
 
 @contextlib.contextmanager
-def _stubbed(embeddings: nn.Module, last: bool = False) -> Iterator[_Stub]:
-    stub = _Stub(last)
+def _stubbed(
+    embeddings: nn.Module, last: bool = False, operands: Callable[[], Operands] | None = None
+) -> Iterator[_Stub]:
+    stub = _Stub(last, operands)
     # Hooks that were there first run before `before` and after `after`: they are part of what is probed.
     handles = [
         embeddings.register_forward_pre_hook(stub.before),
         embeddings.register_forward_hook(stub.after, prepend=True),
+        embeddings.register_forward_hook(stub.tie),
     ]
     try:
         yield stub
@@ -414,7 +478,7 @@ def _stubbed(embeddings: nn.Module, last: bool = False) -> Iterator[_Stub]:
 
 
 def _logits(result: Any, base: nn.Module, stub: _Stub) -> Tensor:
-    """The probe as the model returns it, once it is known to be that."""
+    """The probe as the model returns it, with its graph, once it is known to be that."""
     name = _name(base)
     if stub.calls != 1:
         raise ValueError(f"unsupported head: {name} calls its output embeddings {stub.calls} times a forward, not once")
@@ -426,7 +490,7 @@ def _logits(result: Any, base: nn.Module, stub: _Stub) -> Tensor:
             f"unsupported head: {name} makes logits of shape {tuple(logits.shape)} from a head output of shape "
             f"{tuple(stub.probe.shape)}; they must be equal (no padded or cut vocabulary, no positions dropped)"
         )
-    return logits.detach()
+    return logits
 
 
 def _fit(logits: Tensor, stub: _Stub) -> Transform:
@@ -482,7 +546,7 @@ def adapter_of(embeddings: nn.Module) -> LoRA | None:
         return None
     if module.disable_adapters or module.merged:
         return None
-    plain = type(module) is peft.tuners.lora.Linear
+    plain = _class_of(module) is peft.tuners.lora.Linear
     active = [name for name in module.active_adapters if plain and name in module.lora_A]
     if plain and not active:
         return None
@@ -521,13 +585,15 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
             module = module.get_base_layer()
     # accelerate's device hooks replace the instance's forward and call the class's.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if replaced and isinstance(module, nn.Linear) and (what := dtensor(module.weight)):  # transformers' tp_plan
+        raise ValueError(f"unsupported head: its weight is {what}")
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or replaced:
         raise ValueError(
             f"unsupported head: the output embeddings must compute h W^T + b as nn.Linear does, got {_name(module)}"
-            " (quantised, sharded or custom)"
+            " (quantised or custom)"
         )
     weight = module.weight
-    if weight.dtype not in DTYPES or not (_is_dtensor(weight) or type(weight) in (Tensor, nn.Parameter)):
+    if weight.dtype not in DTYPES or not (dtensor(weight) or type(weight) in (Tensor, nn.Parameter)):
         raise ValueError(
             f"unsupported head: the head's weight must be a plain tensor of one of {[str(d) for d in DTYPES]}, "
             f"got {_name(weight)} of {weight.dtype} (quantised?)"
@@ -535,21 +601,39 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
     return module
 
 
-def _operands(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def operands_of(embeddings: nn.Module) -> Operands:
+    """What the output embeddings multiply by, where that is whole.
+
+    Raises:
+        ValueError: they are no head that `Head` can say, or are sharded.
+    """
+    linear = linear_of(embeddings)
     weight, bias = linear.weight, linear.bias
-    if _is_dtensor(weight) or weight.dim() != 2 or weight.numel() == 0:
+    if what := dtensor(weight):
         raise ValueError(
-            f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)}); row OP16 is not "
-            "implemented yet; keep the head whole after the forward (FSDP2: reshard_after_forward=False for its group)"
+            f"unsupported head: its weight is {what}. FSDP2 gathers it for a forward alone: not for find_head, nor where "
+            "fully_shard is called for a part of model.get_output_embeddings()"
         )
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)})")
     if weight.is_meta:
         raise ValueError("unsupported head: its weight is on the meta device (offloaded?); keep the head in memory")
-    return weight, bias
+    return Operands(weight, bias, adapter_of(embeddings))
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
+def _is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called for the module itself."""
+    return _of_fsdp2(type(module))
+
+
+def _class_of(module: nn.Module) -> type:
+    """Without the one that FSDP2 puts before it."""
+    return next(cls for cls in type(module).__mro__ if not _of_fsdp2(cls))
+
+
+def _of_fsdp2(cls: type) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and issubclass(cls, fsdp.FSDPModule)
 
 
 def _takes(base: nn.Module, name: str) -> bool:

@@ -37,26 +37,38 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def command(arguments: Sequence[str], processes: int, launcher: str) -> list[str]:
-    """`fused-rlhf` with these arguments, by a launcher ("torchrun" or "accelerate")."""
+def command(arguments: Sequence[str], processes: int, launcher: str, program: Sequence[str]) -> list[str]:
+    """`program` with these arguments, by a launcher ("torchrun", "accelerate", or "fsdp": the latter's FSDP2)."""
     port = free_port()
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
     else:
-        start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        kind = ["--multi_gpu"] if launcher == "accelerate" else ["--use_fsdp", "--fsdp_version", "2"]
+        start = ["-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes)]
         start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         start += ["--main_process_port", port]
-    return [sys.executable, *start, *MODULE, *arguments]
+    return [sys.executable, *start, *program, *arguments]
 
 
 def started(arguments: Sequence[str], output: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
     """`fused-rlhf` in so many forks, with what torchrun would tell each; their output goes beside `output`."""
-    full = ["-c", WITHOUT_CURVES, *arguments, "--output", str(output)]
+    return forked(["-c", WITHOUT_CURVES, *arguments, "--output", str(output)], log_of(output), processes, **env)
+
+
+def forked(arguments: Sequence[str], log: Path, processes: int = 1, **env: str) -> list[forks.Fork]:
+    """`python` in so many forks, with what torchrun would tell each."""
     if processes > 1:
         env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} if processes > 1 else {} for i in range(processes)]
-    return [forks.start(full, output.parent, environment(**env, **rank), log_of(output)) for rank in ranks]
+    return [forks.start(arguments, log.parent, environment(**env, **rank), log) for rank in ranks]
+
+
+def together(code: str, folder: Path, processes: int = 2) -> None:
+    """Python code in so many processes, which must all end well."""
+    log = folder / "together.log"
+    codes = [process.wait() for process in forked(["-c", code], log, processes)]
+    assert not any(codes), log.read_text()[-6000:]
 
 
 def log_of(output: Path) -> Path:
@@ -64,11 +76,16 @@ def log_of(output: Path) -> Path:
 
 
 def run(
-    arguments: Sequence[str], output: Path, processes: int = 1, launcher: str = "", **env: str
+    arguments: Sequence[str],
+    output: Path,
+    processes: int = 1,
+    launcher: str = "",
+    program: Sequence[str] = MODULE,
+    **env: str,
 ) -> list[dict[str, Any]]:
     """Run to the end; -> the rows of metrics.jsonl. Without a launcher the processes are forks, which start at once."""
     if launcher:
-        full = command([*arguments, "--output", str(output)], processes, launcher)
+        full = command([*arguments, "--output", str(output)], processes, launcher, program)
         with log_of(output).open("a") as log:
             codes = [subprocess.run(full, cwd=output.parent, env=environment(**env), stdout=log, stderr=log).returncode]
     else:

@@ -1,9 +1,11 @@
 """What every public function refuses of a tensor, and what it does in the modes that torch can be in."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 
 import fused_rlhf as fr
 from fused_rlhf.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearGRPOLoss
@@ -212,7 +214,7 @@ def test_foreign_tensors_are_refused_at_the_door(name):
     hidden, weight, _ = batch()
     plain = {"hidden": hidden, "weight": weight, "advantages": torch.ones(B).double(), "ref_hidden": hidden}
     value = plain.get(name, torch.ones(B, T).double())
-    with pytest.raises(TypeError, match=rf"{name} must be a plain tensor, got a Opaque; .*full_tensor\(\)"):
+    with pytest.raises(TypeError, match=rf"{name} must be a plain tensor, got a Opaque; .*dequantize\(\)"):
         policy(**{name: value.as_subclass(Opaque)})
     loss, _ = policy(**{name: value.as_subclass(Tagged)})
     assert worst(loss, policy(**{name: value})[0]) == 0
@@ -221,10 +223,33 @@ def test_foreign_tensors_are_refused_at_the_door(name):
 def test_a_dtensor_is_refused_by_its_name(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        weight = DTensor.from_local(batch()[1], init_device_mesh("cpu", (1,)), [Replicate()])
-        for call in (lambda: policy(weight=weight), lambda: fr.linear_kl(batch()[0], weight, batch()[0], batch()[1])):
-            with pytest.raises(TypeError, match="weight must be a plain tensor, got a DTensor"):
-                call()
+        (hidden, weight, targets), mesh = batch(), init_device_mesh("cpu", (1,))
+        ones, rank = torch.ones(B, T).double(), torch.ones(2, H).double()
+        parts = {"hidden": hidden, "weight": weight, "bias": weight[:, 0], "ref_hidden": hidden, "ref_weight": weight}
+        for name, value in parts.items():
+            split = {"hidden": hidden, "weight": weight, name: DTensor.from_local(value, mesh, [Shard(0)])}
+            if name.startswith("ref_"):
+                split = {"ref_hidden": hidden, "ref_weight": weight, **split}
+            of_all: list[tuple[Callable[..., object], dict[str, object]]] = [
+                (policy, {}),
+                (preference, {"ref_logprobs": None if "ref_hidden" in split else ones}),
+                (fr.linear_kl, {} if "ref_hidden" in split else {"ref_hidden": hidden, "ref_weight": weight}),
+            ]
+            if "ref_hidden" not in split:
+                of_all.append((fr.linear_logprobs, {"targets": targets}))
+            for function, more in of_all:
+                message = (
+                    rf"{name} must be a plain tensor, got a DTensor, Shard\(dim=0\) over 1 processes.*without tp_plan"
+                )
+                with pytest.raises(TypeError, match=message):
+                    function(**more, **split)
+        lora = (DTensor.from_local(rank, mesh, [Replicate()]), torch.ones(V, 2).double(), 1.0)
+        with pytest.raises(
+            TypeError, match=r"lora A must be a plain tensor, got a DTensor, Replicate.*full_tensor\(\)"
+        ):
+            fr.linear_logprobs(hidden, weight, targets, lora=lora)
+        with pytest.raises(TypeError, match="advantages must be a plain tensor, got a DTensor"):
+            policy(advantages=DTensor.from_local(ones[:, 0], mesh, [Replicate()]))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -135,7 +135,6 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (["--backend", "cuda"], "backend"),
         (["--report-to", "notebook"], "report_to: expected one of"),
         (["--liger-layers"], "liger_layers: expected false without a GPU"),
-        (["--deepspeed", str(tmp_path / "ds.json")], "deepspeed: expected a DeepSpeed configuration file"),
         (["--max-new-tokens", "1100"], "exceed the model's context of 1024"),
     ):
         output = tmp_path / "run"

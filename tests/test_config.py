@@ -34,7 +34,6 @@ def test_a_configuration_is_yaml_and_comes_back():
         ({"model": "x/y", "lora_r": 4, "lora_dropout": 1.0}, "lora_dropout: expected at least 0 and below 1"),
         ({"overwrite": True, "resume": True}, "overwrite, resume: expected at most one"),
         ({"fsdp": True, "mixed_precision": "fp16"}, "mixed_precision: expected 'no' or 'bf16' with fsdp"),
-        ({"fsdp": True, "deepspeed": "ds.json"}, "fsdp, deepspeed: expected at most one"),
         ({"model": "x/y", "hidden_size": 64}, "hidden_size, num_layers: expected left alone with model='x/y'"),
     ],
 )

@@ -1,13 +1,14 @@
 """Two processes do what one does: replicated by DDP, sharded by FSDP2; on CPUs, over gloo."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.launch import run, worst
+from tests.launch import MODULE, log_of, run, worst
 from tests.vision_families import FAMILIES, picture
 
 SMALL = "--hidden-size 32 --num-layers 2 --learning-rate 5e-3 --save-steps 2 --micro-batch-size 3"
@@ -16,17 +17,49 @@ GRPO += " --eval-samples 21 --warmup-steps 5 --warmup-batch-size 16 --beta 0.05 
 GRPO += " --rewards regex=[0-9] length=2 --scale-rewards batch --sample-steps 1"
 
 
+# Says before every update what each process holds.
+SHARES = """
+import os
+import sys
+
+from fused_rlhf.trainers import cli, engine
+
+
+def update(self, *args, own=engine.Engine.update):
+    parameters = list(self.module.parameters())
+    local, whole = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
+    os.write(1, f"holds {local} of {whole}\\n".encode())  # as a whole, not among another process's words
+    return own(self, *args)
+
+
+engine.Engine.update = update
+sys.exit(cli.main())
+"""
+
+
+def of_model(folder, tied=True):
+    """GRPO's flags for a small model that is loaded, its vocabulary of 99 tokens."""
+    return GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(folder, tied)}").split()
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    return run(GRPO.split(), folder / "run"), folder / "run"
+    flags = of_model(folder / "base", tied=False)
+    return flags, run(flags, folder / "run"), folder / "run"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "flags"), [("torchrun", []), ("accelerate", ["--fsdp"])])
-def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher, flags):
-    want, folder = single
-    got = run([*GRPO.split(), *flags], tmp_path / "run", processes=2, launcher=launcher)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "fsdp"])
+def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher):
+    flags, want, folder = single
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES)
+    program = [str(script)] if launcher == "fsdp" else MODULE
+    got = run(flags, tmp_path / "run", processes=2, launcher=launcher, program=program)
+    held = re.findall(r"holds (\d+) of (\d+)", log_of(tmp_path / "run").read_text())
+    assert len(held) == (2 * (5 + 3 * 4) if launcher == "fsdp" else 0)
+    assert all(0.45 < int(some) / int(whole) < 0.55 for some, whole in held)
     found = worst(got, want)
     assert found["loss"] < 1e-5
     assert max(found.values()) < 1e-3, found  # the norm of a small gradient, after Adam has taken signs, differs most
@@ -45,7 +78,7 @@ def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher, flags):
 
 @pytest.mark.slow
 def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
-    text = GRPO.replace("--hidden-size 32 --num-layers 2", f"--model {tiny.saved_model(tmp_path / 'base')} --lora-r 2")
+    text = " ".join([*of_model(tmp_path / "base"), "--lora-r 2"])
     flags = text.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()
     want = run(flags, tmp_path / "one")
     run([*flags, "--fsdp", "--steps", "2"], tmp_path / "two", processes=2)

@@ -1,18 +1,19 @@
 import copy
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import is_deepspeed_available
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused_rlhf as fr
 from fused_rlhf.objectives.reductions import Side
 from fused_rlhf.trainers import engine
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers.engine import NonFiniteLoss
+from fused_rlhf.trainers.engine import Engine, NonFiniteLoss
 from tests import tiny
 from tests.tiny import COUNT, IDS, pieces
 
@@ -160,21 +161,77 @@ def test_a_frozen_copy_takes_over_parameters(tmp_path):
     assert not torch.equal(first, next(iter(reference.module.parameters())))
 
 
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
+    folder = tiny.saved_model(tmp_path / "base", tied)
+    own, loaded = tiny.build(tmp_path, fsdp=True, model=folder, hidden_size=128, num_layers=4)
+    alone, _ = tiny.build(tmp_path, model=folder, hidden_size=128, num_layers=4)
+    model: Any = loaded.model
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert [isinstance(table, FSDPModule) for table in tables] == [not tied] * 2
+
+    def sharded(parameters):
+        return all(isinstance(p, DTensor) for p in parameters)
+
+    seen: list[bool] = []
+
+    def loss(model, ids, count):
+        found = tiny.logprob_loss(model, ids, count)
+        seen.extend(sharded(table.parameters()) for table in tables)
+        return found
+
+    for _ in range(2):
+        mine, its = own.update(loss, pieces(4, 2)), alone.update(tiny.logprob_loss, pieces(4, 2))
+        assert mine == pytest.approx(its, rel=1e-5)
+        assert sharded(model.parameters())
+    assert set(seen) == {not tied}
+    with torch.no_grad():
+        own(loss, IDS, COUNT)
+    assert sharded(model.parameters())
+    with own.whole():
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+    assert sharded(model.parameters())
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_is_split_already_is_refused(tmp_path):
+    own, loaded = tiny.build(tmp_path, fsdp=True)
+    with pytest.raises(ValueError, match=r"model: expected whole weights \(no tp_plan.*; got 'a DTensor, .*weight'"):
+        own.frozen(loaded.model)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "mamba"])
+def test_blocks_hold_blocks_and_embeddings(tmp_path, kind, tied):
+    """BERT's embeddings are a block to transformers; Mamba's mixer is one within another."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    more = (
+        {"num_attention_heads": 4, "intermediate_size": 48, "is_decoder": True} if kind == "bert" else {"state_size": 8}
+    )
+    losses = []
+    for fsdp in (False, True):
+        config = tiny.config(tmp_path, fsdp=fsdp, learning_rate=1e-2)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)).eval()
+        own = Engine(config, engine.start(config), model, 2)
+        losses.append([own.update(tiny.logprob_loss, pieces(4, 2))["loss"] for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_a_process_leaves_its_group():
     engine.leave()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     engine.leave()
     assert not torch.distributed.is_initialized()
-
-
-def test_deepspeed_needs_its_file(tmp_path):
-    with pytest.raises(ValueError, match=r"deepspeed: expected a DeepSpeed configuration file; got '.*gone\.json'"):
-        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "gone.json")))
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    if is_deepspeed_available():
-        pytest.skip("deepspeed is installed: a single process cannot tell what it would do without")
-    with pytest.raises(ValueError, match="the package deepspeed is not installed"):
-        engine.start(tiny.config(tmp_path, deepspeed=str(tmp_path / "ds.json")))
 
 
 def test_weights_too_coarse_for_a_step_are_counted(tmp_path):
@@ -190,7 +247,7 @@ def test_adams_numbers_and_the_rates_of_parts(tmp_path):
     config = tiny.config(tmp_path, **changes)
     accelerator = engine.start(config)
     module = models.load_for(config).model
-    made = engine.Engine(config, accelerator, module, 4, [(module.get_output_embeddings(), 0.5)])
+    made = Engine(config, accelerator, module, 4, [(module.get_output_embeddings(), 0.5)])
     groups = {(group["lr"], group["weight_decay"]): group for group in made.optimizer.param_groups}
     assert set(groups) == {(1e-6, 0.1), (1e-6, 0.0), (0.5, 0.1)}
     assert groups[0.5, 0.1]["params"] == [module.get_output_embeddings().weight]

@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import forks, trl_configs
+from tests import forks, launch, trl_configs
 from tests.gsm8k import GSM8K, needs_gsm8k
 from tests.helpers import dense, inputs, plausible_logits, relative, worst
 
@@ -714,30 +714,41 @@ def test_compiled_models(where: str) -> None:
             torch.testing.assert_close(compiled(**arguments).logits, logits)
 
 
-def test_sharded_by_fsdp2() -> None:
-    """The head in a group of its own is a DTensor again after the forward."""
+def compare_sharded(heads: Sequence[bool]) -> None:
+    """Gradients of processes that have two rows each, and those of one that has all rows; in every process."""
     from torch.distributed.fsdp import fully_shard
 
-    ids, attention_mask, labels = batch()
-    arguments = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels, "fused_lm_head": True}
-    grads = []
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ids = torch.randint(4, V, (2 * world, 9), generator=torch.Generator().manual_seed(1))
+    for head in heads:
+        grads = []
         for shard in (False, True):
             model = build("llama")
             ours.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-            if shard:
-                fully_shard(model.lm_head, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-            out = model(**arguments)
-            (out.loss - out.entropy.sum()).backward()
-            whole = [p.grad.full_tensor() if shard else p.grad for p in model.parameters()]
-            grads.append([out.log_probs.detach(), *whole])
+            if shard and head:  # in a group of its own it is a DTensor again after the forward
+                fully_shard(model.lm_head)
+            mine = ids[2 * rank : 2 * rank + 2] if shard else ids
+            out = (fully_shard(model) if shard else model)(
+                input_ids=mine, attention_mask=torch.ones_like(mine), labels=mine, fused_lm_head=True
+            )
+            ((out.log_probs.sum() - out.entropy.sum()) / (1 if shard else world)).backward()
+            grads.append([p.grad.full_tensor() if shard else p.grad for p in model.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sharded_by_fsdp2() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compare_sharded([False, True])
     finally:
         torch.distributed.destroy_process_group()
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_sharded_by_fsdp2_over_two_processes(tmp_path: Path) -> None:
+    code = "from tests import test_integrations_trl as t; import torch; torch.distributed.init_process_group('gloo')"
+    launch.together(f"{code}; t.compare_sharded([False, True]); torch.distributed.destroy_process_group()", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ tool tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import fused_rlhf as fr
 from fused_rlhf import lm_head
+from tests import launch
 
 transformers = pytest.importorskip("transformers")
 V = 257
@@ -361,14 +363,135 @@ def test_fully_sharded_with_the_head_in_the_root_group() -> None:
         torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-4)
 
 
+def sharded(case: str, shard: bool) -> Any:
+    """A model of one of SHARDED, each group of it under FSDP2, or as it is."""
+    from torch.distributed.fsdp import fully_shard
+
+    family, groups, *_ = SHARDED[case]
+    model = build(family)
+    if "adapters" in case:
+        model = lora(model, target_modules=["q_proj", "lm_head"])
+    if "modules_to_save" in case:
+        model = lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = getattr(model, "base_model", model).model if hasattr(model, "get_base_model") else model
+    if "frozen" in case:
+        base.model.requires_grad_(False)
+    if not shard:
+        return model
+    if "blocks" in groups:
+        for block in base.model.layers:
+            fully_shard(block)
+    if "embedding" in groups:
+        fully_shard(base.get_input_embeddings())
+    if "head" in groups:
+        fully_shard(base.get_output_embeddings(), reshard_after_forward=False if "stays" in case else None)
+    return fully_shard(model)
+
+
+SHARDED: dict[str, tuple[str, set[str]]] = {
+    "a group of its own": ("qwen2", {"blocks", "embedding", "head"}),
+    "that stays whole after the forward": ("qwen2", {"blocks", "head"}),
+    "apart from all else": ("qwen2", {"head"}),
+    "one group": ("qwen2", set()),
+    "on a frozen body": ("qwen2", {"blocks", "head"}),
+    "in the root's group on a frozen body": ("qwen2", {"blocks"}),
+    "a bias": ("phi", {"blocks", "head"}),
+    "a softcap": ("nanochat", {"blocks", "head"}),
+    "tied": ("gemma2", {"blocks"}),
+    "adapters": ("qwen2", {"blocks", "head"}),
+    "modules_to_save": ("qwen2", {"blocks", "head"}),
+}
+
+
+def loss_in_two_forwards(model: nn.Module, ids: Tensor) -> Tensor:
+    """A backward through the second one must not take the weight from the first."""
+    return sum((lm_head.logprobs(model, some).logprobs.pow(2).sum() for some in ids.split(2)), torch.zeros(()))
+
+
+def compare_sharded_heads() -> None:
+    """Gradients of two processes that have two batches each, and those of one that has all four; in both processes."""
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, ids = torch.distributed.get_rank(), batch(B=8)
+    for case in SHARDED:
+        alone, model = sharded(case, False), sharded(case, True)
+        mine = ids[4 * rank : 4 * rank + 4]
+        for scale in (1.0, 3.7):  # the second one is added to the first, as of another micro-batch
+            (scale * loss_in_two_forwards(alone, ids) / 2).backward()
+            (scale * loss_in_two_forwards(model, mine)).backward()
+        head = lm_head._unwrap(model).base.get_output_embeddings()
+        assert all(isinstance(p, DTensor) for p in head.parameters()), case
+        for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), (case, name)
+            if q.grad is not None:
+                error = (p.grad.full_tensor() - q.grad).abs().max() / q.grad.abs().max()
+                assert error < 1e-4, (case, name, error)
+        with torch.no_grad():
+            out = lm_head.logprobs(model, mine).logprobs
+            torch.testing.assert_close(out, dense_logprobs(model, mine), rtol=1e-4, atol=1e-4)
+        if "head" in SHARDED[case][1] and "stays" not in case:
+            assert all(isinstance(p, DTensor) for p in head.parameters()), case
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_heads_sharded_over_two_processes_equal_whole_ones(tmp_path: Path) -> None:
+    launch.together("from tests import test_lm_head as t; t.compare_sharded_heads()", tmp_path)
+
+
 @pytest.mark.usefixtures("one_process_group")
-def test_head_sharded_after_the_forward_is_refused() -> None:
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
+def test_a_sharded_head_is_whole_in_a_forward_alone() -> None:
     model = build()
-    fsdp.fully_shard(model.lm_head, mesh=torch.distributed.init_device_mesh("cpu", (1,)), reshard_after_forward=True)
-    fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="OP16"):
-        lm_head.logprobs(model, batch())
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    fsdp.fully_shard(model.lm_head)
+    fsdp.fully_shard(model)
+    expected = build()
+    inputs = lm_head.forward(model, batch())
+    torch.testing.assert_close(inputs.head.weight, expected.lm_head.weight)
+    loss = fr.linear_logprobs(inputs.hidden, inputs.head, batch()).logprobs.sum()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    fr.linear_logprobs(
+        lm_head.hidden_states(expected, batch()), expected.lm_head.weight, batch()
+    ).logprobs.sum().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), 2 * expected.lm_head.weight.grad)
+    with pytest.raises(ValueError, match=r"its weight is a DTensor, Shard.* not for find_head"):
+        lm_head.find_head(model)
+
+
+def assert_refused_as_split(model: nn.Module) -> None:
+    for call in (lm_head.find_head, lambda m: lm_head.forward(m, batch()), lambda m: lm_head.logprobs(m, batch())):
+        with pytest.raises(ValueError, match=r"a DTensor, .* over \d processes \(tensor parallelism .*without tp_plan"):
+            call(model)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_tensor_parallelism_is_refused_by_its_name() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    hooked = build("llama")
+    parallelize_module(hooked, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
+    replaced = build("llama")  # as transformers does it
+    replaced.lm_head.weight = nn.Parameter(distribute_tensor(replaced.lm_head.weight.detach(), mesh, [Shard(0)]))
+    replaced.lm_head.forward = replaced.lm_head.forward
+    for model in (hooked, replaced):
+        assert_refused_as_split(model)
+
+
+def load_split(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    assert_refused_as_split(transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_model_loaded_with_a_tp_plan_is_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    launch.together(f"from tests import test_lm_head as t; t.load_split({str(tmp_path / 'model')!r})", tmp_path)
 
 
 def test_accelerates_device_hooks() -> None:

@@ -139,7 +139,8 @@ def test_the_probe_of_a_model_knows_a_registered_curve(monkeypatch):
     monkeypatch.setitem(CURVES, "hardcap", HARDCAP)
     probed = lm_head.probe(model, model.head, lambda: model(x))
     assert probed.transform == Transform(0.5, "hardcap", 3.0)
-    head = probed.head(model.head.weight, None, None)
+    head = probed.head
+    assert head.weight is model.head.weight
     assert (head.logit_scale, head.softcap, head.curve) == (0.5, None, ("hardcap", 3.0))
     targets = torch.tensor([5, 1, 99])
     true = torch.log_softmax(model(x).logits[0], -1).gather(1, targets[:, None])[:, 0]

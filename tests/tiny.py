@@ -35,10 +35,13 @@ def build(folder: Path, num_updates: int = 10, **changes: Any) -> tuple[Engine, 
     return Engine(options, accelerator, loaded.model, num_updates), loaded
 
 
-def saved_model(folder: Path, **changes: Any) -> str:
+def saved_model(folder: Path, tied: bool = True, **changes: Any) -> str:
     """The folder of a small model with its tokenizer, as if it had been downloaded."""
     torch.manual_seed(0)
     model, tokenizer = models.build(hidden_size=32, num_layers=2)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model = type(model)(model.config)
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     model.save_pretrained(folder)

@@ -86,8 +86,6 @@ class TrainConfig:
     """Shard weights, gradients and optimiser over the processes (FSDP2)."""
     find_unused_parameters: bool = False
     """DDP: an update may leave some parameters without a gradient, as a vision tower that no sample has images for."""
-    deepspeed: str | None = None
-    """DeepSpeed configuration, a JSON file; ZeRO stage 0, 1 or 2."""
     threads: int = 0
     """CPU threads of torch; 0: as many as it takes by itself. A small model gains next to nothing from a second one."""
     backend: str = "auto"
@@ -125,7 +123,6 @@ class TrainConfig:
         built = self.model is None
         sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)
         require(built or sizes == default, "hidden_size, num_layers", sizes, f"left alone with model={self.model!r}")
-        require(not (self.fsdp and self.deepspeed), "fsdp, deepspeed", (True, self.deepspeed), "at most one of them")
         fp16 = self.mixed_precision == "fp16"
         require(not (self.fsdp and fp16), "mixed_precision", "fp16", "'no' or 'bf16' with fsdp: no loss scale there")
         mixed = self.fsdp and self.lora_r > 0 and self.dtype != "float32"

@@ -1,4 +1,4 @@
-"""A model under accelerate: bare, replicated (DDP), sharded (FSDP2) or in DeepSpeed's hands, and one update of it.
+"""A model under accelerate: bare, replicated (DDP) or sharded (FSDP2), and one update of it.
 
     gradient of an update = sum over processes and micro-batches of the gradients of their shares of the loss
 
@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, is_deepspeed_available, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from fused_rlhf.objectives import reductions
 from fused_rlhf.objectives.reductions import OF_SIDE, Metrics, Side
-from fused_rlhf.trainers import private
+from fused_rlhf.trainers import launcher, private
 from fused_rlhf.trainers.config import TrainConfig, require
 
 T = TypeVar("T")
@@ -47,36 +46,26 @@ class NonFiniteLoss(FloatingPointError):
 def start(config: TrainConfig) -> Accelerator:
     """Seed and threads, and the accelerator of this run. Call it before a model is built.
 
-    Raises ValueError for a tracker or an engine that is unknown, not installed, or not supported.
+    Raises ValueError for a tracker that is unknown or not installed, and for what `accelerate launch` was told and a run
+    would not do.
     """
+    launcher.check(config)
     set_seed(config.seed)
     if config.threads:
         torch.set_num_threads(config.threads)
     private.forget_accelerators()
-    plugin = None
-    if config.deepspeed:
-        require(Path(config.deepspeed).is_file(), "deepspeed", config.deepspeed, "a DeepSpeed configuration file")
-        require(is_deepspeed_available(), "deepspeed", config.deepspeed, "none: the package deepspeed is not installed")
-        plugin = DeepSpeedPlugin(hf_ds_config=config.deepspeed, gradient_accumulation_steps=1)
     known, installed = private.trackers(), {str(name) for name in get_available_trackers()}
     for name in config.report_to:
         require(name in known, "report_to", name, f"one of {known}")
         require(name in installed, "report_to", name, f"a tracker whose package is installed (pip install {name})")
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
-        mixed_precision=config.mixed_precision,
-        deepspeed_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
-        log_with=list(config.report_to) or None,
-        project_dir=config.output,
-    )
-    if accelerator.distributed_type is DistributedType.FSDP:
-        version = accelerator.state.fsdp_plugin.fsdp_version
-        require(version == 2, "fsdp_version", version, "2 in accelerate's configuration")
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        require(stage < 3, "zero_optimization.stage", stage, "0, 1 or 2 (to shard the weights too, use fsdp)")
-    return accelerator
+    with launcher.without_plugin():
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU would not find each other
+            mixed_precision=config.mixed_precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+            log_with=list(config.report_to) or None,
+            project_dir=config.output,
+        )
 
 
 def leave() -> None:
@@ -94,29 +83,44 @@ class _Wrapper(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        private.declare_blocks(self, private.blocks_of(module))
 
     def forward(self, function: Callable[..., T], *args: Any) -> T:
         return function(self.module, *args)
 
 
 def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
-    """FSDP2 on any device: a group for each transformer block, and one for the rest."""
+    """FSDP2 on any device: a group for each transformer block, one each for embedding and head, and one for the rest.
+
+    A weight that has a second place, as where it is both embedding and head, is among the rest.
+    """
     half = mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    blocks = private.blocks_of(wrapper)
-    for child in wrapper.modules():
-        if type(child).__name__ in blocks:
-            fully_shard(child, mp_policy=policy)
-    fully_shard(wrapper, mp_policy=policy)
-    _set_up(wrapper)
+    places = Counter(p for _, p in wrapper.named_parameters(remove_duplicate=False))
+    names, tables = private.blocks_of(wrapper), _tables(wrapper)
+    blocks = [child for child in wrapper.modules() if type(child).__name__ in names]
+    blocks, tables = ([m for m in some if all(places[p] == 1 for p in m.parameters())] for some in (blocks, tables))
+    for table in tables:
+        # The backward of neither reads it: an embedding's by its nature, the head's since the op has a copy.
+        fully_shard(table, mp_policy=policy).set_unshard_in_backward(False)
+    for block in reversed(blocks):  # those within others first
+        fully_shard(block, mp_policy=policy)
+    root: Any = fully_shard(wrapper, mp_policy=policy)
+    with torch.no_grad():  # the groups find their root in its first forward, which must not be one of their own
+        root(lambda module: None)
+    root.reshard()
 
 
-def _set_up(wrapper: Any) -> None:
-    """The groups of FSDP2 find their root in its first forward, which must not be one of their own."""
-    with torch.no_grad():
-        wrapper(lambda module: None)
-    wrapper.reshard()
+def _tables(module: nn.Module) -> list[nn.Module]:
+    """Embeddings and heads."""
+    both = [table for m in _models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())]
+    return [table for table in both if table is not None]
+
+
+def _models(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models below that are no part of another."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _models(child)]
 
 
 @torch.no_grad()
@@ -137,15 +141,22 @@ class Placed:
         self.module = module
         self.device = accelerator.device
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        # accelerate knows FSDP2 on accelerators only; its launcher's wish is the same as the flag.
-        wished = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self.sharded_by_accelerate = accelerator.distributed_type is DistributedType.FSDP
-        self.sharded = fsdp or wished or self.sharded_by_accelerate
+        for name, parameter in module.named_parameters():
+            split = isinstance(parameter, DTensor)
+            require(
+                not split, "model", f"a DTensor, {name}", "whole weights (no tp_plan, no fully_shard): fsdp shards them"
+            )
+        self.sharded = fsdp or launcher.shards()
         self.wrapped: nn.Module = _Wrapper(module.to(self.device))
+        if self.sharded:
+            _shard(self.wrapped, accelerator.mixed_precision)
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         with self.accelerator.autocast():
-            return self.wrapped(function, *args)
+            result = self.wrapped(function, *args)
+        if isinstance(self.wrapped, FSDPModule) and not torch.is_grad_enabled():
+            self.wrapped.reshard()  # a backward would have done it
+        return result
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -234,18 +245,10 @@ class Engine(Placed):
         self.updates = 0
         self.stepping = False  # the weights are being changed
         self.zero_gradients = False  # a weight without a gradient has one of 0, which AdamW's means of it go on with
-        self.deepspeed = accelerator.distributed_type is DistributedType.DEEPSPEED
-        if self.sharded and not self.sharded_by_accelerate:
-            _shard(self.wrapped, config.mixed_precision)
-        elif not self.sharded and not self.deepspeed:
+        if not self.sharded:
             self.wrapped = accelerator.prepare_model(self.wrapped)
         optimizer = self._adamw(config.learning_rate, config.weight_decay, own_rates)
-        if self.sharded_by_accelerate or self.deepspeed:
-            self.wrapped, self.optimizer = accelerator.prepare(self.wrapped, optimizer)
-            if self.sharded_by_accelerate:
-                _set_up(self.wrapped)
-        else:
-            self.optimizer = accelerator.prepare(optimizer)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         inner = self.optimizer.optimizer
         self.scheduler = get_scheduler(config.lr_schedule, inner, config.lr_warmup_updates, max(num_updates, 1))
 
@@ -266,7 +269,6 @@ class Engine(Placed):
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
-        require(not self.deepspeed, "deepspeed", self.config.deepspeed, "none with a warm-up: it has one optimiser")
         other = copy.copy(self)
         optimizer = self._adamw(learning_rate, 0.0)
         other.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -288,10 +290,7 @@ class Engine(Placed):
 
     def frozen(self, module: nn.Module) -> Placed:
         """A module that is only evaluated (a reference, a reward model), placed like the trained one."""
-        placed = Placed(self.accelerator, module.requires_grad_(False), self.config.fsdp)
-        if placed.sharded:
-            _shard(placed.wrapped, self.config.mixed_precision)
-        return placed
+        return Placed(self.accelerator, module.requires_grad_(False), self.config.fsdp)
 
     def update(self, function: Loss, pieces: Sequence[tuple[Any, ...]]) -> dict[str, float]:
         """One optimiser update.
@@ -316,12 +315,11 @@ class Engine(Placed):
             with nullcontext() if last else self._without_sync():
                 loss, metrics = self.measure(function, *piece)
                 parts.append(Metrics(metrics.parts | {"loss": reductions.total(loss.detach())}))
-                if last:  # before DeepSpeed, whose last backward is its step
-                    combined = self.combine(parts)
-                    self._check(combined["loss"], "loss", parts)
                 # Engines average gradients over processes.
                 self.accelerator.backward(loss * self.world)
         self.module.eval()
+        combined = self.combine(parts)
+        self._check(combined["loss"], "loss", parts)
         if self.zero_gradients:
             for p in self.module.parameters():
                 if p.requires_grad and p.grad is None:
@@ -339,18 +337,13 @@ class Engine(Placed):
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:
-        """Gradients stay on this process."""
+        """Gradients stay on this process, but for shards: before they are reduced they are whole on each."""
         private.sync_gradients(self.accelerator, False)
-        sharded = isinstance(self.wrapped, FSDPModule)
-        if sharded:
-            self.wrapped.set_requires_gradient_sync(False)  # type: ignore[operator]
         try:
-            with nullcontext() if sharded else self.accelerator.no_sync(self.wrapped):
+            with nullcontext() if self.sharded else self.accelerator.no_sync(self.wrapped):
                 yield
         finally:
             private.sync_gradients(self.accelerator, True)
-            if sharded:
-                self.wrapped.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def _check(self, value: float, what: str, parts: Sequence[Metrics]) -> None:
         if math.isfinite(value):
@@ -362,8 +355,6 @@ class Engine(Placed):
 
     def _clip(self) -> float:
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        if self.deepspeed:
-            return float(self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm) or 0.0)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

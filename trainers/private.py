@@ -19,7 +19,7 @@ def forget_accelerators() -> None:
 
 def sync_gradients(accelerator: Accelerator, wanted: bool) -> None:
     """Whether the next backward is an update's last. What accelerate offers for it, `accumulate`, counts calls by itself;
-    an optimiser that it prepared, and DeepSpeed's engine in `backward`, ask its state alone."""
+    an optimiser that it prepared asks its state alone."""
     accelerator.gradient_state._set_sync_gradients(wanted)
 
 
@@ -32,8 +32,3 @@ def blocks_of(module: nn.Module) -> set[str]:
     """Class names of the transformer blocks below, by the attribute with which transformers tells accelerate what not to
     split: no public one says what to shard."""
     return {name for child in module.modules() for name in getattr(child, "_no_split_modules", None) or ()}
-
-
-def declare_blocks(wrapper: nn.Module, names: set[str]) -> None:
-    """accelerate reads the blocks from the outermost module, which is ours."""
-    wrapper._no_split_modules = sorted(names)  # type: ignore[assignment]

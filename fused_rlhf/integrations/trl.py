@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from fused_rlhf import lm_head
 from fused_rlhf.functional import LogProbs, linear_logprobs
-from fused_rlhf.op.head import Head, LoRA
+from fused_rlhf.op.head import Head
 
 try:
     import trl
@@ -61,7 +61,6 @@ def _check_version(version: str) -> None:
 
 _check_version(trl.__version__)
 
-from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer  # noqa: E402
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer, SFTTrainer  # noqa: E402
@@ -106,11 +105,6 @@ def _statistics(out: LogProbs, scored: Tensor | None = None) -> tuple[Tensor | N
     if sum_sq is not None:
         sum_sq = (sum_sq if scored is None else sum_sq.masked_fill(~scored, 1.0)).log()
     return out.logprobs, out.entropy, sum_sq, out.mean_logit, out.is_top1
-
-
-def _whole(parameter: Any) -> Any:
-    """What FSDP2 has sharded is gathered, and its gradient is scattered again."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @contextlib.contextmanager
@@ -196,12 +190,15 @@ def add_fused_lm_head(
     @torch.compiler.disable  # hooks come and go on the head during the call
     def score(self: PreTrainedModel, labels: Tensor, shifted: bool, args: tuple, kwargs: dict) -> tuple[Any, ...]:
         embeddings = self.get_output_embeddings()
-        probed = lm_head.probe(self, embeddings, lambda: forward(*args, **{**kwargs, "use_cache": False}))
-        # With the cast, TRL has replaced the head's own forward, by the same product in fp32.
-        linear: Any = embeddings if cast_lm_head_to_fp32 else lm_head.linear_of(embeddings)
-        weight, bias, lora = _whole(linear.weight), _whole(linear.bias), lm_head.adapter_of(embeddings)
-        if lora is not None:
-            lora = LoRA(_whole(lora.a), _whole(lora.b), lora.scale)
+
+        def operands() -> lm_head.Operands:
+            # With the cast, TRL has replaced the head's own forward, by the same product in fp32.
+            linear: Any = embeddings if cast_lm_head_to_fp32 else lm_head.linear_of(embeddings)
+            return lm_head.Operands(linear.weight, linear.bias, lm_head.adapter_of(embeddings))
+
+        call = functools.partial(forward, *args, **{**kwargs, "use_cache": False})
+        probed = lm_head.probe(self, embeddings, call, operands)
+        weight, bias, lora = probed.operands
         hidden, targets = (probed.hidden, labels) if shifted else (probed.hidden[:, :-1], labels[:, 1:])
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         precision: AbstractContextManager[Any] = contextlib.nullcontext()
@@ -210,7 +207,7 @@ def add_fused_lm_head(
         with precision, _gathered(weight, bias, *(lora or ())[:2]):
             out = linear_logprobs(
                 hidden,
-                probed.head(weight, bias, lora),
+                probed.head,
                 targets,
                 temperature=temperature,
                 outputs=wanted,
