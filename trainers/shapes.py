@@ -43,7 +43,7 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def squares(count: int, colour: tuple[int, int, int], draw: random.Random) -> Image:
-    """So many squares of one colour on grey, no two of them side by side."""
+    """So many squares of one colour on grey; noise makes no two pictures alike."""
     from PIL import Image as images
 
     cell = SIZE // CELLS
@@ -51,4 +51,5 @@ def squares(count: int, colour: tuple[int, int, int], draw: random.Random) -> Im
     for at in draw.sample(range(CELLS * CELLS), count):
         top, left = (cell * i + draw.randint(0, 2) for i in divmod(at, CELLS))
         pixels[top : top + cell - 2, left : left + cell - 2] = colour
-    return images.fromarray(pixels)
+    noise = np.random.default_rng(draw.getrandbits(32)).integers(-10, 11, pixels.shape)
+    return images.fromarray((pixels + noise).astype(np.uint8))
