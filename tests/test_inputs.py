@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ def test_images_get_their_place_before_the_first_users_text():
     placed = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]
     assert inputs.with_images(placed, 1) == placed
     assert inputs.with_images(messages, 0) == messages
+
+
+def test_an_image_is_seen_beside_a_column_of_images_without_any():
+    nothing: tuple[Any, ...] = (None, [], ())
+    for images in nothing:
+        assert inputs.images_of({"images": images, "image": "a.png"}) == ["a.png"]
+    assert inputs.images_of({"images": ["a.png", "b.png"], "image": None}) == ["a.png", "b.png"]
+    assert inputs.images_of({"images": None, "image": None}) == []
 
 
 def test_a_model_without_a_processor_refuses_images(tokenizer):

@@ -100,10 +100,12 @@ def with_images(messages: Sequence[Message], count: int) -> list[Message]:
 
 
 def images_of(sample: Mapping[str, Any]) -> list[Any]:
-    images = sample.get("images", sample.get("image"))
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    """Of the column images, or image where that holds none."""
+    for value in (sample.get("images"), sample.get("image")):
+        images = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if images:
+            return images
+    return []
 
 
 def load_image(image: Any) -> Any:
