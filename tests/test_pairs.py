@@ -107,6 +107,11 @@ def test_what_is_no_row_of_pairs_is_refused_by_number(row):
         ({"chosen": [assistant("")]}, "row 7: chosen is empty"),
         ({"chosen": [assistant([{"type": "text", "text": ""}])]}, "row 7: chosen is empty"),
         ({"prompt": ""}, "row 7: prompt is empty: ''"),
+        ({"chosen": "\ud83d"}, "row 7: chosen: expected whole characters"),
+        (
+            {"chosen": [assistant([{"type": None}])]},
+            "row 7: chosen: expected content as a text or in parts with a type",
+        ),
         ({"prompt": []}, "row 7: prompt is empty"),
         ({"prompt": 3}, "row 7: prompt: expected a text or a list of messages with role and content, got 3"),
         (

@@ -24,7 +24,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import inputs
-from fused_rlhf.trainers.data import are_messages, check_contents, short
+from fused_rlhf.trainers.data import are_messages, check_contents, check_text, short
 from fused_rlhf.trainers.inputs import Encoded, Message, bare
 
 Text = str | list[Message]
@@ -80,6 +80,7 @@ def encode(
                     "makes such a prompt a user's message"
                 )
         start = str(prompt)
+        check_text(start, where, "prompt")
     else:
         chat = _Chat(tokenizer, processor, tools, keywords, where)
         messages = inputs.with_images(chat.messages(prompt, "prompt", "user"), len(images))
@@ -89,6 +90,7 @@ def encode(
     if completion is None:
         return made
     if plain or sampled:
+        check_text(str(completion), where, "completion")
         rest = following(tokenizer, start, str(completion))
     else:
         begun = bare(tokenizer, start)  # with no more than a token for each image, like `ids`
@@ -192,13 +194,15 @@ class _Chat:
 
     def render(self, messages: Sequence[Message], **how: bool) -> str:
         try:
-            return self._render(messages, **how)
+            text = self._render(messages, **how)
         except Exception as error:  # a template may raise anything
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(
                 f"{self.where}: the chat template cannot render it: {str(error)[:300]}; the messages' roles are {roles}: "
                 "expected those that the template takes, in its order"
             ) from error
+        check_text(text, self.where, "prompt, tools or tool_calls")
+        return text
 
     def messages(self, value: Any, field: str, role: str, texts_only: bool = False) -> list[Message]:
         """Messages without nulls, their contents in the form that the template knows; a text is one of `role`.

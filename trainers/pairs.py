@@ -36,6 +36,7 @@ from fused_rlhf.trainers.data import (
     Sample,
     are_messages,
     check_contents,
+    check_text,
     read_jsonl,
     read_splits,
     refuse_ids,
@@ -206,7 +207,9 @@ def _check_text(value: Any, where: str, name: str) -> None:
         raise ValueError(
             f"{where}: {name}: expected a text or a list of messages with role and content, got {short(value)}"
         )
-    if isinstance(value, list):
+    if isinstance(value, str):
+        check_text(value, where, name)
+    else:
         check_contents(value, where, name)
     last: Any = value if isinstance(value, str) else value[-1] if value else {"content": ""}
     content = last if isinstance(last, str) else last.get("content")
