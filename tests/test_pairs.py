@@ -77,6 +77,17 @@ def test_rows_of_every_form():
     assert check_row({**ROW, "prompt": parts}, "").images == ("a.png",)
 
 
+def test_what_one_completion_alone_begins_with_is_its_own():
+    talk = [user("a"), assistant("b"), user("c")]
+    again = [assistant("b"), user("c"), assistant("d")]
+    both = check_row({"prompt": talk, "chosen": again, "rejected": [*again[:2], assistant("e")]}, "")
+    assert (both.chosen, both.rejected) == ([assistant("d")], [assistant("e")])
+    one_alone = check_row({"prompt": talk, "chosen": [assistant("d")], "rejected": again}, "")
+    assert (one_alone.prompt, one_alone.chosen, one_alone.rejected) == (talk, [assistant("d")], again)
+    repeats_its_question = check_row({"prompt": talk, "chosen": "e", "rejected": again[1:]}, "")
+    assert (repeats_its_question.chosen, repeats_its_question.rejected) == ([assistant("e")], [assistant("d")])
+
+
 def test_rows_of_token_ids_are_refused_by_name():
     made = {f"{name}_input_ids": [5, 3] for name in ROW}
     with pytest.raises(
