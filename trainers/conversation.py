@@ -30,6 +30,7 @@ from fused_rlhf.trainers.inputs import Encoded, Message, bare
 Text = str | list[Message]
 
 PROBE = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+MARKS = ("\n", "a", ".")  # a token may span one of them and a text's first character, hardly all
 COLUMNS = ("tools", "chat_template_kwargs")
 OURS = (
     "conversation",
@@ -115,11 +116,18 @@ def following(tokenizer: PreTrainedTokenizerBase, text: str, completion: str) ->
     before, whole = bare(tokenizer, text), bare(tokenizer, text + completion)
     if before and whole[: len(before)] == before:
         ids = whole[len(before) :]
-    else:  # behind a line break, so that no tokenizer takes it for the beginning of a text and puts a space before it
-        line, ids = bare(tokenizer, "\n"), bare(tokenizer, f"\n{completion}")
-        ids = ids[len(line) :] if ids[: len(line)] == line else bare(tokenizer, completion)
+    else:  # behind some character, so that no tokenizer takes it for the beginning of a text and puts a space before it
+        behind = (_behind(tokenizer, mark, completion) for mark in MARKS)
+        found = next((ids for ids in behind if ids is not None), None)
+        ids = bare(tokenizer, completion) if found is None else found
     end = [tokenizer.eos_token_id]
     return ids if ids[-1:] == end else ids + end
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, mark: str, text: str) -> list[int] | None:
+    """Ids of a text behind a mark, None where a token would span the two."""
+    before, whole = bare(tokenizer, mark), bare(tokenizer, mark + text)
+    return whole[len(before) :] if whole[: len(before)] == before else None
 
 
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
