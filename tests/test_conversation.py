@@ -290,6 +290,22 @@ def test_no_space_is_put_before_a_continuation_that_stands_alone():
     assert tokenizer.convert_ids_to_tokens(ids)[0] == merged[1]
 
 
+@pytest.mark.parametrize(("text", "completion"), [("a\n", "\nb"), ("a\n", "\n\n"), ("a", "\n\nb")])
+def test_no_space_is_put_before_a_completion_that_joins_the_text(text, completion):
+    tokenizer = chats.tokenizer("llama2", "b")  # has a token of two line breaks
+    ids = following(tokenizer, text, completion)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == f"{completion}</s>"
+
+
+def test_half_a_character_anywhere_in_a_conversation_is_refused_by_row():
+    tokenizer = chats.tokenizer("chatml")
+    row = {"prompt": [user(), assistant(None, tool_calls=[call(city="\ud83d")]), {"role": "tool", "content": "x"}]}
+    with pytest.raises(ValueError, match="row 2: prompt, tools or tool_calls: expected whole characters"):
+        encode(tokenizer, None, row, where="row 2")
+    with pytest.raises(ValueError, match="row 2: completion: expected whole characters"):
+        encode(tokenizer, None, {"prompt": "a"}, "\ud83d", where="row 2")
+
+
 # -------------------------------------------------------------------------------------------------------------- rollouts
 
 ROWS: list[dict[str, Any]] = [

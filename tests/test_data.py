@@ -1,9 +1,12 @@
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 
 from fused_rlhf.trainers import data
 from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests.gsm8k import GSM8K, needs_gsm8k
 
 
@@ -119,10 +122,45 @@ def test_rows_of_token_ids_are_refused_by_name():
         data.check(Task([{"input_ids": [1, 2], "answer": "1"}], [], "exact_match"))
 
 
+def test_rows_keep_their_numbers_where_some_are_held_out(tmp_path):
+    rows = [{"prompt": str(i), "answer": "1"} for i in range(20)]
+    config = RolloutConfig(max_operand=9)
+    task = data.load_for(config, rows)
+    where = [data.where_of(row, "train", -1) for row in task.train]
+    assert where == [f"train sample {row['prompt']}" for row in task.train]
+    assert where != sorted(where)
+    given = data.load_for(config, Task(rows, rows, "exact_match"))
+    assert data.where_of(given.test[3], "test", 3) == "test sample 3"
+    path = write(tmp_path / "rows.jsonl", rows)
+    read = data.prompts(path)
+    assert [data.where_of(row, "", 0) for row in read.test] == [
+        f"{path}, row {int(r['prompt']) + 1}" for r in read.test
+    ]
+    with pytest.raises(ValueError, match="train sample 7: prompt must be a text"):
+        data.load_for(config, [*rows[:7], {"prompt": 3, "answer": "1"}, *rows[7:], {"prompt": None, "answer": "1"}])
+    with pytest.raises(ValueError, match="train sample 1: expected a dict of columns by their names"):
+        data.load_for(config, [rows[0], dict[Any, Any]({3: "a"}) | rows[1]])
+
+
+def test_an_answer_that_is_null_is_missing(tmp_path):
+    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2", "answer": None}]
+    with pytest.raises(ValueError, match="test sample 1: answer: expected one, got None"):
+        data.check(Task(rows[:1], rows, "exact_match"))
+    data.check(Task(rows, rows, "exact_match"), answers=False)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 2: answer: expected one, got None"):
+        data.prompts(write(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("prompt", ["a\ud83d", [{"role": "user", "content": "\ud83d"}]])
+def test_half_a_character_is_refused_by_row_and_field(prompt):
+    with pytest.raises(ValueError, match=r"row 3: prompt: expected whole characters, got '\\ud83d' at [01]"):
+        data.check_prompt(prompt, "row 3")
+
+
 def test_a_prompt_may_be_messages():
     messages = [{"role": "user", "content": "1+1?"}]
     data.check(Task([{"prompt": messages, "answer": "2"}], [{"prompt": messages, "answer": "2"}], "exact_match"))
-    for wrong in ([], [{"role": "user"}], ["1+1?"], 7):
+    for wrong in ([], [{"role": "user"}], ["1+1?"], 7, np.array([1, 2])):
         with pytest.raises(ValueError, match="row 3: prompt must be a text or a list of messages"):
             data.check_prompt(wrong, "row 3")
 
@@ -160,4 +198,5 @@ def test_a_fingerprint_is_that_of_the_samples_alone():
     again = [{"prompt": "1", "image": Picture()}, rows[1]]
     assert data.fingerprint(rows) == data.fingerprint(again)
     assert data.fingerprint(rows) != data.fingerprint(rows[::-1])
+    assert data.fingerprint([{"a": {(1, 2): 3}}]) == data.fingerprint([{"a": {(1, 2): 3}}])  # keys that JSON has not
     assert data.fingerprint([{"prompt": b"x"}]) != data.fingerprint([{"prompt": b"y"}])

@@ -20,6 +20,12 @@ def test_unseen_prompts_are_counted_apart():
     )
 
 
+def test_an_answer_that_is_null_is_none():
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}]
+    assert evaluation.has_answers(Task(rows, rows[:1], "exact_match"))
+    assert not evaluation.has_answers(Task(rows, rows, "exact_match"))
+
+
 def test_correct_compares_the_greedy_answer(tmp_path):
     own, loaded = tiny.build(tmp_path)
     greedy = generate(loaded.model, loaded.tokenizer, [encode(loaded.tokenizer, None, "1+1=")], max_new_tokens=3)

@@ -88,6 +88,17 @@ def test_rows_of_every_form():
         check_row({"chosen": "ab", "rejected": "ac", "images": [a]}, "row 1")
 
 
+def test_what_one_completion_alone_begins_with_is_its_own():
+    talk = [user("a"), assistant("b"), user("c")]
+    again = [assistant("b"), user("c"), assistant("d")]
+    both = check_row({"prompt": talk, "chosen": again, "rejected": [*again[:2], assistant("e")]}, "")
+    assert (both.chosen, both.rejected) == ([assistant("d")], [assistant("e")])
+    one_alone = check_row({"prompt": talk, "chosen": [assistant("d")], "rejected": again}, "")
+    assert (one_alone.prompt, one_alone.chosen, one_alone.rejected) == (talk, [assistant("d")], again)
+    repeats_its_question = check_row({"prompt": talk, "chosen": "e", "rejected": again[1:]}, "")
+    assert (repeats_its_question.chosen, repeats_its_question.rejected) == ([assistant("e")], [assistant("d")])
+
+
 def test_rows_of_token_ids_are_refused_by_name():
     made = {f"{name}_input_ids": [5, 3] for name in ROW}
     with pytest.raises(
@@ -118,6 +129,11 @@ def test_what_is_no_row_of_pairs_is_refused_by_number(row):
         ({"chosen": [assistant("")]}, "row 7: chosen is empty"),
         ({"chosen": [assistant([{"type": "text", "text": ""}])]}, "row 7: chosen is empty"),
         ({"prompt": ""}, "row 7: prompt is empty: ''"),
+        ({"chosen": "\ud83d"}, "row 7: chosen: expected whole characters"),
+        (
+            {"chosen": [assistant([{"type": None}])]},
+            "row 7: chosen: expected content as a text or in parts with a type",
+        ),
         ({"prompt": []}, "row 7: prompt is empty"),
         ({"prompt": 3}, "row 7: prompt: expected a text or a list of messages with role and content, got 3"),
         (

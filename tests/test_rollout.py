@@ -138,10 +138,10 @@ def test_every_eos_of_the_generation_configuration_ends_a_completion(pair):
 def test_a_prompt_beyond_the_context_or_without_tokens_is_named(pair):
     model, tokenizer = pair
     short, long = encoded(tokenizer, "1+1=", "1+" * 504)
-    rollout.check_lengths("test", [short, long], model, max_new_tokens=16)
+    rollout.check_lengths(["test sample 0", "test sample 1"], [short, long], model, max_new_tokens=16)
     with pytest.raises(
         ValueError, match=r"test sample 1: its prompt of 1008 tokens and max_new_tokens=17 .*context of 1024"
     ):
-        rollout.check_lengths("test", [short, long], model, max_new_tokens=17)
+        rollout.check_lengths(["test sample 0", "test sample 1"], [short, long], model, max_new_tokens=17)
     with pytest.raises(ValueError, match="train sample 0: the prompt has no tokens"):
-        rollout.check_lengths("train", [Encoded([])], model, max_new_tokens=1)
+        rollout.check_lengths(["train sample 0"], [Encoded([])], model, max_new_tokens=1)

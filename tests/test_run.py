@@ -33,6 +33,13 @@ def test_metrics_are_strict_json_lines_even_for_nan(tmp_path):
     assert rows == run.metrics
 
 
+def test_samples_are_written_whatever_their_texts_hold(tmp_path):
+    run = opened(tmp_path)
+    run.samples(1, [{"prompt": "é\ud83d", "answer": b"x"}])
+    (line,) = run.samples_path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == {"step": 1, "prompt": "é\ud83d", "answer": "b'x'"}
+
+
 def test_the_effective_configuration_lies_beside_the_run(tmp_path):
     opened(tmp_path, learning_rate=3e-5)
     run = opened(tmp_path, learning_rate=3e-5, resume=True)

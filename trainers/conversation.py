@@ -26,13 +26,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fused_rlhf.trainers import inputs, pictures
-from fused_rlhf.trainers.data import are_messages, check_contents, short
+from fused_rlhf.trainers.data import are_messages, check_contents, check_text, short
 from fused_rlhf.trainers.inputs import Encoded, bare, common_start
 from fused_rlhf.trainers.pictures import Message, at_places
 
 Text = str | list[Message]
 
 PROBE = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
+MARKS = ("\n", "a", ".")  # a token may span one of them and a text's first character, hardly all
 COLUMNS = ("tools", "chat_template_kwargs")
 OURS = (
     "conversation",
@@ -85,6 +86,7 @@ def encode(
                     "makes such a prompt a user's message"
                 )
         start = str(prompt)
+        check_text(start, where, "prompt")
     else:
         chat = _Chat(tokenizer, processor, tools, keywords, where)
         messages = at_places(chat.messages(prompt, "prompt", "user"), len(images))
@@ -98,6 +100,7 @@ def encode(
     if completion is None:
         return made
     if plain or sampled:
+        check_text(str(completion), where, "completion")
         rest = following(tokenizer, start, str(completion))
     else:
         begun = bare(tokenizer, start)  # with no more than a token for each image, like `ids`
@@ -162,11 +165,18 @@ def following(tokenizer: PreTrainedTokenizerBase, text: str, completion: str) ->
     before, whole = bare(tokenizer, text), bare(tokenizer, text + completion)
     if before and whole[: len(before)] == before:
         ids = whole[len(before) :]
-    else:  # behind a line break, so that no tokenizer takes it for the beginning of a text and puts a space before it
-        line, ids = bare(tokenizer, "\n"), bare(tokenizer, f"\n{completion}")
-        ids = ids[len(line) :] if ids[: len(line)] == line else bare(tokenizer, completion)
+    else:  # behind some character, so that no tokenizer takes it for the beginning of a text and puts a space before it
+        behind = (_behind(tokenizer, mark, completion) for mark in MARKS)
+        found = next((ids for ids in behind if ids is not None), None)
+        ids = bare(tokenizer, completion) if found is None else found
     end = [tokenizer.eos_token_id]
     return ids if ids[-1:] == end else ids + end
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, mark: str, text: str) -> list[int] | None:
+    """Ids of a text behind a mark, None where a token would span the two."""
+    before, whole = bare(tokenizer, mark), bare(tokenizer, mark + text)
+    return whole[len(before) :] if whole[: len(before)] == before else None
 
 
 def without_nulls(value: Any) -> Any:
@@ -236,13 +246,15 @@ class _Chat:
 
     def render(self, messages: Sequence[Message], **how: bool) -> str:
         try:
-            return self._render(messages, **how)
+            text = self._render(messages, **how)
         except Exception as error:  # a template may raise anything
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(
                 f"{self.where}: the chat template cannot render it: {str(error)[:300]}; the messages' roles are {roles}: "
                 "expected those that the template takes, in its order"
             ) from error
+        check_text(text, self.where, "prompt, tools or tool_calls")
+        return text
 
     def messages(self, value: Any, field: str, role: str, texts_only: bool = False) -> list[Message]:
         """Messages without nulls, their contents in the form that the template knows; a text is one of `role`.

@@ -39,6 +39,14 @@ OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
+class Row(Sample):
+    """A sample that knows where it comes from, for messages: some are held out, and the rest is shuffled."""
+
+    def __init__(self, sample: Sample, where: str) -> None:
+        super().__init__(sample)
+        self.where = where
+
+
 @dataclass(frozen=True)
 class Task:
     """What to train on, what to be tested on, and the name of the reward that decides whether an answer is right."""
@@ -59,7 +67,7 @@ def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None
     if given is None:
         task = load(config.task, config.data, max_operand=config.max_operand, seed=config.split_seed, answers=answers)
     else:
-        task = given if isinstance(given, Task) else in_memory(given, seed=config.split_seed)
+        task = given if isinstance(given, Task) else in_memory(given, seed=config.split_seed, answers=answers)
         task = replace(task, train=list(task.train), test=list(task.test))  # a slice of a data set would be no list
     check(task, answers)
     return replace(task, train=gathered("train", task.train), test=gathered("test", task.test))
@@ -67,7 +75,8 @@ def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None
 
 def gathered(name: str, samples: Sequence[Sample]) -> list[Sample]:
     """The samples of a split with their pictures checked, in the column `images`. Raises as `pictures.gathered`."""
-    return [pictures.gathered(sample, f"{name} sample {index}") for index, sample in enumerate(samples)]
+    names = [where_of(sample, name, index) for index, sample in enumerate(samples)]
+    return [Row(pictures.gathered(sample, where), where) for sample, where in zip(samples, names)]
 
 
 def load(name: str, source: str | None, *, max_operand: int, seed: int, answers: bool = True) -> Task:
@@ -162,21 +171,40 @@ def prompts(source: str | Path, num_test: int = 500, seed: int = 0, answers: boo
 
     They are read as `read_splits` says. Where there is no test split, `num_test` rows (at most a fifth) are held out.
     """
-    train, test = read_splits(source, columns_of(answers))
+    splits = read_splits(source, columns_of(answers))
+    train, test = (
+        rows_of(r, f"{source}, {name}row", answers, 1) for r, name in zip(splits, ("", "test "), strict=True)
+    )
     if not test:
         train, test = hold_out(train, num_test, seed)
     return Task(train, test, "exact_match", f"prompts of {source}")
 
 
-def in_memory(samples: Sequence[Sample] | Mapping[str, Sequence[Sample]], num_test: int = 500, seed: int = 0) -> Task:
+def in_memory(
+    samples: Sequence[Sample] | Mapping[str, Sequence[Sample]], num_test: int = 500, seed: int = 0, answers: bool = True
+) -> Task:
     """Samples as they are, `num_test` of them (at most a fifth) held out; splits `train` and maybe `test` of a mapping."""
     if isinstance(samples, Mapping):
         require("train" in samples, "task", sorted(samples), "a list of samples, or splits called train and test")
-        train, test = list(samples["train"]), list(samples.get("test", ()))
+        train, test = (rows_of(samples.get(name, ()), f"{name} sample", answers) for name in ("train", "test"))
         train, test = (train, test) if test else hold_out(train, num_test, seed)
         return Task(train, test, "exact_match", f"{len(train) + len(test)} samples in memory")
-    samples = list(samples)
-    return Task(*hold_out(samples, num_test, seed), "exact_match", f"{len(samples)} samples in memory")
+    rows = rows_of(samples, "train sample", answers)
+    return Task(*hold_out(rows, num_test, seed), "exact_match", f"{len(rows)} samples in memory")
+
+
+def rows_of(samples: Iterable[Sample], name: str, answers: bool, first: int = 0) -> list[Sample]:
+    """Samples that are called `name` and their number. Raises as `check_sample`, of the first that cannot be used."""
+    rows: list[Sample] = []
+    for number, sample in enumerate(samples, first):
+        check_sample(sample, answers, f"{name} {number}")
+        rows.append(Row(sample, f"{name} {number}"))
+    return rows
+
+
+def where_of(sample: Sample, name: str, index: int) -> str:
+    """What messages call the sample with this index in the split `name`."""
+    return sample.where if isinstance(sample, Row) else f"{name} sample {index}"
 
 
 def read_splits(source: str | Path, columns: Sequence[str]) -> tuple[list[Sample], list[Sample]]:
@@ -250,15 +278,16 @@ def read_jsonl(path: Path, columns: Sequence[str]) -> list[Sample]:
 
 
 def require_columns(row: Sample, columns: Sequence[str], where: str) -> None:
-    """Raises ValueError where `row` is no dict or lacks one of the columns."""
-    require(isinstance(row, dict), where, row, f"a dict with {' and '.join(columns)}")
+    """Raises ValueError where `row` is no dict of columns by their names, or lacks one of `columns`."""
+    named = isinstance(row, dict) and all(isinstance(name, str) for name in row)
+    require(named, where, row, f"a dict of columns by their names, {' and '.join(columns)} among them")
     missing = [name for name in columns if name not in row]
     if missing:
-        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(map(str, row))}{_about_ids(row)}")
+        raise ValueError(f"{where}: missing {missing}; the columns there are {sorted(row)}{_about_ids(row)}")
 
 
 def _about_ids(row: Sample) -> str:
-    made = [name for name in row if str(name).endswith("_ids")]
+    made = [name for name in row if name.endswith("_ids")]
     return f"; {made} are not read: expected texts or lists of messages, not token ids" if made else ""
 
 
@@ -274,30 +303,47 @@ def columns_of(answers: bool) -> tuple[str, ...]:
 
 
 def check(task: Task, answers: bool = True) -> None:
-    """Raises ValueError where there is nothing to train on, or a sample lacks a `prompt` (text or messages) or an
-    `answer`."""
+    """Raises ValueError where there is nothing to train on, and as `check_sample`."""
     if len(task.train) == 0:
         raise ValueError("the train data set is empty: expected at least one sample with a prompt and an answer")
     for name, samples in (("train", task.train), ("test", task.test)):
         for index, sample in enumerate(samples):
-            require_columns(sample, columns_of(answers), f"{name} sample {index}")
-            taken = [column for column in RESERVED if column in sample]
-            if taken:
-                raise ValueError(
-                    f"{name} sample {index}: the column {taken[0]!r} must have another name: a reward function gets what "
-                    f"the model was asked and said under that one"
-                )
-            check_prompt(sample["prompt"], f"{name} sample {index}")
+            check_sample(sample, answers, where_of(sample, name, index))
+
+
+def check_sample(sample: Sample, answers: bool, where: str) -> None:
+    """Raises ValueError where it is no dict with a `prompt` and, with `answers`, an `answer`; null is none."""
+    require_columns(sample, columns_of(answers), where)
+    if answers and sample["answer"] is None:
+        raise ValueError(f"{where}: answer: expected one, got None")
+    taken = [column for column in RESERVED if column in sample]
+    if taken:
+        raise ValueError(
+            f"{where}: the column {taken[0]!r} must have another name: a reward function gets what the model was asked "
+            "and said under that one"
+        )
+    check_prompt(sample["prompt"], where)
 
 
 def check_prompt(prompt: Any, where: str) -> None:
     """Raises ValueError unless `prompt` is a text, not empty, or a list of messages with role, and content or calls."""
-    if not prompt or not (isinstance(prompt, str) or are_messages(prompt)):
+    if not (isinstance(prompt, str) or are_messages(prompt)) or not prompt:
         raise ValueError(
             f"{where}: prompt must be a text or a list of messages with role and content, not empty; got {short(prompt)}"
         )
-    if not isinstance(prompt, str):
+    if isinstance(prompt, str):
+        check_text(prompt, where, "prompt")
+    else:
         check_contents(prompt, where, "prompt")
+
+
+def check_text(text: str, where: str, field: str) -> None:
+    """Raises ValueError where a text cannot be encoded, for JSON may hold halves of characters (`"\\ud83d"`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{where}: {field}: expected whole characters, got {half!r} at {error.start}") from None
 
 
 def are_messages(value: Any) -> bool:
@@ -313,7 +359,7 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
     for message in messages:
         content = message.get("content")
         parts = content if isinstance(content, list) else []
-        typed = all(isinstance(part, Mapping) and "type" in part for part in parts)
+        typed = all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in parts)
         if not (content is None or isinstance(content, (str, list))) or not typed:
             raise ValueError(
                 f"{where}: {field}: expected content as a text or in parts with a type, got {short(content)}"
@@ -321,6 +367,9 @@ def check_contents(messages: Sequence[Mapping[str, Any]], where: str, field: str
         for part in parts:
             if part["type"] == "text" and not isinstance(part.get("text"), (str, type(None))):
                 raise ValueError(f"{where}: {field}: expected a part of type 'text' with a text, got {short(part)}")
+        texts = [content] if isinstance(content, str) else [part.get("text") for part in parts]
+        for text in texts:
+            check_text(text if isinstance(text, str) else "", where, field)
 
 
 def short(value: Any) -> str:
@@ -340,7 +389,7 @@ def fingerprint(rows: Iterable[Any]) -> str:
 
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, default=told).encode())
+        digest.update(json.dumps(row, default=told, skipkeys=True).encode())
     return digest.hexdigest()
 
 

@@ -43,7 +43,7 @@ def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, s
 
 
 def has_answers(task: Task) -> bool:
-    return all("answer" in sample for sample in task.test)
+    return all(sample.get("answer") is not None for sample in task.test)
 
 
 def score(

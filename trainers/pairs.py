@@ -39,6 +39,7 @@ from fused_rlhf.trainers.data import (
     Sample,
     are_messages,
     check_contents,
+    check_text,
     read_jsonl,
     read_splits,
     refuse_ids,
@@ -187,7 +188,8 @@ def check_row(row: Sample, where: str) -> Preference:
         if prompt is None:
             raise ValueError(f"{where}: without a prompt, chosen and rejected must be two texts or two conversations")
         prompt = _messages(prompt, "user")
-        chosen, rejected = (_without_end_of(prompt, _messages(x, "assistant")) for x in (chosen, rejected))
+        sides = [_messages(x, "assistant") for x in (chosen, rejected)]
+        chosen, rejected = (_without_end_of(prompt, *both) for both in (sides, sides[::-1]))
         asked = next((i for i, m in enumerate(chosen) if m["role"] == "assistant"), 0)
         asked = min(asked, common_start(chosen, rejected))
         prompt, chosen, rejected = prompt + chosen[:asked], chosen[asked:], rejected[asked:]
@@ -223,7 +225,9 @@ def _check_text(value: Any, where: str, name: str) -> None:
         raise ValueError(
             f"{where}: {name}: expected a text or a list of messages with role and content, got {short(value)}"
         )
-    if isinstance(value, list):
+    if isinstance(value, str):
+        check_text(value, where, name)
+    else:
         check_contents(value, where, name)
     last: Any = value if isinstance(value, str) else value[-1] if value else {"content": ""}
     content = last if isinstance(last, str) else last.get("content")
@@ -241,12 +245,16 @@ def _holds(messages: Sequence[Message], prompt: Text | None) -> bool:
     return prompt is None or _plain(messages[: len(prompt)]) == _plain(prompt)
 
 
-def _without_end_of(prompt: Sequence[Message], completion: list[Message]) -> list[Message]:
-    """A completion without the messages, a user's among them, that the prompt ends with and it begins with."""
-    begun, longest = _plain(completion), min(len(prompt), len(completion))
-    for count in range(longest, 0, -1):
-        asks = any(m["role"] != "assistant" for m in completion[:count])
-        if asks and begun[:count] == _plain(prompt[len(prompt) - count :]):
+def _without_end_of(prompt: Sequence[Message], completion: list[Message], other: list[Message]) -> list[Message]:
+    """A completion without the messages, a user's among them, that the prompt ends with and it begins with.
+
+    Where they begin with the assistant's, which may be what it says, the other completion must begin with them, too.
+    """
+    asked, begun, others = _plain(prompt), _plain(completion), _plain(other)
+    for count in range(min(len(asked), len(begun)), 0, -1):
+        end = asked[len(asked) - count :]
+        meant = end[0]["role"] != "assistant" or others[:count] == end
+        if begun[:count] == end and _roles(end) != {"assistant"} and meant:
             return completion[count:]
     return completion
 

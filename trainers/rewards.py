@@ -18,7 +18,7 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fractions import Fraction
 from typing import Any
 
@@ -28,12 +28,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Batc
 
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import render
-from fused_rlhf.trainers.data import Task
+from fused_rlhf.trainers.data import Task, short
 from fused_rlhf.trainers.pictures import Picture
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 Reward = Callable[..., Sequence[float | None]]  # with a __name__, if it is no plain function, to be called by
 
+LARGEST = torch.finfo(torch.float32).max
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -222,21 +223,23 @@ def _call(
     except Exception as error:
         where = _first_failing(reward, completions, samples, timeout)
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; {where}") from error
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise RewardError(f"reward {name!r} returned {short(values)}, expected a list of numbers")
     try:
         values = list(values)
-    except TypeError:
-        raise RewardError(f"reward {name!r} returned {values!r}, expected a list of numbers") from None
+    except Exception as error:  # of a generator, or a tensor without dimensions
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}; it gave no list") from error
     if len(values) != len(completions):
         raise RewardError(f"reward {name!r} returned {len(values)} values for {len(completions)} completions")
     numbers = []
     for value, completion, sample in zip(values, completions, samples, strict=True):
         try:
             number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
             number = math.inf
-        if math.isinf(number) or isinstance(value, str):
+        if abs(number) > LARGEST or isinstance(value, (str, bytes)):
             at = _place(completion, sample)
-            raise RewardError(f"reward {name!r} returned {value!r}, expected a finite number or None; {at}")
+            raise RewardError(f"reward {name!r} returned {short(value)}, expected a finite number or None; {at}")
         numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float32)
 

@@ -35,7 +35,7 @@ from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import encode
-from fused_rlhf.trainers.data import Sample, Task, fingerprint
+from fused_rlhf.trainers.data import Sample, Task, fingerprint, where_of
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded
@@ -240,7 +240,7 @@ def encoded(
     """
     tokenizer, processor, chat = loaded.tokenizer, loaded.processor, config.chat_template
     return [
-        encode(tokenizer, processor, sample, chat_template=chat, load=load, where=f"{name} sample {index}")
+        encode(tokenizer, processor, sample, chat_template=chat, load=load, where=where_of(sample, name, index))
         for index, sample in enumerate(samples)
     ]
 
@@ -298,19 +298,22 @@ def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
     longest = 0
     for name, samples in (("train", task.train), ("test", task.test)):
         prompts = encoded(loaded, samples, config, name, load=False)
-        check_lengths(name, prompts, loaded.model, config.max_new_tokens)
+        names = [where_of(sample, name, index) for index, sample in enumerate(samples)]
+        check_lengths(names, prompts, loaded.model, config.max_new_tokens)
         longest = max([longest, *(prompt.length for prompt in prompts)])
     return longest
 
 
-def check_lengths(name: str, prompts: Sequence[Encoded], model: PreTrainedModel, max_new_tokens: int) -> None:
+def check_lengths(
+    names: Sequence[str], prompts: Sequence[Encoded], model: PreTrainedModel, max_new_tokens: int
+) -> None:
     """Raises ValueError where a prompt and `max_new_tokens` exceed the model's context, or a prompt has no tokens."""
     limit = max_positions(model)
-    for index, prompt in enumerate(prompts):
+    for where, prompt in zip(names, prompts, strict=True):
         if not prompt.ids:
-            raise ValueError(f"{name} sample {index}: the prompt has no tokens")
+            raise ValueError(f"{where}: the prompt has no tokens")
         if limit is not None and prompt.length + max_new_tokens > limit:
             raise ValueError(
-                f"{name} sample {index}: its prompt of {prompt.length} tokens and max_new_tokens={max_new_tokens} "
+                f"{where}: its prompt of {prompt.length} tokens and max_new_tokens={max_new_tokens} "
                 f"exceed the model's context of {limit}"
             )

@@ -199,7 +199,9 @@ class Run:
         """Append samples to samples.jsonl and print the first `show`."""
         if not self.main:
             return
-        with self._writing(self.samples_path), self.samples_path.open("a") as file:
+        # Halves of characters, which UTF-8 has not, as JSON escapes them.
+        text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+        with self._writing(self.samples_path), self.samples_path.open("a", **text) as file:
             for i, sample in enumerate(samples):
                 row = {"step": step} | sample | {"step": step}  # a column of that name does not hide it
                 file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
