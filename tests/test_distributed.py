@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.launch import MODULE, log_of, run, worst
-from tests.vision_families import FAMILIES, picture
+from tests.picture_runs import picture_run
 
 SMALL = "--hidden-size 32 --num-layers 2 --learning-rate 5e-3 --save-steps 2 --micro-batch-size 3"
 GRPO = f"grpo {SMALL} --steps 3 --prompts-per-step 8 --num-generations 4 --max-new-tokens 3 --max-operand 30"
@@ -93,29 +93,6 @@ def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
 
 
 # ---- pictures on one process only
-
-
-def picture_run(folder, family, command):
-    """The flags of a run in which one row of four has pictures."""
-    model, processor = FAMILIES[family]()
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    rows = []
-    for i in range(16):
-        prompt = [{"role": "user", "content": f"What is {i}?"}]
-        row = {"prompt": prompt, "chosen": f"{i}", "rejected": f"{i + 1}", "answer": f"{i}"}
-        if i % 4 == 0:
-            picture(15 * i, 24 + 4 * i, 32).save(folder / f"{i}.png")
-            row["images"] = [f"{i}.png"] * (1 + i % 8 // 4)
-        rows.append(json.dumps(row))
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    flags = f"{command} --model {folder / 'model'} --data {folder / 'rows.jsonl'} --steps 4 --learning-rate 1e-3"
-    flags += " --eval-steps 0 --save-steps 0 --sample-steps 0 --eval-samples 2 --threads 1"
-    if command == "dpo":
-        return [*flags.split(), "--batch-size", "4", "--micro-batch-size", "4", "--num-test", "2"]
-    flags += " --task prompts --rewards length=2 --prompts-per-step 4 --max-new-tokens 3 --micro-batch-size 4"
-    more = "--num-generations 2 --beta 0.1" if command == "grpo" else "--value-model copy --num-ppo-epochs 2"
-    return [*flags.split(), *more.split(), "--num-minibatches", "2"]
 
 
 @pytest.mark.slow

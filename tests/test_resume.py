@@ -3,6 +3,7 @@
 import pytest
 
 from tests.launch import killed, logged, rows, run, without_seconds
+from tests.picture_runs import picture_run
 
 # Slow enough a step to be killed within, quick enough to be run three times.
 FLAGS = "grpo --hidden-size 32 --num-layers 2 --steps 12 --prompts-per-step 4 --num-generations 4 --max-new-tokens 4"
@@ -33,3 +34,16 @@ def test_a_run_killed_again_and_again_equals_the_uninterrupted_one(tmp_path):
         assert (part / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert not list((part / "checkpoints").glob("*.partial"))
     assert len(list((part / "checkpoints").iterdir())) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["dpo", "grpo"])
+def test_a_run_with_pictures_killed_and_resumed_equals_the_uninterrupted_one(tmp_path, command):
+    flags = [*picture_run(tmp_path, "gemma3", command), "--steps", "8", "--save-steps", "1"]
+    want = run(flags, tmp_path / "whole")
+    assert killed(flags, tmp_path / "part", logged(4))
+    assert without_seconds(run([*flags, "--resume"], tmp_path / "part")) == without_seconds(want)
+    for name in ("whole", "part"):
+        assert (tmp_path / name / "model" / "model.safetensors").is_file()
+    files = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert files[0] == files[1]
