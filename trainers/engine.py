@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,7 @@ def start(config: TrainConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
             log_with=list(config.report_to) or None,
-            project_dir=config.output,
+            project_dir=str(Path(config.output).expanduser()),
         )
 
 

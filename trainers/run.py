@@ -7,6 +7,7 @@
     <output>/model/          the model and tokenizer of the last save, for `from_pretrained`
     <output>/value_model/    the value model of a PPO run, which `--value-model` takes too
     <output>/checkpoints/    what `--resume` goes on from
+    <output>/...             what the trackers write
 
 A checkpoint or model replaces the one before it as a whole, so that there is a complete one whenever the process dies.
 """
@@ -29,7 +30,7 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fused_rlhf.trainers import checkpoint
+from fused_rlhf.trainers import checkpoint, trackers
 from fused_rlhf.trainers.card import model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
@@ -71,6 +72,7 @@ class Run:
         self._bar: tqdm[int] | None = None
         self._shown: dict[str, str] = {}
         self._warned: dict[str, int] = {}
+        self._names = trackers.Names()
         self._started = time.perf_counter()
         error = None
         if self.main:  # alone, so that nobody sees what it writes next
@@ -126,8 +128,7 @@ class Run:
                 self.config_path.write_text(to_yaml(dataclasses.replace(self.config, resume=False)))
         self.engine.accelerator.wait_for_everyone()
         if self.config.report_to:
-            values = {name: str(value) for name, value in to_dict(self.config).items()}
-            self.engine.accelerator.init_trackers(self.folder.name, config=values)
+            trackers.start(self.engine.accelerator, self.folder, to_dict(self.config))
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
@@ -172,7 +173,7 @@ class Run:
             warmed = (
                 0 if phase == "warmup" else max((r["step"] for r in self.metrics if r["phase"] == "warmup"), default=0)
             )
-            values = {f"{phase}/{name}": value for name, value in metrics.items()}
+            values = {self._names.of(f"{phase}/{name}"): value for name, value in metrics.items()}
             self.engine.accelerator.log(values, step=warmed + step)
         if self._bar is not None and show:
             self._shown |= {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
