@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIZE, CELLS = 32, 4  # pixels, and squares that fit side by side
+SIZE, CELLS = 32, 2  # pixels, and squares that fit side by side
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "gold": (230, 190, 40)}
 COUNTS = ("1", "2", "3", "4")
 QUESTIONS = {"colour?": tuple(COLOURS), "how many?": COUNTS}
@@ -49,7 +49,7 @@ def squares(count: int, colour: tuple[int, int, int], draw: random.Random) -> Im
     cell = SIZE // CELLS
     pixels = np.full((SIZE, SIZE, 3), draw.randint(90, 160), dtype=np.uint8)
     for at in draw.sample(range(CELLS * CELLS), count):
-        top, left = (cell * i + draw.randint(0, 2) for i in divmod(at, CELLS))
-        pixels[top : top + cell - 2, left : left + cell - 2] = colour
+        top, left = (cell * i + draw.randint(0, 4) for i in divmod(at, CELLS))
+        pixels[top : top + cell - 4, left : left + cell - 4] = colour
     noise = np.random.default_rng(draw.getrandbits(32)).integers(-10, 11, pixels.shape)
     return images.fromarray((pixels + noise).astype(np.uint8))

@@ -139,7 +139,7 @@ class PreferenceLoss:
             num_tokens = sequences.lengths[:half].sum().clamp(min=1)
         weights = None if self.ld_alpha is None else self._token_weights(sequences, dtype)
         if ref_logprobs is not None:
-            ref_sums = sequences.sum(precise(ref_logprobs) if weights is None else precise(ref_logprobs) * weights)
+            ref_sums = self.sums(ref_logprobs, sequences)
         return BoundPreferenceLoss(
             losses=self.losses,
             weights=self.weights,
@@ -157,6 +157,11 @@ class PreferenceLoss:
             num_pairs=num_pairs,
             num_tokens=num_tokens,
         )
+
+    def sums(self, logprobs: Tensor, sequences: Sequences) -> Tensor:
+        """(S,) fp64 of the log-probs (N,) of sequences, with the weights of ld_alpha."""
+        values = precise(logprobs)
+        return sequences.sum(values if self.ld_alpha is None else values * self._token_weights(sequences, logprobs.dtype))
 
     def _token_weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
         """(N,) 1 up to the length of the pair's shorter completion, ld_alpha beyond."""
