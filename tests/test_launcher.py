@@ -62,6 +62,7 @@ def test_the_launchers_defaults_are_taken(tmp_path, defaults):
     assert not launcher.shards()
     launcher.check(tiny.config(tmp_path))
     defaults.setenv("ACCELERATE_USE_FSDP", "true")
+    defaults.setenv("RANK", "0")
     assert launcher.shards()
     launcher.check(tiny.config(tmp_path))
     defaults.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -79,3 +80,11 @@ def test_accelerates_own_sharding_is_never_engaged(defaults):
     assert made.distributed_type is DistributedType.NO
     assert launcher.shards()
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
+def test_sharding_needs_several_processes(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match=r"fsdp: expected false in one process \(torchrun and"):
+        engine.start(tiny.config(tmp_path, fsdp=True))
+    monkeypatch.setenv("RANK", "0")
+    launcher.check(tiny.config(tmp_path, fsdp=True))

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from fused_rlhf.trainers.config import TrainConfig, require
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -55,6 +57,9 @@ def check(config: TrainConfig) -> None:
         require(value.lower() in allowed, f"accelerate launch, {option}", value, words)
     if shards():
         dataclasses.replace(config, fsdp=True)  # which refuses what does not go with it
+    group = "RANK" in os.environ or torch.distributed.is_initialized()
+    words = "false in one process (torchrun and accelerate launch start several)"
+    require(group or not (config.fsdp or shards()), "fsdp", True, words)
 
 
 @contextmanager

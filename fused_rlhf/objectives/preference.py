@@ -161,7 +161,9 @@ class PreferenceLoss:
     def sums(self, logprobs: Tensor, sequences: Sequences) -> Tensor:
         """(S,) fp64 of the log-probs (N,) of sequences, with the weights of ld_alpha."""
         values = precise(logprobs)
-        return sequences.sum(values if self.ld_alpha is None else values * self._token_weights(sequences, logprobs.dtype))
+        return sequences.sum(
+            values if self.ld_alpha is None else values * self._token_weights(sequences, logprobs.dtype)
+        )
 
     def _token_weights(self, sequences: Sequences, dtype: torch.dtype) -> Tensor:
         """(N,) 1 up to the length of the pair's shorter completion, ld_alpha beyond."""
