@@ -63,6 +63,13 @@ def test_what_is_found_by_trial(family):
     assert (found.share, found.typed) == (share, typed)
 
 
+def test_the_same_is_found_in_half_precision(family):
+    name, _, _, found = family
+    model, processor = FAMILIES[name]()
+    half = collation.learned(model.bfloat16(), processor.tokenizer, processor, True)
+    assert {**vars(half), "spare": None} == {**vars(found), "spare": None}
+
+
 def test_a_batch_is_its_rows_alone(family):
     _, model, processor, found = family
     made = prompts(processor)

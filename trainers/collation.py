@@ -51,7 +51,7 @@ SIZES = ((40, 28), (28, 56), (64, 32), (36, 44))
 
 @dataclass
 class Collator:
-    """How one model and its processor put rows together; `of` finds it."""
+    """How one model and its processor put rows together; `learned` finds it."""
 
     aligned: frozenset[str] = frozenset()  # extras with an entry for each token, along dimension 1
     by_row: frozenset[str] = frozenset()  # extras whose first dimension counts rows
@@ -112,10 +112,9 @@ def joined(rows: Sequence[Tensor | None], by_row: bool) -> Tensor:
             if by_row:
                 padded.append(there[0].new_zeros(1, *sizes))
             continue
-        room = [(0, size - own) for size, own in zip(sizes, x.shape[1:], strict=True)]
-        padded.append(
-            torch.nn.functional.pad(x, [side for pair in reversed(room) for side in pair]) if any(map(any, room)) else x
-        )
+        larger = x.new_zeros(len(x), *sizes)
+        larger[(slice(None), *map(slice, x.shape[1:]))] = x
+        padded.append(larger)
     return torch.cat(padded)
 
 
@@ -179,6 +178,7 @@ class _Trial:
         self.never = [*placeholders(model), *eos_ids(model, tokenizer)]
         half = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
         self.tolerance = 5e-2 if half else 1e-4  # of the largest logit
+        self.rounding = self.tolerance / 10  # at least; more where more is found
 
     def require(self, difference: float, what: str) -> None:
         if not difference <= self.tolerance:
@@ -193,19 +193,20 @@ class _Trial:
         for some in itertools.product(FILLS, repeat=len(names)):
             self.collator.fills = dict(zip(names, some, strict=True))
             found[some] = self.difference(row)
-            if found[some] <= self.tolerance:
-                return
-        self.require(min(found.values()), "with pictures")
+        best = min(found, key=lambda some: found[some])
+        self.collator.fills = dict(zip(names, best, strict=True))
+        self.require(found[best], "with pictures")
+        self.rounding = max(self.rounding, found[best])
 
     def needs_types(self, row: Encoded) -> bool:
         """Whether a row without pictures has aligned entries too. Raises ValueError where it is wrong with both."""
-        without = self.difference(row)
-        if without <= self.tolerance or not self.collator.aligned:
-            self.require(without, "without pictures")
-            return False
-        self.collator.typed = True
-        self.require(self.difference(row), "without pictures")
-        return True
+        found = [self.difference(row)]
+        if self.collator.aligned:
+            self.collator.typed = True
+            found.append(self.difference(row))
+        self.require(min(found), "without pictures")
+        self.rounding = max(self.rounding, min(found))
+        return found[-1] < found[0] / 10
 
     def shared(self, share: Share, rows: Sequence[Encoded]) -> bool:
         """Whether rows that share batches so have the logits that each has alone."""
@@ -217,7 +218,7 @@ class _Trial:
             same = (own == tokens[group]).cumprod(1).bool().roll(1, 1)  # logits follow from the tokens before them
             same[:, 0] = True
             worst.append(self.relative(got[same], want[group][same]))
-        return max(worst) <= self.tolerance
+        return max(worst) <= 10 * self.rounding
 
     def difference(self, row: Encoded) -> float:
         """Of the logits over the whole row from those of `generate`, relative to the largest."""
