@@ -19,11 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
 import fused_rlhf as fr
+from fused_rlhf import notices
+from fused_rlhf.objectives import PolicyLoss
+from fused_rlhf.op.execute import serves_one_pass
+from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.trainers import checkpoint, planning
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig, require
@@ -73,6 +78,15 @@ class Trainer(ABC):
     name: ClassVar[str]  # in words; in lower case, the phase in metrics.jsonl
     shown: ClassVar[Sequence[str]]  # metrics on the progress bar
     plotted: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def objective(self) -> PolicyLoss | PreferenceLoss:
+        """What its updates minimise."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences lie end to end in one row, rather than padded in one each."""
+        return False
 
     @abstractmethod
     def supervise(self) -> None:
@@ -151,6 +165,33 @@ def plan(trainer: Trainer) -> str:
     return planning.describe(trainer.engine, trainer.loaded, trainer.workload, trainer.reference is not None)
 
 
+def runs(trainer: Trainer) -> str:
+    """How the losses are computed, in a line: where, over which head, in what layout, and what is passed over."""
+    model: Any = trainer.loaded.model
+    embeddings = model.get_output_embeddings()
+    if trainer.loaded.processor is None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=trainer.engine.device)
+        with torch.no_grad():
+            made = trainer.engine(lambda module: fr.lm_head.forward(model, ids))
+        hidden, head = made.hidden, notices.in_words(made.head)
+    else:  # a model that reads images may refuse a row without any
+        hidden = embeddings.weight
+        head = f"head {tuple(embeddings.weight.shape)}"
+    trained = any(p.requires_grad for p in embeddings.parameters())
+    mode = mode_of(trainer.objective(), trained, hidden.dtype)
+    backend = notices.where(hidden, trainer.config.backend)
+    layout = "packed" if trainer.packed else "padded"
+    return f"{backend}; {head}; mode {mode}; {layout} rows, of which prompts and padding skip the head"
+
+
+def mode_of(objective: PolicyLoss | PreferenceLoss, trained: bool, dtype: torch.dtype) -> str:
+    """What "auto" means for an objective over a head that is trained or not."""
+    tokenwise = isinstance(objective, PolicyLoss) and objective.tokenwise
+    entropy_term = isinstance(objective, PolicyLoss) and objective.entropy_coef != 0
+    once = serves_one_pass(tokenwise, entropy_term, trained) and dtype != torch.float16
+    return "one_pass" if once else "two_phase"
+
+
 class Interrupts:
     """Ctrl-C, put off for as long as `busy` says that there is no state to go on from; a second one is not."""
 
@@ -215,6 +256,7 @@ def fit(trainer: Trainer) -> Result:
         run.plot(trainer.plotted)
 
     run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
+    run.say(runs(trainer))
     if config.lora_r:
         run.say(models.adapters(trainer.loaded.model))
     if workload.note:
