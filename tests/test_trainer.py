@@ -254,6 +254,7 @@ def test_an_error_of_a_reward_leaves_the_step_before_it(tmp_path):
         match=r"step 4 \(rows 6 to 7 of the shuffled training set\): reward 'f' raised .*checkpoint is .*step-00000003",
     ):
         fit(own)
+    assert "stopped in step 4 of 6: reward &#39;f&#39; raised KeyError" in own.run.report_path.read_text()
     own = toy(tmp_path / "part", resume=True)
     assert without_seconds(fit(own).metrics) == without_seconds(want.metrics)
     assert weights(own) == weights(whole)
@@ -340,6 +341,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_whole_steps(tmp_path, monkeypatch, capsys
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     out = capsys.readouterr().out
     assert f"--resume goes on from {own.run.checkpoints / f'step-0000000{saved}'}" in out
+    assert f"interrupted after step {saved} of 6; " in own.run.report_path.read_text()
     assert not (own.run.folder / "model.new").exists()
     again = toy(tmp_path / "part", eval_steps=3, resume=True)
     assert without_seconds(fit(again).metrics) == without_seconds(want.metrics)
@@ -372,6 +374,17 @@ def test_a_second_ctrl_c_stops_at_once_and_a_third_does_not_spoil_what_is_saved(
     assert "step-00000002" in captured.out
     assert sorted(path.name for path in own.run.folder.iterdir() if "model" in path.name) == ["model"]
     assert (own.run.model_path / "README.md").exists()
+
+
+def test_a_run_ends_with_a_report(tmp_path):
+    own = toy(tmp_path, steps=2)
+    result = fit(own)
+    page = own.run.report_path.read_text()
+    assert "<title>Test: " in page
+    assert "2 steps done; " in page
+    assert "<div>of integers</div>" in page
+    assert f'<td class="number">{result.before["norm"]:.4g}</td>' in page
+    assert f'<td class="number">{result.after["norm"]:.4g}</td>' in page
 
 
 def test_weights_that_will_not_change_are_warned_of(tmp_path, capsys):

@@ -60,7 +60,7 @@ class DPOTrainer(Trainer):
     shown = ("loss", "rewards/margins", "rewards/accuracies", "eval_rewards/margins", "eval_rewards/accuracies")
     plotted = (
         *("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"),
-        *("rewards/accuracies", "eval_rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"),
+        *("rewards/accuracies", "eval_rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "grad_norm"),
     )
 
     def objective(self) -> PreferenceLoss:

@@ -55,7 +55,7 @@ class GRPOTrainer(Trainer):
     shown = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
     plotted = (
         *("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm"),
-        "completion_length",
+        *("entropy", "completion_length", "score"),
     )
 
     def objective(self) -> PolicyLoss:

@@ -13,7 +13,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from fused_rlhf.op.execute import serves_one_pass
 from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.trainers import checkpoint, planning
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_parameters
 from fused_rlhf.trainers.pictures import PictureError
@@ -255,12 +256,14 @@ def fit(trainer: Trainer) -> Result:
         trainer.save_model(latest)
         run.plot(trainer.plotted)
 
-    run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
-    run.say(runs(trainer))
-    if config.lora_r:
-        run.say(models.adapters(trainer.loaded.model))
-    if workload.note:
-        run.say(workload.note)
+    def report(state: str) -> None:
+        run.report(trainer.name, state, trainer.plotted, before, {} if latest is before else latest, made_of)
+
+    made_of = [f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}", runs(trainer)]
+    made_of += [models.adapters(trainer.loaded.model)] if config.lora_r else []
+    made_of += [workload.note] if workload.note else []
+    for line in made_of:
+        run.say(line)
     if (still := engine.standing_still()) > 0.5:
         run.say(
             f"warning: {100 * still:.0f} % of the weights in training, of {config.dtype}, are too coarse for a step of "
@@ -305,6 +308,7 @@ def fit(trainer: Trainer) -> Result:
             run.log(phase, config.steps, after)
             save(config.steps)
             save_model()
+        report(f"{config.steps} steps done")
     except KeyboardInterrupt:
         interrupts.closing = True
         if engine.world == 1:  # the others would wait for what this process is in the middle of
@@ -314,12 +318,15 @@ def fit(trainer: Trainer) -> Result:
             run.say(f"interrupted; the model as it is now lies in {run.model_path}")
             if last := checkpoint.latest(run.checkpoints):
                 run.say(f"--resume goes on from {last}")
+        report(f"interrupted after step {done} of {config.steps}")
         raise
     except (RewardError, SamplerError, PictureError, NonFiniteLoss) as error:
         if not isinstance(error, NonFiniteLoss) and untouched():
             save_done()
         last = checkpoint.latest(run.checkpoints)
         left = f"; the last checkpoint is {last}" if last else ""
+        with suppress(CheckpointError):
+            report(f"stopped in step {done + 1} of {config.steps}: {error}")
         raise type(error)(f"step {done + 1} ({workload.of_step(done + 1)}): {error}{left}") from error
     finally:
         interrupts.remove()
