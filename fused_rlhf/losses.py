@@ -8,7 +8,8 @@ Arguments, results and errors of a call are those of `linear_policy_loss` and `l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,7 +82,15 @@ class _Preset(FusedLinearLoss):
 
 def _module(name: str, preset: Callable[..., Any]) -> type[_Preset]:
     doc = f"`{name}(...)` as a module. Keywords: those of `{name}`, and those of `FusedLinearLoss`."
-    return type(f"FusedLinear{name}Loss", (_Preset,), {"preset": staticmethod(preset), "__doc__": doc})
+    signature = inspect.Signature([*_keywords(preset), *_keywords(FusedLinearLoss, _HEAD)])
+    own = {"preset": staticmethod(preset), "__doc__": doc, "__signature__": signature}
+    return type(f"FusedLinear{name}Loss", (_Preset,), own)
+
+
+def _keywords(function: Callable[..., Any], some: Sequence[str] = ()) -> list[inspect.Parameter]:
+    found = inspect.signature(function).parameters.values()
+    chosen = [p for p in found if p.kind is not p.VAR_KEYWORD and (not some or p.name in some)]
+    return [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in chosen]
 
 
 FusedLinearGRPOLoss = _module("GRPO", objectives.GRPO)

@@ -14,5 +14,5 @@ def _no_curves(request):
     with pytest.MonkeyPatch.context() as patch:
         run = sys.modules.get("fused_rlhf.trainers.run")
         if run is not None and request.node.get_closest_marker("curves") is None:
-            patch.setattr(run.Run, "plot", lambda self, names: None)
+            patch.setattr(run.curves, "figure", lambda rows, names: None)
         yield

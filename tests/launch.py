@@ -21,7 +21,7 @@ MODULE = ["-m", "fused_rlhf.trainers.cli"]
 WITHOUT_CURVES = """
 import sys
 from fused_rlhf.trainers import cli, run
-run.Run.plot = lambda self, names: None
+run.curves.figure = lambda rows, names: None
 sys.exit(cli.main())
 """
 

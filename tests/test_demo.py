@@ -10,7 +10,7 @@ def test_the_demo_says_what_it_did_and_where_it_is(tmp_path, capsys):
     assert cli.main(["demo", "--output", str(tmp_path / "demo"), *flags]) == 0
     out = capsys.readouterr().out
     assert "before GRPO" in out
-    for name in ("metrics.jsonl", "curves.png", "samples.jsonl", "config.yaml", "model"):
+    for name in ("metrics.jsonl", "curves.png", "report.html", "samples.jsonl", "config.yaml", "model"):
         path = tmp_path / "demo" / name
         assert path.exists()
         assert str(path) in out

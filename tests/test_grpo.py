@@ -79,7 +79,7 @@ def test_the_warm_up_teaches_the_answers_and_ends_when_told(tmp_path):
 def test_what_a_run_leaves_and_that_it_can_be_loaded(tmp_path, capsys):
     config = small(tmp_path, sample_steps=1, eval_steps=2, save_steps=2)
     result = grpo.train(config, task=TASK, reward_functions=[digits])
-    names = {"checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "model", "samples.jsonl"}
+    names = {"checkpoints", "config.yaml", "curves.png", "metrics.jsonl", "model", "report.html", "samples.jsonl"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
     model = AutoModelForCausalLM.from_pretrained(result.model_path, local_files_only=True)
     AutoTokenizer.from_pretrained(result.model_path, local_files_only=True)

@@ -252,11 +252,11 @@ def test_on_policy_without_old_logprobs_has_the_gradient_of_the_policy():
         (lambda: fr.GRPO(kl="k4"), ValueError, r"kl must be one of \['k1', 'k2', 'k3', 'k3\+'\], got 'k4'"),
         (lambda: fr.GRPO(beta=-1.0), ValueError, "beta must be finite and >= 0, got -1.0"),
         (lambda: fr.GRPO(entropy_coef=math.nan), ValueError, "entropy_coef must be finite"),
-        (lambda: fr.GRPO(epsilon_lo=0.1), TypeError, r"epsilon_lo is no option of ppo_clip .*epsilon_low"),
+        (lambda: fr.GRPO(epsilon_lo=0.1), TypeError, "epsilon_lo is no .*epsilon_low"),  # type: ignore[call-arg]
         (lambda: fr.GRPO(epsilon_low=0.0), ValueError, "epsilon_low must be finite and > 0"),
         (lambda: fr.GRPO(level="word"), ValueError, r"level must be one of \['sequence', .*'token'\], got 'word'"),
-        (lambda: fr.GRPO(max_completion_length=5), TypeError, "max_completion_length is no option"),
-        (lambda: fr.CISPO(delta=2.0), TypeError, "delta is no option of cispo"),
+        (lambda: fr.GRPO(max_completion_length=5), TypeError, "max_.* is no option"),  # type: ignore[call-arg]
+        (lambda: fr.CISPO(delta=2.0), TypeError, "delta is no option of cispo"),  # type: ignore[call-arg]
         (
             lambda: fr.GRPO(use_bias_correction_kl=True),
             ValueError,

@@ -115,7 +115,7 @@ def test_every_dpo_combination_equals_trl(name):
         # TRL knows no fp64 alpha divergence, and rounds EXO's label smoothing to fp32.
         low = f_divergence == "alpha_divergence"
         case = data[torch.float32 if low else torch.float64]
-        options = {"label_smoothing": e} if e else {}
+        options: dict[str, Any] = {"label_smoothing": e} if e else {}
         objective = fr.DPO(
             name,
             beta=0.3,
@@ -173,7 +173,7 @@ def test_lists_of_losses_with_weights_equal_trl(seed):
     weighting = "sft" not in names and draw.random() < 0.5
     ld_alpha = draw.choice((None, 0.3))
     # TRL would not smooth a sigmoid beside the others.
-    smooth = {"label_smoothing": 0.2} if set(names) & set(SMOOTHED) and "sigmoid" not in names else {}
+    smooth: dict[str, Any] = {"label_smoothing": 0.2} if set(names) & set(SMOOTHED) and "sigmoid" not in names else {}
     objective = fr.DPO(names, weights, ld_alpha=ld_alpha, use_weighting=weighting, **smooth)
     data = batch()
     truth = theirs(
@@ -249,7 +249,7 @@ def test_unpaired_losses_equal_trl(loss_type, labels, shift):
     other_ref = oracle.Head(other.hidden + shift * data.weight[other.targets], data.weight, other.targets)
     own_ref = oracle.Head(data.ref.hidden, data.weight, data.targets)
     desirable = torch.tensor(labels, dtype=torch.bool)
-    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
+    weights: dict[str, Any] = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
     of = leaves(data)
     loss, metrics = oracle.kto_loss(
         oracle.Head(*of, data.targets),

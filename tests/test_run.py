@@ -114,6 +114,41 @@ def test_curves_are_a_picture_of_what_was_logged(tmp_path):
     assert run.curves_path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.curves
+def test_the_report_is_of_what_lies_in_the_folder(tmp_path):
+    run = opened(tmp_path, learning_rate=3e-5)
+    run.warn("nothing scored", 2, "")
+    for step in range(3):
+        run.log("grpo", step, {"reward": float(step), "kl": math.nan})
+    run.samples(2, [{"prompt": "é\ud83d", "completion": "<b>"}])
+    run.report("GRPO", "2 steps done", ["reward", "kl"], {"accuracy": 0.5}, {}, ["a line"])
+    page = run.report_path.read_text(encoding="utf-8")
+    changed = "<th>learning_rate</th><td><pre>3e-05</pre>"
+    for part in (str(run.folder), "2 steps done", "a line", "<svg", "<pre>&lt;b&gt;</pre>", "é\\ud83d", changed):
+        assert part in page
+    assert "<li>nothing scored</li>" in page
+    opened(tmp_path, overwrite=True)
+    assert not run.report_path.exists()
+
+
+def test_samples_are_printed_for_a_reader(tmp_path, capsys):
+    run = opened(tmp_path)
+    long = {"solution": "x" * 900, "step": "mine", "prompt": [{"role": "user", "content": "1+1=\n?"}], "reward": 1 / 3}
+    run.samples(3, [{"source": "a", "completion": "2", "prompt": "1+1="}, long])
+    assert [list(json.loads(line)) for line in run.samples_path.read_text().splitlines()] == [
+        ["step", "prompt", "completion", "source"],
+        ["step", "prompt", "reward", "solution"],
+    ]
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "    prompt='1+1='  completion='2'  source='a'"
+    assert out[2:] == [
+        "    prompt    user: 1+1=",
+        "              ?",
+        "    reward    0.3333",
+        f"    solution  {'x' * 800} ...",
+    ]
+
+
 def test_trackers_are_known_and_installed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"report_to: expected one of .*tensorboard.*; got 'notebook'"):
         opened(tmp_path, report_to=("notebook",))

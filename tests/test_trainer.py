@@ -3,12 +3,15 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
+import fused_rlhf as fr
+from fused_rlhf.objectives import PolicyLoss
 from fused_rlhf.trainers import checkpoint, trainer
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.checkpoint import CheckpointError
@@ -16,7 +19,7 @@ from fused_rlhf.trainers.engine import NonFiniteLoss
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rewards import RewardError
 from fused_rlhf.trainers.run import Run
-from fused_rlhf.trainers.trainer import Trainer, fit, place, plan
+from fused_rlhf.trainers.trainer import Trainer, fit, mode_of, place, plan
 from tests import tiny
 from tests.launch import without_seconds
 from tests.tiny import COUNT, IDS
@@ -56,6 +59,9 @@ class Toy(Trainer):
     name = "Test"
     shown = ("loss",)
     plotted = ("loss", "norm")
+
+    def objective(self):
+        return PolicyLoss()
 
     def supervise(self):
         self.engine.apart(1e-2, lambda _: 1.0).update(noisy, [(IDS, COUNT)])
@@ -99,6 +105,26 @@ def weights(trainer):
     return (trainer.run.model_path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("objective", [fr.GRPO(), fr.GSPO(), fr.GRPO(entropy_coef=0.1), fr.DPO()])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_mode_that_is_said_is_one_that_serves(objective, trained):
+    """`check_mode` refuses "one_pass" where it does not."""
+    hidden, weight = torch.randn(4, 8), torch.randn(11, 8, requires_grad=trained)
+    call: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": torch.arange(4),
+        "cu_seqlens": torch.tensor([0, 2, 4]),
+    }
+    call |= {"objective": objective, "mode": "one_pass"}
+    policy = isinstance(objective, PolicyLoss)
+    call |= {"advantages": torch.ones(2)} if policy else {"ref_logprobs": torch.zeros(4)}
+    serves = mode_of(objective, trained, hidden.dtype) == "one_pass"
+    with nullcontext() if serves else pytest.raises(ValueError, match="mode='one_pass' needs an objective"):
+        (fr.linear_policy_loss if policy else fr.linear_preference_loss)(**call)
+    assert mode_of(objective, trained, torch.float16) == "two_phase"
+
+
 def test_a_run_says_what_it_is_made_of_and_its_plan_says_so_before(tmp_path, capsys):
     own = toy(tmp_path, steps=1)
     assert "data            6 training and 1 test rows; of integers" in plan(own)
@@ -107,7 +133,8 @@ def test_a_run_says_what_it_is_made_of_and_its_plan_says_so_before(tmp_path, cap
     result = fit(own)
     out = capsys.readouterr().out
     count = own.loaded.model.num_parameters()
-    assert f"{count:,} parameters; 6 training and 1 test rows\nof integers\nbefore Test: norm" in out
+    assert f"{count:,} parameters; 6 training and 1 test rows\nbackend chunked on cpu, float32; head" in out
+    assert "; mode one_pass; padded rows, of which prompts and padding skip the head\nof integers\nbefore Test:" in out
     assert "after Test: norm" in out
     assert [row["phase"] for row in result.metrics] == ["test"] * 3
 
@@ -227,6 +254,7 @@ def test_an_error_of_a_reward_leaves_the_step_before_it(tmp_path):
         match=r"step 4 \(rows 6 to 7 of the shuffled training set\): reward 'f' raised .*checkpoint is .*step-00000003",
     ):
         fit(own)
+    assert "stopped in step 4 of 6: reward &#39;f&#39; raised KeyError" in own.run.report_path.read_text()
     own = toy(tmp_path / "part", resume=True)
     assert without_seconds(fit(own).metrics) == without_seconds(want.metrics)
     assert weights(own) == weights(whole)
@@ -313,6 +341,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_whole_steps(tmp_path, monkeypatch, capsys
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     out = capsys.readouterr().out
     assert f"--resume goes on from {own.run.checkpoints / f'step-0000000{saved}'}" in out
+    assert f"interrupted after step {saved} of 6; " in own.run.report_path.read_text()
     assert not (own.run.folder / "model.new").exists()
     again = toy(tmp_path / "part", eval_steps=3, resume=True)
     assert without_seconds(fit(again).metrics) == without_seconds(want.metrics)
@@ -345,6 +374,17 @@ def test_a_second_ctrl_c_stops_at_once_and_a_third_does_not_spoil_what_is_saved(
     assert "step-00000002" in captured.out
     assert sorted(path.name for path in own.run.folder.iterdir() if "model" in path.name) == ["model"]
     assert (own.run.model_path / "README.md").exists()
+
+
+def test_a_run_ends_with_a_report(tmp_path):
+    own = toy(tmp_path, steps=2)
+    result = fit(own)
+    page = own.run.report_path.read_text()
+    assert "<title>Test: " in page
+    assert "2 steps done; " in page
+    assert "<div>of integers</div>" in page
+    assert f'<td class="number">{result.before["norm"]:.4g}</td>' in page
+    assert f'<td class="number">{result.after["norm"]:.4g}</td>' in page
 
 
 def test_weights_that_will_not_change_are_warned_of(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -10,6 +11,13 @@ import yaml
 
 import fused_rlhf
 from fused_rlhf.trainers.config import TrainConfig, to_dict
+
+
+def chosen(config: TrainConfig) -> dict[str, Any]:
+    """Options other than the defaults."""
+    default = to_dict(type(config)())
+    values = to_dict(config).items()
+    return {name: value for name, value in values if name not in ("resume", "overwrite") and value != default[name]}
 
 
 def model_card(config: TrainConfig, metrics: dict[str, float], adapters: bool = False) -> str:
@@ -20,16 +28,10 @@ def model_card(config: TrainConfig, metrics: dict[str, float], adapters: bool = 
     adapters = adapters or config.lora_r > 0
     kind = ["library_name: peft"] if adapters else ["library_name: transformers"]
     head = "\n".join(["---", *base, *kind, f"tags: [fused-rlhf, {algorithm}]", "---"])
-    default = to_dict(type(config)())
-    chosen = {
-        name: value
-        for name, value in to_dict(config).items()
-        if name not in ("resume", "overwrite") and value != default[name]
-    }
     rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in metrics.items())
     loader = "AutoPeftModelForCausalLM" if adapters else "AutoModelForCausalLM"
     package = "peft" if adapters else "transformers"
-    options = yaml.safe_dump(chosen, sort_keys=False)
+    options = yaml.safe_dump(chosen(config), sort_keys=False)
     return f"""{head}
 
 # Trained by fused-rlhf: {algorithm}

@@ -46,6 +46,7 @@ accuracy on held-out prompts: {before:.1f} % before GRPO, {after:.1f} % after ({
 
   metrics    {folder / "metrics.jsonl"}
   curves     {folder / "curves.png"}
+  report     {folder / "report.html"}
   samples    {folder / "samples.jsonl"}
   options    {folder / "config.yaml"}
   model      {result.model_path}  (AutoModelForCausalLM.from_pretrained)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 import fused_rlhf as fr
 from fused_rlhf.objectives import reductions
 from fused_rlhf.objectives.reductions import Metrics
+from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.trainers import data, engine, pairs, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.bpe import bpe_tokenizer
@@ -59,8 +60,15 @@ class DPOTrainer(Trainer):
     shown = ("loss", "rewards/margins", "rewards/accuracies", "eval_rewards/margins", "eval_rewards/accuracies")
     plotted = (
         *("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"),
-        *("rewards/accuracies", "eval_rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm"),
+        *("rewards/accuracies", "eval_rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "grad_norm"),
     )
+
+    def objective(self) -> PreferenceLoss:
+        return self.config.loss()
+
+    @property
+    def packed(self) -> bool:
+        return self.config.packing
 
     def supervise(self) -> None:
         """On the completions, the learning rate falling to 0 at the end.

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 import fused_rlhf as fr
 from fused_rlhf import advantages
+from fused_rlhf.objectives import PolicyLoss
 from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
@@ -54,8 +55,11 @@ class GRPOTrainer(Trainer):
     shown = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
     plotted = (
         *("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm"),
-        "completion_length",
+        *("entropy", "completion_length", "score"),
     )
+
+    def objective(self) -> PolicyLoss:
+        return self.config.loss()
 
     def supervise(self) -> None:
         warmup.on_answers(self.run, self.loaded, self.task, self.config)

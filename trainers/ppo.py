@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 import fused_rlhf as fr
 from fused_rlhf.advantages import at_last_token, gae, moments, weighted_sum, whiten
-from fused_rlhf.objectives import KL_ESTIMATORS, reductions
+from fused_rlhf.objectives import KL_ESTIMATORS, PolicyLoss, reductions
 from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.objectives.value import value_loss, value_metrics
 from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
@@ -75,6 +75,9 @@ class PPOTrainer(Trainer):
         *("accuracy", "score", "objective/scores", "objective/kl", "objective/kl_coef", "objective/entropy"),
         *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/explained_variance"),
     )
+
+    def objective(self) -> PolicyLoss:
+        return self.config.loss()
 
     def supervise(self) -> None:
         """Values on a body of their own begin where the policy's warm-up ends, as the reference does."""

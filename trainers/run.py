@@ -4,6 +4,7 @@
     <output>/metrics.jsonl   one JSON object a line, written as it happens
     <output>/samples.jsonl   prompts, completions and rewards
     <output>/curves.png      the metrics by step
+    <output>/report.html     how it went, on one page
     <output>/model/          the model and tokenizer of the last save, for `from_pretrained`
     <output>/value_model/    the value model of a PPO run, which `--value-model` takes too
     <output>/checkpoints/    what `--resume` goes on from
@@ -30,12 +31,13 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fused_rlhf.trainers import checkpoint, trackers
-from fused_rlhf.trainers.card import model_card
+from fused_rlhf.trainers import checkpoint, curves, trackers
+from fused_rlhf.trainers.card import chosen, model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.model import ADAPTERS
+from fused_rlhf.trainers.report import Report, fields, first_and_last
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
 FREE = {"resume", "overwrite", "output", "steps", "save_steps", "keep_checkpoints", "report_to", "threads"}
@@ -44,6 +46,11 @@ MODELS = ("model", "value_model")
 
 # Options that may name a file or folder to read from.
 SOURCES = {"model", "data", "ref_model", "reward_model", "value_model"}
+
+# Columns of a sample that come first, whatever others the data has.
+SAMPLED = ("prompt", "completion", "chosen", "rejected", "reward", "score")
+
+LINE = 100  # characters of a sample that is printed in one line
 
 Logged = dict[str, float]  # metrics as they are logged: of a step or an evaluation, merged
 
@@ -66,6 +73,7 @@ class Run:
         self.metrics_path = self.folder / "metrics.jsonl"
         self.samples_path = self.folder / "samples.jsonl"
         self.curves_path = self.folder / "curves.png"
+        self.report_path = self.folder / "report.html"
         self.config_path = self.folder / "config.yaml"
         self.metrics: list[dict[str, Any]] = []
         self.main = engine.rank == 0
@@ -122,7 +130,8 @@ class Run:
                     if self.metrics_path.exists():  # else a folder called model is not that of a run
                         for name in (f"{model}{end}" for model in MODELS for end in ("", ".old", ".new")):
                             shutil.rmtree(self.folder / name, ignore_errors=True)
-                        self.curves_path.unlink(missing_ok=True)
+                        for path in (self.curves_path, self.report_path):
+                            path.unlink(missing_ok=True)
                 for path in (self.metrics_path, self.samples_path):
                     path.touch() if self.config.resume else path.write_text("")
                 self.config_path.write_text(to_yaml(dataclasses.replace(self.config, resume=False)))
@@ -204,10 +213,12 @@ class Run:
         text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
         with self._writing(self.samples_path), self.samples_path.open("a", **text) as file:
             for i, sample in enumerate(samples):
-                row = {"step": step} | sample | {"step": step}  # a column of that name does not hide it
+                first = [name for name in SAMPLED if name in sample]
+                # A column named step does not hide it.
+                row = {"step": step} | {name: sample[name] for name in (*first, *sample) if name != "step"}
                 file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
                 if i < show:
-                    self.say("    " + "  ".join(f"{name}={value!r}" for name, value in sample.items()))
+                    self.say(printed(row))
 
     def save_model(
         self, export: Callable[[Path], None], result: Logged, name: str = "model", card: bool = True
@@ -234,29 +245,35 @@ class Run:
         self.engine.agree(error)
 
     def plot(self, names: Sequence[str]) -> None:
-        """Draw curves.png: a panel for each of `names` that was logged, a line for each phase."""
-        # Figure alone, without pyplot: no display, no global state.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        """Draw curves.png, of those of `names` that changed."""
+        made = curves.figure(self.metrics, names) if self.main else None
+        if made is not None:
+            with self._writing(self.curves_path):
+                made.savefig(self.curves_path, dpi=100)
 
-        logged = [name for name in names if any(row.get(name) is not None for row in self.metrics)]
-        if not logged or not self.main:
+    def report(
+        self, name: str, state: str, names: Sequence[str], before: Logged, after: Logged, made_of: Sequence[str]
+    ) -> None:
+        """Write report.html: how the run of this name ended, the evaluations, curves of `names`."""
+        if not self.main:
             return
-        rows = math.ceil(len(logged) / 3)
-        figure = Figure(figsize=(12, 3 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        for i, name in enumerate(logged):
-            axes = figure.add_subplot(rows, 3, i + 1)
-            for phase in dict.fromkeys(row["phase"] for row in self.metrics):
-                points = [(r["step"], r[name]) for r in self.metrics if r["phase"] == phase and r.get(name) is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=phase, marker="o" if len(points) < 20 else None)
-            axes.set_title(name)
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.3)
-            axes.legend()
-        with self._writing(self.curves_path):
-            figure.savefig(self.curves_path, dpi=100)
+        made = curves.figure(self.metrics, names)
+        page = Report(
+            name=name,
+            folder=str(self.folder),
+            state=state,
+            seconds=self.seconds(),
+            made_of=made_of,
+            before=before,
+            after=after,
+            warnings=[what + (f" (in {count} steps)" if count > 1 else "") for what, count in self._warned.items()],
+            curves="" if made is None else curves.svg(made),
+            samples=first_and_last(self.samples_path),
+            changed=chosen(self.config),
+            options=to_yaml(dataclasses.replace(self.config, resume=False)),
+        )
+        with self._writing(self.report_path):
+            self.report_path.write_text(page.html(), encoding="utf-8", errors="backslashreplace")
 
     def progress(self) -> dict[str, Any]:
         """For a checkpoint: how far the files of this folder reach now."""
@@ -273,3 +290,17 @@ class Run:
         self.engine.accelerator.wait_for_everyone()
         self.metrics = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
         self._started = time.perf_counter() - seconds
+
+
+def printed(sample: dict[str, Any]) -> str:
+    """In one line where it is short, else a column each, without what would fill the screen."""
+    line = "  ".join(f"{name}={value!r}" for name, value in sample.items() if name != "step")
+    if len(line) <= LINE:
+        return f"    {line}"
+    columns = fields(sample)
+    wide = max(len(name) for name, _ in columns)
+    lines = [f"    {'-' * LINE}"]
+    for name, text in columns:
+        shown = text if len(text) <= 8 * LINE else f"{text[: 8 * LINE]} ..."
+        lines.append(f"    {name:<{wide}}  " + shown.replace("\n", f"\n    {'':<{wide}}  "))
+    return "\n".join(lines)

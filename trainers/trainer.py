@@ -13,19 +13,25 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
 import fused_rlhf as fr
+from fused_rlhf import notices
+from fused_rlhf.objectives import PolicyLoss
+from fused_rlhf.op.execute import serves_one_pass
+from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.trainers import checkpoint, planning
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_parameters
 from fused_rlhf.trainers.pictures import PictureError
@@ -73,6 +79,15 @@ class Trainer(ABC):
     name: ClassVar[str]  # in words; in lower case, the phase in metrics.jsonl
     shown: ClassVar[Sequence[str]]  # metrics on the progress bar
     plotted: ClassVar[Sequence[str]]
+
+    @abstractmethod
+    def objective(self) -> PolicyLoss | PreferenceLoss:
+        """What its updates minimise."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether sequences lie end to end in one row, rather than padded in one each."""
+        return False
 
     @abstractmethod
     def supervise(self) -> None:
@@ -151,6 +166,33 @@ def plan(trainer: Trainer) -> str:
     return planning.describe(trainer.engine, trainer.loaded, trainer.workload, trainer.reference is not None)
 
 
+def runs(trainer: Trainer) -> str:
+    """How the losses are computed, in a line: where, over which head, in what layout, and what is passed over."""
+    model: Any = trainer.loaded.model
+    embeddings = model.get_output_embeddings()
+    if trainer.loaded.processor is None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=trainer.engine.device)
+        with torch.no_grad():
+            made = trainer.engine(lambda module: fr.lm_head.forward(model, ids))
+        hidden, head = made.hidden, notices.in_words(made.head)
+    else:  # a model that reads images may refuse a row without any
+        hidden = embeddings.weight
+        head = f"head {tuple(embeddings.weight.shape)}"
+    trained = any(p.requires_grad for p in embeddings.parameters())
+    mode = mode_of(trainer.objective(), trained, hidden.dtype)
+    backend = notices.where(hidden, trainer.config.backend)
+    layout = "packed" if trainer.packed else "padded"
+    return f"{backend}; {head}; mode {mode}; {layout} rows, of which prompts and padding skip the head"
+
+
+def mode_of(objective: PolicyLoss | PreferenceLoss, trained: bool, dtype: torch.dtype) -> str:
+    """What "auto" means for an objective over a head that is trained or not."""
+    tokenwise = isinstance(objective, PolicyLoss) and objective.tokenwise
+    entropy_term = isinstance(objective, PolicyLoss) and objective.entropy_coef != 0
+    once = serves_one_pass(tokenwise, entropy_term, trained) and dtype != torch.float16
+    return "one_pass" if once else "two_phase"
+
+
 class Interrupts:
     """Ctrl-C, put off for as long as `busy` says that there is no state to go on from; a second one is not."""
 
@@ -214,11 +256,14 @@ def fit(trainer: Trainer) -> Result:
         trainer.save_model(latest)
         run.plot(trainer.plotted)
 
-    run.say(f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}")
-    if config.lora_r:
-        run.say(models.adapters(trainer.loaded.model))
-    if workload.note:
-        run.say(workload.note)
+    def report(state: str) -> None:
+        run.report(trainer.name, state, trainer.plotted, before, {} if latest is before else latest, made_of)
+
+    made_of = [f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}", runs(trainer)]
+    made_of += [models.adapters(trainer.loaded.model)] if config.lora_r else []
+    made_of += [workload.note] if workload.note else []
+    for line in made_of:
+        run.say(line)
     if (still := engine.standing_still()) > 0.5:
         run.say(
             f"warning: {100 * still:.0f} % of the weights in training, of {config.dtype}, are too coarse for a step of "
@@ -263,6 +308,7 @@ def fit(trainer: Trainer) -> Result:
             run.log(phase, config.steps, after)
             save(config.steps)
             save_model()
+        report(f"{config.steps} steps done")
     except KeyboardInterrupt:
         interrupts.closing = True
         if engine.world == 1:  # the others would wait for what this process is in the middle of
@@ -272,12 +318,15 @@ def fit(trainer: Trainer) -> Result:
             run.say(f"interrupted; the model as it is now lies in {run.model_path}")
             if last := checkpoint.latest(run.checkpoints):
                 run.say(f"--resume goes on from {last}")
+        report(f"interrupted after step {done} of {config.steps}")
         raise
     except (RewardError, SamplerError, PictureError, NonFiniteLoss) as error:
         if not isinstance(error, NonFiniteLoss) and untouched():
             save_done()
         last = checkpoint.latest(run.checkpoints)
         left = f"; the last checkpoint is {last}" if last else ""
+        with suppress(CheckpointError):
+            report(f"stopped in step {done + 1} of {config.steps}: {error}")
         raise type(error)(f"step {done + 1} ({workload.of_step(done + 1)}): {error}{left}") from error
     finally:
         interrupts.remove()

@@ -42,8 +42,8 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
     else:
         batch["advantages"] = inputs.sequences(inputs.advantages)
         batch["old_logprobs"] = inputs.sequences(inputs.old_logprobs)
-        clip = {"epsilon_low": EPSILON, "epsilon_high": EPSILON}
-        usual = fr.GRPO(beta=case.beta, **clip) if case.op == "grpo" else fr.PPO(entropy_coef=ENTROPY_COEF, **clip)
+        grpo = case.op == "grpo"
+        usual = fr.GRPO(epsilon=EPSILON, beta=case.beta) if grpo else fr.PPO(epsilon=EPSILON, entropy_coef=ENTROPY_COEF)
         batch.setdefault("objective", usual)
     hidden, targets = inputs.sequences, inputs.sequences(inputs.targets)
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_rlhf import notices
 from fused_rlhf.checks import shape
 from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
 from fused_rlhf.kernels.interface import Stats
@@ -92,6 +93,7 @@ def _score(
     """(S, T, H) hidden states of (S, T) targets."""
     head = Head(weight, bias)
     projection, temperature = check_head(hidden, head, target, Call(ignore_index=ignore_index))
+    _announce(hidden, head)
     if target.dim() != 2:
         raise ValueError(f"target must be (S, T), one row for each completion, got {shape(target)}")
     reference = check_reference(hidden, head, projection, None, ref_input, ref_weight, ref_bias)
@@ -101,6 +103,10 @@ def _score(
     rows = tokens.rows(hidden, head, projection)
     stats = statistics(rows, projection, ("mean_logit",), ignore_index, "auto")
     return _Completions(tokens.sequences, stats, ref_logprobs)
+
+
+def _announce(hidden: Tensor, head: Head) -> None:
+    notices.runs("Liger's losses", hidden, head, "auto", "ignored tokens are skipped")
 
 
 def _check_reference(use_ref_model: bool, ref_input: Tensor | None) -> None:
@@ -619,6 +625,7 @@ class LigerFusedLinearGRPOLoss(_Loss):
             bias=bias,
             temperature=self.temperature,
         )
+        _announce(_input, Head(lin_weight, bias))
         clip_ratio = {"cispo": "cispo_clip_ratio", "sapo": None, "vespo": None}.get(
             self.loss_type, "clip_ratio/region_mean"
         )
@@ -735,5 +742,6 @@ class LigerFusedLinearJSDLoss(_Loss):
                 beta=self.beta if between else 0.5,
             )
             soft = divergences.sum() / count
+        _announce(student_input, Head(student_weight, student_bias))
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf import lm_head
+from fused_rlhf import lm_head, notices
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.op.head import Head
 
@@ -148,15 +148,17 @@ class FusedLogProbs:
         *,
         backend: str = "auto",
     ) -> tuple[Tensor | None, ...]:
+        head = Head(weight, bias, logit_scale, final_logit_softcapping)
         with _gathered(weight, bias):
             out = linear_logprobs(
                 hidden,
-                Head(weight, bias, logit_scale, final_logit_softcapping),
+                head,
                 targets,
                 temperature=temperature,
                 outputs=_our_outputs(outputs),
                 backend=backend,
             )
+            notices.runs("TRL's log-probs", hidden, head, backend, "as TRL reads its config")
         return _statistics(out)
 
 
@@ -213,6 +215,7 @@ def add_fused_lm_head(
                 outputs=wanted,
                 backend=backend,
             )
+            notices.runs("TRL's log-probs", hidden, probed.head, backend, "tokens without a label are skipped")
         scored = targets != -100
         return (*_statistics(out, scored), scored, probed.aux_loss)
 
@@ -265,6 +268,7 @@ def _self_test() -> Iterator[None]:
     """TRL's own kernel, and plain CPU arithmetic, whatever the caller has set; its random numbers are left alone."""
     with (
         _unpatched(),
+        notices.muted(),
         torch.random.fork_rng([]),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),

@@ -20,7 +20,9 @@ import sys
 import torch.distributed as dist
 from torch import Tensor
 
+from fused_rlhf import notices
 from fused_rlhf.functional import linear_logprobs
+from fused_rlhf.op.head import Head
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -73,6 +75,7 @@ def linear_cross_entropy(
         temperature=1.0 if temperature is None else temperature,
         outputs=("entropy",),
     )
+    notices.runs("verl's log-probs", hidden, Head(weight), "auto", "labels of -100 are skipped")
     assert out.entropy is not None
     logprobs = out.logprobs
     if how != "none":

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fused_rlhf import objectives, preferences
+from fused_rlhf.objectives import registry
 from fused_rlhf.objectives.registry import keywords
 
 
 def formula(function: Callable[..., Any]) -> str:
-    """The first line of a docstring, without its source."""
-    return inspect.getdoc(function).split("\n")[0].split("   (")[0].replace("|", "\\|")  # type: ignore[union-attr]
+    """For a cell of a table."""
+    return registry.formula(function).replace("|", "\\|")
 
 
 def options(function: Callable[..., Any]) -> str:

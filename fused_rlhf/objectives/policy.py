@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import BoundPolicy, Stats, TokenGrads
+from fused_rlhf.objectives import signatures
 from fused_rlhf.objectives.registry import (
     check_number,
     check_options,
     differentiated,
+    formula,
     keywords,
     options_of,
     registered,
@@ -39,6 +41,7 @@ from fused_rlhf.segments import Sequences
 
 LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+BOUNDS = ("epsilon_low", "epsilon_high")
 
 PRESETS: dict[str, Callable[..., PolicyLoss]] = {}
 
@@ -105,9 +108,8 @@ class PolicyLoss:
         if self.surrogate == "gmpo" and self.top_entropy_quantile < 1:
             raise ValueError("top_entropy_quantile must be 1 for gmpo, whose ratio is that of all tokens")
         allowed = keywords(SURROGATES[self.surrogate]) | keywords(TOKEN_WEIGHTS[self.token_weight])
+        check_options(f"{self.surrogate} with {self.token_weight}", self.options, allowed)
         for name, value in self.options.items():
-            if name not in allowed:
-                raise TypeError(f"{name} is no option of {self.surrogate} with {self.token_weight}: {sorted(allowed)}")
             if value is not None:
                 check_number(name, value, above=0)
         low, high = (options_of(SURROGATES[self.surrogate], self.options).get(k) for k in ("epsilon_low", "dual_clip"))
@@ -344,35 +346,62 @@ def quantile(values: Tensor, q: float) -> Tensor:
 def preset(
     name: str, surrogate: str, token_weight: str, level: str = "token", source: str = "", **defaults: Any
 ) -> Callable[..., PolicyLoss]:
-    """A constructor of `PolicyLoss`; keywords are its fields or options of the surrogate and the weight."""
-    own = {f.name for f in fields(PolicyLoss)} - {"surrogate", "token_weight", "options"}
+    """A constructor of `PolicyLoss`; keywords are its fields or options of the surrogate and the weight.
+
+    `epsilon` is short for equal `epsilon_low` and `epsilon_high` where the surrogate has those.
+    """
+    functions = SURROGATES[surrogate], TOKEN_WEIGHTS[token_weight]
+    terms = signatures.fields_of(PolicyLoss, {"level": level})
+    options = signatures.options_of(functions, defaults)
+    own, its = {term.name for term in terms}, {option.name for option in options}
+    short = its.issuperset(BOUNDS) and "epsilon" not in its
 
     def construct(**given: Any) -> PolicyLoss:
+        check_options(f"{surrogate} with {token_weight}", given, own | its | ({"epsilon"} if short else set()))
+        given = _both_sides(given) if short else given
         settings = {key: value for key, value in given.items() if key in own}
-        options = defaults | {key: value for key, value in given.items() if key not in own}
-        check_options(
-            f"{surrogate} with {token_weight}",
-            options,
-            own | keywords(SURROGATES[surrogate]) | keywords(TOKEN_WEIGHTS[token_weight]),
-        )
-        return PolicyLoss(surrogate, token_weight, **({"level": level} | settings), options=options)
+        chosen = defaults | {key: value for key, value in given.items() if key in its}
+        return PolicyLoss(surrogate, token_weight, **({"level": level} | settings), options=chosen)
 
-    construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"""{name}: {surrogate}, {token_weight}, {level} level{f" ({source})" if source else ""}.
+    both = [signatures.keyword("epsilon", "float | None", None)] if short else []
+    words = ["    epsilon: short for equal epsilon_low and epsilon_high."] if short else []
+    words += [f"    {', '.join(option.name for option in options)}: of the formulas above."] if options else []
+    doc = f"""{name}: the surrogate {surrogate} at {level} level, weighted by {token_weight}{f"   ({source})" if source else ""}
 
-    Defaults of its own: {defaults or "none"}. Keywords: the fields of `PolicyLoss`, and the options
-    {sorted(keywords(SURROGATES[surrogate]) | keywords(TOKEN_WEIGHTS[token_weight]))}.
-    """
+    {surrogate}: {formula(functions[0])}
+    {token_weight}: {formula(functions[1])}
+
+Args:
+{chr(10).join([*words, signatures.arguments_of(PolicyLoss)])}
+
+Raises:
+    TypeError: an option that it does not have. ValueError: as `PolicyLoss`.
+"""
+    signatures.dress(construct, name, doc, [*both, *options, *terms], PolicyLoss, __name__)
     PRESETS[snake_case(name)] = construct
     return construct
 
 
-GRPO = preset("GRPO", "ppo_clip", "sequence_mean", source="arXiv:2402.03300")
-BNPO = preset("BNPO", "ppo_clip", "token_mean", source="token mean over the call's own tokens")
-DrGRPO = preset("DrGRPO", "ppo_clip", "fixed_length", source="arXiv:2503.20783")
-DAPO = preset("DAPO", "ppo_clip", "token_mean", source="arXiv:2503.14476", epsilon_low=0.2, epsilon_high=0.28)
-LUSPO = preset("LUSPO", "ppo_clip", "sequence_sum", level="sequence", source="arXiv:2602.05261")
-GSPO = preset(
+def _both_sides(given: dict[str, Any]) -> dict[str, Any]:
+    """With `epsilon` spelt out."""
+    rest = {name: value for name, value in given.items() if name != "epsilon"}
+    epsilon = given.get("epsilon")
+    if epsilon is None:
+        return rest
+    check_number("epsilon", epsilon, above=0)
+    if beside := [name for name in BOUNDS if name in given]:
+        raise ValueError(f"epsilon must be None beside {' and '.join(beside)}, for it means both bounds; got {epsilon}")
+    return rest | dict.fromkeys(BOUNDS, epsilon)
+
+
+GRPO: signatures.Clipped = preset("GRPO", "ppo_clip", "sequence_mean", source="arXiv:2402.03300")
+BNPO: signatures.Clipped = preset("BNPO", "ppo_clip", "token_mean", source="token mean over the call's own tokens")
+DrGRPO: signatures.ClippedOverLength = preset("DrGRPO", "ppo_clip", "fixed_length", source="arXiv:2503.20783")
+DAPO: signatures.Clipped = preset(
+    "DAPO", "ppo_clip", "token_mean", source="arXiv:2503.14476", epsilon_low=0.2, epsilon_high=0.28
+)
+LUSPO: signatures.Clipped = preset("LUSPO", "ppo_clip", "sequence_sum", level="sequence", source="arXiv:2602.05261")
+GSPO: signatures.Clipped = preset(
     "GSPO",
     "ppo_clip",
     "sequence_mean",
@@ -381,7 +410,7 @@ GSPO = preset(
     epsilon_low=3e-4,
     epsilon_high=4e-4,
 )
-GSPOToken = preset(
+GSPOToken: signatures.Clipped = preset(
     "GSPOToken",
     "ppo_clip",
     "sequence_mean",
@@ -390,13 +419,15 @@ GSPOToken = preset(
     epsilon_low=3e-4,
     epsilon_high=4e-4,
 )
-CISPO = preset("CISPO", "cispo", "token_mean", source="arXiv:2506.13585")
-SAPO = preset("SAPO", "sapo", "sequence_mean", source="arXiv:2511.20347")
-VESPO = preset("VESPO", "vespo", "token_mean", source="arXiv:2602.10693")
-GMPO = preset("GMPO", "gmpo", "sequence_mean", source="arXiv:2507.20673")
-PPO = preset("PPO", "ppo_clip", "token_mean", source="arXiv:1707.06347")
-REINFORCE = preset("REINFORCE", "reinforce", "token_mean", source="arXiv:2504.02546")
-ReinforcePP = preset("ReinforcePP", "ppo_clip", "token_mean", source="REINFORCE++, arXiv:2501.03262")
-RLOO = preset("RLOO", "ppo_clip", "sequence_mean", level="sequence_sum", source="arXiv:2402.14740")
-ClipCov = preset("ClipCov", "clip_cov", "token_mean", source="arXiv:2505.22617")
-KLCov = preset("KLCov", "kl_cov", "token_mean", source="arXiv:2505.22617")
+CISPO: signatures.Cispo = preset("CISPO", "cispo", "token_mean", source="arXiv:2506.13585")
+SAPO: signatures.Sapo = preset("SAPO", "sapo", "sequence_mean", source="arXiv:2511.20347")
+VESPO: signatures.Vespo = preset("VESPO", "vespo", "token_mean", source="arXiv:2602.10693")
+GMPO: signatures.Gmpo = preset("GMPO", "gmpo", "sequence_mean", source="arXiv:2507.20673")
+PPO: signatures.Clipped = preset("PPO", "ppo_clip", "token_mean", source="arXiv:1707.06347")
+REINFORCE: signatures.Plain = preset("REINFORCE", "reinforce", "token_mean", source="arXiv:2504.02546")
+ReinforcePP: signatures.Clipped = preset(
+    "ReinforcePP", "ppo_clip", "token_mean", source="REINFORCE++, arXiv:2501.03262"
+)
+RLOO: signatures.Clipped = preset("RLOO", "ppo_clip", "sequence_mean", level="sequence_sum", source="arXiv:2402.14740")
+ClipCov: signatures.ClippedByCovariance = preset("ClipCov", "clip_cov", "token_mean", source="arXiv:2505.22617")
+KLCov: signatures.KLByCovariance = preset("KLCov", "kl_cov", "token_mean", source="arXiv:2505.22617")

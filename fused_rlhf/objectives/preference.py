@@ -13,9 +13,10 @@ and d = u_chosen - u_rejected. A preset is a constructor: `DPO()` is `Preference
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fused_rlhf.kernels.interface import BoundPreference, Stats, TokenGrads
+from fused_rlhf.objectives import signatures
 from fused_rlhf.objectives.preference_losses import PREFERENCES, Examples, Pairs, Side
-from fused_rlhf.objectives.registry import check_number, check_options, differentiated, keywords, options_of, registered
+from fused_rlhf.objectives.registry import (
+    check_number,
+    check_options,
+    differentiated,
+    formula,
+    keywords,
+    options_of,
+    registered,
+)
 from fused_rlhf.objectives.surrogates import Count
 from fused_rlhf.segments import Sequences, precise
 
@@ -88,10 +98,12 @@ class PreferenceLoss:
             for name, default in plain:
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} must be {default!r} for {self.losses}, which know no pairs")
-        allowed = set().union(*(keywords(PREFERENCES[name].function) for name in self.losses))
+        check_options(
+            self.losses,
+            self.options,
+            set().union(*(keywords(PREFERENCES[name].function) for name in self.losses)),
+        )
         for name, value in self.options.items():
-            if name not in allowed:
-                raise TypeError(f"{name} is no option of {self.losses}: {sorted(allowed)}")
             check_number(name, value)
         self._check_label_smoothing()
 
@@ -264,7 +276,9 @@ def preset(name: str, *losses: str, source: str, **defaults: Any) -> Callable[..
 
     `sft_weight` adds the chosen completions' NLL, where the preset does not hold it already.
     """
-    own = {f.name for f in fields(PreferenceLoss)} - {"losses", "weights", "options"}
+    functions = [PREFERENCES[loss].function for loss in losses]
+    terms = signatures.fields_of(PreferenceLoss, defaults)
+    own = {term.name for term in terms}
 
     def construct(
         loss_type: str | Sequence[str] = losses, loss_weights: Sequence[float] | None = None, **given: Any
@@ -281,20 +295,40 @@ def preset(name: str, *losses: str, source: str, **defaults: Any) -> Callable[..
         check_options(names, options, own.union({"loss_type", "loss_weights", "sft_weight"}, *known))
         return PreferenceLoss(names, weights, **settings, options=options)
 
-    construct.__name__ = construct.__qualname__ = name
-    construct.__doc__ = f"""{name}: {" + ".join(losses)} ({source}); defaults of its own: {defaults or "none"}.
+    options = signatures.options_of(functions, defaults)
+    of = "pairs" if PREFERENCES[losses[0]].paired else "completions"
+    words = [f"    {', '.join(option.name for option in options)}: of the formula above."] if options else []
+    doc = f"""{name}: mean over {of} of {" + ".join(losses)}   ({source})
 
-    loss_type: another name in `PREFERENCES`, or several; loss_weights: one for each. sft_weight: of the NLL of the
-    chosen completions, added to the loss (RPO, CPO, ORPO). Other keywords: the fields of `PreferenceLoss` and the
-    options of the losses.
-    """
+{chr(10).join(f"    {loss}: {formula(function)}" for loss, function in zip(losses, functions))}
+
+Args:
+    loss_type: another name in `PREFERENCES`, or several, with their options.
+    loss_weights: one for each of them; default 1.
+    sft_weight: of the NLL of the chosen completions, added to the loss (RPO, CPO, ORPO).
+{chr(10).join([*words, signatures.arguments_of(PreferenceLoss)])}
+
+Raises:
+    TypeError: an option that none of the losses has. ValueError: as `PreferenceLoss`.
+"""
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    default = losses[0] if len(losses) == 1 else losses
+    parameters = [
+        inspect.Parameter("loss_type", either, default=default, annotation="str | Sequence[str]"),
+        inspect.Parameter("loss_weights", either, default=None, annotation="Sequence[float] | None"),
+        signatures.keyword("sft_weight", "float", defaults.get("sft_weight", 0.0)),
+        *options,
+        *terms,
+        inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD, annotation="float"),  # of another loss_type
+    ]
+    signatures.dress(construct, name, doc, parameters, PreferenceLoss, __name__)
     PRESETS[name.lower()] = construct
     return construct
 
 
-DPO = preset("DPO", "sigmoid", source="arXiv:2305.18290")
-IPO = preset("IPO", "ipo", source="arXiv:2310.12036")
-KTO = preset("KTO", "kto", source="arXiv:2402.01306")
-CPO = preset("CPO", "cpo", source="arXiv:2401.08417", sft_weight=1.0)
-SimPO = preset("SimPO", "simpo", source="arXiv:2405.14734", beta=2.0, gamma=1.0)
-ORPO = preset("ORPO", "orpo", source="arXiv:2403.07691", sft_weight=1.0)
+DPO: signatures.Preferring = preset("DPO", "sigmoid", source="arXiv:2305.18290")
+IPO: signatures.Preferring = preset("IPO", "ipo", source="arXiv:2310.12036")
+KTO: signatures.Preferring = preset("KTO", "kto", source="arXiv:2402.01306")
+CPO: signatures.Preferring = preset("CPO", "cpo", source="arXiv:2401.08417", sft_weight=1.0)
+SimPO: signatures.Preferring = preset("SimPO", "simpo", source="arXiv:2405.14734", beta=2.0, gamma=1.0)
+ORPO: signatures.Preferring = preset("ORPO", "orpo", source="arXiv:2403.07691", sft_weight=1.0)

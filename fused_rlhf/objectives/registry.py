@@ -26,9 +26,19 @@ def options_of(function: Callable[..., Any], given: dict[str, Any]) -> dict[str,
     return {name: given.get(name, parameters[name].default) for name in keywords(function)}
 
 
+def formula(function: Callable[..., Any]) -> str:
+    """The first line of a docstring, without its source."""
+    return (inspect.getdoc(function) or "").split("\n")[0].split("   (")[0]
+
+
 def registered(argument: str, name: str, table: dict[str, Any]) -> None:
     if name not in table:
-        raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}{_nearest(name, table)}")
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
@@ -45,9 +55,7 @@ def check_options(of: object, given: Iterable[str], known: set[str]) -> None:
     """Raises TypeError for a keyword that a preset does not have, naming those it has and the nearest."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name} is no option of {of}: {sorted(known)}{hint}")
+            raise TypeError(f"{name} is no option of {of}: {sorted(known)}{_nearest(name, known)}")
 
 
 def snake_case(name: str) -> str:

@@ -63,7 +63,7 @@ def execute(
 ) -> tuple[Tensor, Stats]:
     """Sum of the objective over the rows, differentiable, and the statistics asked for and needed, (N,) each."""
     computed = tuple(name for name in OUTPUTS if name in outputs or name in objective.outputs)
-    serves = objective.tokenwise or not (trains(head) or objective.has_entropy_term)
+    serves = serves_one_pass(objective.tokenwise, objective.has_entropy_term, trains(head))
     one_pass = mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head))
     if one_pass and rows.count > 0 and objective.tokenwise:
         return _one_pass_loss(rows, head, computed, objective, backend)
@@ -93,11 +93,16 @@ def check_mode(mode: Mode, hidden: Tensor, head: Projection, tokenwise: bool, en
         raise ValueError(f"mode must be 'auto', 'one_pass' or 'two_phase', got {mode!r}")
     if mode == "one_pass" and torch.float16 in (hidden.dtype, head.weight.dtype):
         raise ValueError("mode='one_pass' must not be used with fp16, whose gradients underflow; use 'two_phase'")
-    if mode == "one_pass" and not (tokenwise or not (trains(head) or entropy_term)):
+    if mode == "one_pass" and not serves_one_pass(tokenwise, entropy_term, trains(head)):
         raise ValueError(
             "mode='one_pass' needs an objective whose terms are known token by token, or a frozen head and no entropy "
             "bonus; use 'two_phase'"
         )
+
+
+def serves_one_pass(tokenwise: bool, entropy_term: bool, trained: bool) -> bool:
+    """Whether nothing need be computed again, for an objective and a head that is trained or not."""
+    return tokenwise or not (trained or entropy_term)
 
 
 def trains(head: Projection) -> bool:
