@@ -47,7 +47,10 @@ def test_read_yaml_refuses_what_is_not_a_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*run\.yaml"):
         configs.read_yaml(path, Own)
     path.write_text("learning_rte: 1\nsteps: 3\n")
-    with pytest.raises(ValueError, match=r"unknown keys \['learning_rte'\]; allowed are \['model', .*'learning_rate'"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown keys \['learning_rte'\] \(did you mean 'learning_rate'\?\); allowed are \['model', .*'learning_rate'",
+    ):
         configs.read_yaml(path, Own)
     path.write_text("- steps\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
