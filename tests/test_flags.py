@@ -10,8 +10,6 @@ from fused_rlhf.trainers import cli, demo, flags
 from fused_rlhf.trainers.config import to_yaml
 from fused_rlhf.trainers.grpo_config import Config
 
-TRAINERS = [name for name in cli.TRAINERS if name != "demo"]
-
 
 @pytest.mark.parametrize("command", cli.TRAINERS)
 def test_every_field_is_a_flag_with_its_docstring_in_a_titled_group(command):
@@ -110,8 +108,7 @@ def test_options_of_the_objective_are_a_flag():
 
 @pytest.mark.parametrize("name", flags.RECIPES)
 def test_recipes_are_valid(name):
-    """Each fits the command in its name, or GRPO."""
-    command = next((command for command in TRAINERS if command in name), "grpo")
+    command = flags.command_of(name)
     assert isinstance(flags.parse(command, ["--config", name]), type(flags.default(command)))
 
 
@@ -134,6 +131,8 @@ def test_recipes_are_valid(name):
         (["--objective", "gspoo"], r"objective: expected one of \[.*\] \(did you mean 'gspo'\?\); got 'gspoo'"),
         (["--config"], "--config: expected the path"),
         (["--config", "gsm8kstep"], r"neither a recipe nor a file 'gsm8kstep' \(did you mean 'gsm8k_steps'\?\)"),
+        (["--config", "gsm8k_dpo"], "the recipe 'gsm8k_dpo' is one of `fused-rlhf dpo`"),
+        (["-steps", "3"], r"got '-steps' \(did you mean '--steps'\?\)"),
         (["--config", "gone.yaml"], "there is no file 'gone.yaml'"),
         (["--overwrite", "--resume"], "overwrite, resume: expected at most one"),
     ],
@@ -146,7 +145,7 @@ def test_wrong_words_are_refused_with_what_may_have_been_meant(words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepps: 3", r"unknown keys \['stepps'\] \(did you mean 'steps'\?\); allowed are \['model'"),
+        ("stepps: 3", r"unknown keys \['stepps'\] \(did you mean 'steps'\?\)$"),
         ("steps: many", r"run\.yaml: steps: expected int, got 'many'"),
         ("task: chess", r"run\.yaml: task: expected .*gsm8k-steps.*, got 'chess'"),
         ("num_generations: 1", "num_generations: expected at least 2"),

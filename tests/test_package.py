@@ -120,6 +120,22 @@ except RuntimeError as error:
     assert "needs the package triton, which is missing" in found.stdout
 
 
+def test_extras_hold_what_the_messages_say():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    cli, info = (importlib.import_module(f"fused_rlhf.trainers.{name}") for name in ("cli", "info"))
+    names = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
+    apart = {"tokenizers", "safetensors"}  # of transformers
+    for package, extra in cli.EXTRAS.items():
+        if package not in apart:
+            assert any(need.startswith(names.get(package, package)) for need in extras[extra]), package
+    for package, (_, how) in info.PACKAGES.items():
+        if extra := how.partition("[")[2].partition("]")[0]:
+            assert any(need.startswith(package) for need in extras[extra]), package
+    heavy = [need for need in [*project["dependencies"], *extras["train"]] if need.startswith(("triton", "liger"))]
+    assert not heavy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("with_hf_kernels", [False, True])
 def test_transformers_works_from_the_root(tmp_path, with_hf_kernels):

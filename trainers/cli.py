@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-V", "--version", "version"):
         return say(f"fused-rlhf {fused_rlhf.__version__}")
     if name not in COMMANDS:
-        words = f"there is no command {name!r}{nearest(name, COMMANDS)}; commands are {', '.join(COMMANDS)}"
-        return refuse(ValueError(words), 2)
+        meant = nearest(name, (*COMMANDS, "--help", "--version"))
+        return refuse(ValueError(f"there is no command {name!r}{meant}; commands are {', '.join(COMMANDS)}"), 2)
     run: Callable[[list[str]], int] = OWN.get(name, lambda rest: train(name, rest))
     try:
         return run(arguments)

@@ -210,7 +210,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
         raise FileNotFoundError(f"config: there is no file {str(path)!r}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -218,6 +218,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
     allowed = [field.name for field in dataclasses.fields(config_class)]
     unknown = [key for key in values if key not in allowed]
     if unknown:
-        meant = "".join(nearest(key, allowed) for key in unknown)
-        raise ValueError(f"config: {path} has unknown keys {unknown}{meant}; allowed are {allowed}")
+        meant = [nearest(key, allowed) for key in unknown]
+        known = "".join(meant) if all(meant) else f"; allowed are {allowed}"
+        raise ValueError(f"config: {path} has unknown keys {unknown}{known}")
     return values

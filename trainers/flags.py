@@ -93,7 +93,8 @@ def grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(argument)
         else:
-            raise ValueError(f"expected a flag, --name value, got {argument!r}")
+            meant = f" (did you mean '-{argument}'?)" if argument.startswith("-") else ""
+            raise ValueError(f"expected a flag, --name value, got {argument!r}{meant}")
     return groups
 
 
@@ -107,8 +108,14 @@ def read_flag(flag: str, hint: Any, values: list[str]) -> Any:
     return read_as(hint, values, flag)
 
 
-def from_file(file: str, default: TrainConfig) -> Any:
-    """`default` with the values in a YAML file or recipe, each read as its flag would be (so 1e-4 is a number).
+def command_of(recipe: str) -> str:
+    """The command that a recipe is for: its last word, or grpo."""
+    word = recipe.rpartition("_")[2]
+    return word if word in ("dpo", "ppo") else "grpo"
+
+
+def from_file(file: str, start: TrainConfig) -> Any:
+    """`start` with the values in a YAML file or recipe, each read as its flag would be (so 1e-4 is a number).
 
     Raises FileNotFoundError or ValueError naming the file and the key.
     """
@@ -116,9 +123,11 @@ def from_file(file: str, default: TrainConfig) -> Any:
     if not path.is_file() and not path.suffix:
         words = f"{nearest(file, RECIPES)}; recipes are {list(RECIPES)}"
         raise FileNotFoundError(f"--config: there is neither a recipe nor a file {file!r}{words}")
-    hints = field_hints(type(default))
-    values = read_yaml(path, type(default))
-    return dataclasses.replace(default, **{key: read_as(hints[key], values[key], f"{path}: {key}") for key in values})
+    if file in RECIPES and not isinstance(start, type(default(command_of(file)))):
+        raise ValueError(f"--config: the recipe {file!r} is one of `fused-rlhf {command_of(file)}`")
+    hints = field_hints(type(start))
+    values = read_yaml(path, type(start))
+    return dataclasses.replace(start, **{key: read_as(hints[key], values[key], f"{path}: {key}") for key in values})
 
 
 def read_as(hint: Any, value: Any, where: str) -> Any:
