@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# torch's build for the CPU, a sixth of the one for CUDA in size, where there is no GPU; TORCH= takes that of the usual index.
+TORCH ?= $(if $(shell command -v nvidia-smi),,cpu)
+CPU := --retries 0 --timeout 5 --index-url https://download.pytorch.org/whl/cpu
 OUT ?= bench/results/gpu
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q --durations=10
@@ -13,11 +16,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	test "$(TORCH)" != cpu || $(BIN)/python -m pip install -q -c constraints.txt $(CPU) torch || echo "torch: the usual index"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,peers,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,gpu,liger,peers,dev]'
 	touch $@
 
 demo: $(VENV)/.demo

@@ -1,31 +1,17 @@
 import dataclasses
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fused_rlhf.trainers import cli, demo
+import fused_rlhf
+from fused_rlhf.trainers import cli
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers.config import to_yaml
-from fused_rlhf.trainers.grpo_config import Config
 from tests import forks
-
-TRAINERS = [name for name in cli.COMMANDS if name not in ("demo", "bench")]
-
-
-@pytest.mark.parametrize("command", [*TRAINERS, "demo"])
-def test_every_field_is_a_flag_with_its_docstring(capsys, command):
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "--help"])
-    assert end.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(cli.command(command).default):
-        assert "--" + field.name.replace("_", "-") in text, field.name
-    assert "The reference is the model with its adapters off." in text
-    assert "--config FILE.yaml" in text
-    assert "--dry-run builds and checks everything" in text
 
 
 def test_the_commands_are_listed(capsys):
@@ -33,7 +19,11 @@ def test_the_commands_are_listed(capsys):
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in cli.COMMANDS)
     assert cli.main(["grp"]) == 2
-    assert "there is no command 'grp'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "fused-rlhf: error: there is no command 'grp' (did you mean 'grpo'?); commands are grpo, dpo"
+    )
+    assert len(error.splitlines()) == 1
     assert cli.main([]) == 0
 
 
@@ -51,44 +41,6 @@ def test_bench_goes_on_to_the_suite_of_a_checkout(monkeypatch, capsys, tmp_path)
     assert "needs a checkout" in capsys.readouterr().err
 
 
-def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("learning_rate: 1e-4\nsteps: 7\nrewards: [exact_match, numeric_answer]\nmask_truncated: true\n")
-    config = cli.parse("grpo", ["--steps", "9", "--config", str(path)])
-    assert config == Config(learning_rate=1e-4, steps=9, rewards=("exact_match", "numeric_answer"), mask_truncated=True)
-    assert type(config) is Config
-    assert cli.parse("demo", [f"--config={path}"]) == dataclasses.replace(
-        demo.DEFAULTS, learning_rate=1e-4, steps=7, rewards=("exact_match", "numeric_answer"), mask_truncated=True
-    )
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config(),
-        demo.DEFAULTS,
-        Config(reward_weights=(0.5,), rewards=("exact_match",)),
-        Config(objective="cispo", objective_options={"ratio_max": 3.0}, delta=None, report_to=("tensorboard",)),
-    ],
-)
-def test_a_saved_configuration_comes_back_as_it_was(tmp_path, config):
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = "demo" if isinstance(config, demo.Demo) else "grpo"
-    assert cli.parse(command, ["--config", str(tmp_path / "config.yaml")]) == config
-
-
-def test_options_of_the_objective_are_a_flag():
-    config = cli.parse("grpo", ["--objective", "sapo", "--objective-options", "tau_pos", "2", "tau_neg", "2.5"])
-    assert config.loss().options == {"tau_pos": 2.0, "tau_neg": 2.5}
-
-
-@pytest.mark.parametrize("name", cli.RECIPES)
-def test_recipes_are_valid(name):
-    """Each fits the command in its name, or GRPO."""
-    command = next((command for command in TRAINERS if command in name), "grpo")
-    assert isinstance(cli.parse(command, ["--config", name]), type(cli.command(command).default))
-
-
 def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
     flags = ["--hidden-size", "32", "--num-layers", "1", "--max-operand", "30", "--output", str(tmp_path / "run")]
     assert cli.main(["grpo", *flags, "--dry-run", "--beta", "0.1", "--num-minibatches", "4", "--steps", "3"]) == 0
@@ -103,26 +55,6 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, capsys):
     assert "a step          256 sequences of at most 518 tokens" in out
     assert not (tmp_path / "run").exists()
     assert cli.main(["grpo", *flags, "--dry-run", "--max-new-tokens", "1100"]) == 2  # all checks are made
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("stepps: 3", r"unknown keys \['stepps'\]; allowed are \['model'"),
-        ("steps: many", r"run\.yaml: steps: expected int, got 'many'"),
-        ("task: chess", r"run\.yaml: task: expected .*gsm8k-steps.*, got 'chess'"),
-        ("num_generations: 1", "num_generations: expected at least 2"),
-    ],
-)
-def test_a_wrong_file_is_refused(tmp_path, capsys, text, message):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        cli.parse("grpo", ["--config", str(path)])
-    assert cli.main(["grpo", "--config", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fused-rlhf: error: ")
-    assert "Traceback" not in error
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
@@ -143,10 +75,58 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         assert message in error
         assert len(error.splitlines()) == 1
         assert not output.exists()
-    with pytest.raises(SystemExit) as end:
-        cli.main(["grpo", "--num-generations", "1"])
-    assert end.value.code == 2
-    assert "num_generations: expected at least 2" in capsys.readouterr().err
+
+
+def test_the_version_and_the_other_way_to_run(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fused-rlhf {fused_rlhf.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_rlhf", "grpo", "--stepz"],
+        cwd=Path(__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "fused-rlhf: error: there is no flag '--stepz' (did you mean '--steps'?)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("grpo", "transformers", "train"), ("dpo", "tyro", "train"), ("merge", "peft", "train"), ("ppo", "yaml", "train")],
+)
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, command, package, extra):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == package else real(name))
+    words = [str(tmp_path), "--output", str(tmp_path / "out")] if command == "merge" else ["--help"]
+    assert cli.main([command, *words]) == 2
+    told = f"fused-rlhf {command} needs {package}: pip install 'fused-rlhf[{extra}]'"
+    assert capsys.readouterr().err == f"fused-rlhf: error: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "extra"),
+    [
+        ("datasets", ["--task", "prompts", "--data", "rows.parquet", "--hidden-size", "32"], "train"),
+        (
+            "liger_kernel.transformers.monkey_patch",
+            ["--hidden-size", "32", "--num-layers", "1", "--liger-layers"],
+            "liger",
+        ),
+    ],
+)
+def test_what_is_needed_later_is_named_too(monkeypatch, capsys, tmp_path, package, flags, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    assert cli.main(["grpo", "--output", "run", *flags]) == 2
+    told = f"fused-rlhf grpo needs {package.split('.')[0]}: pip install 'fused-rlhf[{extra}]'"
+    assert capsys.readouterr().err == f"fused-rlhf: error: {told}\n"
+
+
+def test_a_module_that_no_extra_brings_is_a_fault(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fused_rlhf.trainers.info", None)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["info"])
 
 
 def test_whole_gsm8k_questions_with_a_model_folder(tmp_path, capsys):

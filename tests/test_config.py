@@ -47,13 +47,19 @@ def test_read_yaml_refuses_what_is_not_a_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*run\.yaml"):
         configs.read_yaml(path, Own)
     path.write_text("learning_rte: 1\nsteps: 3\n")
-    with pytest.raises(ValueError, match=r"unknown keys \['learning_rte'\]; allowed are \['model', .*'learning_rate'"):
+    with pytest.raises(ValueError, match=r"unknown keys \['learning_rte'\] \(did you mean 'learning_rate'\?\)$"):
+        configs.read_yaml(path, Own)
+    path.write_text("xyzzy: 1\nlearning_rte: 1\nsteps: 3\n")
+    with pytest.raises(ValueError, match=r"unknown keys \['xyzzy', .*; allowed are \['model', .*'learning_rate'"):
         configs.read_yaml(path, Own)
     path.write_text("- steps\n")
     with pytest.raises(ValueError, match="must hold a mapping"):
         configs.read_yaml(path, Own)
     path.write_text("steps: [1\n")
     with pytest.raises(ValueError, match="is not YAML"):
+        configs.read_yaml(path, Own)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML"):
         configs.read_yaml(path, Own)
     path.write_text("")
     assert configs.read_yaml(path, Own) == {}

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from fused_rlhf.trainers import cli, dpo
+from fused_rlhf.trainers import cli, dpo, flags
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.dpo import Config, DPOTrainer, Totals
 from fused_rlhf.trainers.engine import NonFiniteLoss
@@ -443,7 +443,7 @@ def test_a_run_that_was_killed_and_resumed_equals_the_uninterrupted_one(tmp_path
 
 @needs_gsm8k
 def test_the_recipe_runs_on_the_real_solutions(tmp_path):
-    config = cli.parse("dpo", ["--config", "gsm8k_dpo", "--data", str(GSM8K), "--output", str(tmp_path / "run")])
+    config = flags.parse("dpo", ["--config", "gsm8k_dpo", "--data", str(GSM8K), "--output", str(tmp_path / "run")])
     config = dataclasses.replace(config, hidden_size=32, num_layers=1, warmup_steps=1, steps=1, eval_samples=8)
     trainer = dpo.prepare(dataclasses.replace(config, batch_size=2, warmup_batch_size=2))
     assert (len(trainer.train), len(trainer.test)) == (1749, 410)  # those of 2429 within max_length

@@ -84,10 +84,16 @@ def run(code, cwd=ROOT, **env):
 
 def test_import_pulls_in_no_extra():
     code = """
-import sys, torch
+import sys, fused_rlhf
+assert "torch" not in sys.modules
+import torch
 extras = set("triton transformers accelerate datasets peft tyro matplotlib tqdm liger_kernel trl".split())
 before = extras & set(sys.modules)  # torch itself may bring some
-import fused_rlhf
+fused_rlhf.linear_logprobs
+from fused_rlhf import *
+assert linear_logprobs is fused_rlhf.linear_logprobs and objectives is fused_rlhf.objectives
+assert {"linear_logprobs", "GRPO", "__version__"} <= set(dir(fused_rlhf))
+assert not hasattr(fused_rlhf, "linear_logprob")
 print("more:", sorted(extras & set(sys.modules) - before))
 """
     found = run(code)
@@ -112,6 +118,22 @@ except RuntimeError as error:
     assert found.returncode == 0, found.stderr
     assert "-1.386" in found.stdout
     assert "needs the package triton, which is missing" in found.stdout
+
+
+def test_extras_hold_what_the_messages_say():
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    cli, info = (importlib.import_module(f"fused_rlhf.trainers.{name}") for name in ("cli", "info"))
+    names = {"yaml": "pyyaml", "liger_kernel": "liger-kernel"}
+    apart = {"tokenizers", "safetensors"}  # of transformers
+    for package, extra in cli.EXTRAS.items():
+        if package not in apart:
+            assert any(need.startswith(names.get(package, package)) for need in extras[extra]), package
+    for package, (_, how) in info.PACKAGES.items():
+        if extra := how.partition("[")[2].partition("]")[0]:
+            assert any(need.startswith(package) for need in extras[extra]), package
+    heavy = [need for need in [*project["dependencies"], *extras["train"]] if need.startswith(("triton", "liger"))]
+    assert not heavy
 
 
 @pytest.mark.slow
@@ -173,13 +195,13 @@ import accelerate, peft, torch, transformers, tyro
 transformers.AutoModelForCausalLM, transformers.AutoTokenizer  # imported when they are asked for
 
 def modules():
-    import fused_rlhf.kernels.interface, fused_rlhf.trainers.cli
+    import fused_rlhf.kernels.interface, fused_rlhf.trainers.flags, fused_rlhf.trainers.grpo
     found = collections.defaultdict(list)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and name.split(".")[0] in ("fused_rlhf", "kernels", "trainers"):
             found[os.path.realpath(file)].append(name)
-    return found, sorted(fused_rlhf.trainers.cli.RECIPES)
+    return found, sorted(fused_rlhf.trainers.flags.RECIPES)
 
 for name, (folder, installed) in json.loads(sys.argv[2]).items():
     if os.fork() == 0:

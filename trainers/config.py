@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
+from fused_rlhf.trainers.words import nearest
 
 LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_language_only")
 
@@ -16,6 +19,7 @@ LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_language_only
 class TrainConfig:
     """Options that every trainer has. Raises ValueError for values out of range or at odds with each other."""
 
+    # Model and data
     model: str | None = None
     """Model folder or hub id. None builds a small Qwen3 with a character tokenizer, untrained."""
     data: str | None = None
@@ -28,6 +32,7 @@ class TrainConfig:
     """Dtype of the weights; the optimiser's moments have it too. See mixed_precision for the computation's."""
     chat_template: bool = False
     """Make a prompt that is a text a user's message by the tokenizer's chat template; lists of messages always are."""
+    # Output
     output: str = "runs/out"
     """Folder for metrics, curves, samples, checkpoints and the model."""
     overwrite: bool = False
@@ -35,6 +40,7 @@ class TrainConfig:
     resume: bool = False
     """Go on from the last checkpoint in the output folder, as if the run had never stopped."""
 
+    # LoRA
     lora_r: int = 0
     """Rank of LoRA adapters (peft); 0 trains all weights. The reference is the model with its adapters off."""
     lora_alpha: float | None = None
@@ -47,6 +53,7 @@ class TrainConfig:
     lora_language_only: bool = True
     """LoRA: an image-text model's adapters lie in its language model alone; what reads pictures stays as it is."""
 
+    # Warm-up: supervised steps before the run's own
     warmup_steps: int = 0
     """Supervised steps before the run's own; the reference is the model after them."""
     warmup_batch_size: int = 256
@@ -54,6 +61,7 @@ class TrainConfig:
     warmup_learning_rate: float = 1e-3
     """Learning rate of the supervised steps."""
 
+    # Optimisation
     steps: int = 200
     """Steps of the run."""
     micro_batch_size: int = 256
@@ -76,6 +84,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
 
+    # Precision, memory, devices
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Dtype of the computation (autocast); the weights stay what they are."""
     gradient_checkpointing: bool = False
@@ -91,6 +100,7 @@ class TrainConfig:
     backend: str = "auto"
     """Backend of the op: auto, triton, chunked or reference."""
 
+    # Evaluation, checkpoints, tracking
     eval_samples: int = 500
     """Test samples in an evaluation; 0: all of them."""
     eval_steps: int = 50
@@ -160,11 +170,26 @@ def require_default(config: Any, holds: bool, why: str, *names: str) -> None:
             )
 
 
+def require_one_of(config: Any, name: str, known: Iterable[str]) -> None:
+    value, names = getattr(config, name), list(known)
+    require(value in names, name, value, f"one of {names}{nearest(value, names)}")
+
+
+def differs(config: Any, *names: str) -> bool:
+    """Whether one of these fields has another value than its default."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    return any(getattr(config, name) != default_of(fields[name]) for name in names)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def require_choices(config: Any) -> None:
     """Raises ValueError where a field annotated with a Literal holds something else."""
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
-            require(getattr(config, name) in get_args(hint), name, getattr(config, name), f"one of {get_args(hint)}")
+            require_one_of(config, name, get_args(hint))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -185,7 +210,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
         raise FileNotFoundError(f"config: there is no file {str(path)!r}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not YAML: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -193,5 +218,7 @@ def read_yaml(path: Path, config_class: type) -> dict[str, Any]:
     allowed = [field.name for field in dataclasses.fields(config_class)]
     unknown = [key for key in values if key not in allowed]
     if unknown:
-        raise ValueError(f"config: {path} has unknown keys {unknown}; allowed are {allowed}")
+        meant = [nearest(key, allowed) for key in unknown]
+        known = "".join(meant) if all(meant) else f"; allowed are {allowed}"
+        raise ValueError(f"config: {path} has unknown keys {unknown}{known}")
     return values

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fused_rlhf.trainers.grpo import Config, Result
+from fused_rlhf.trainers.grpo_config import Config
+
+if TYPE_CHECKING:
+    from fused_rlhf.trainers.grpo import Result
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import fused_rlhf as fr
-from fused_rlhf.preferences import PREFERENCES
-from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
-from fused_rlhf.trainers.pairs import Truncate
+from fused_rlhf.trainers.config import TrainConfig, differs, require, require_at_least, require_positive
+from fused_rlhf.trainers.words import nearest
 
+Truncate = Literal["prompt_start", "completion_end", "drop"]
+
+OF_LOSS = (
+    *("loss_type", "loss_weights", "beta", "rpo_alpha", "label_smoothing", "f_divergence", "f_alpha", "ld_alpha"),
+    *("use_weighting", "discopop_tau", "gamma", "alpha"),
+)
 SORTED = {"aot", "aot_unpaired"}  # they compare all pairs of a call with each other
 
 
@@ -17,8 +22,10 @@ SORTED = {"aot", "aot_unpaired"}  # they compare all pairs of a call with each o
 class Config(TrainConfig):
     """Options of a DPO run. Raises ValueError or TypeError for values out of range or at odds with each other."""
 
+    # Output
     output: str = "runs/dpo"
     """Folder for metrics, curves, samples, checkpoints and the model."""
+    # Model and data
     task: Literal["pairs", "pictures", "gsm8k-solutions"] = "pairs"
     """pairs: your own rows with chosen and rejected, and maybe prompt and images; texts or lists of messages. pictures:
     generated ones, with the colour or the number of their squares over a wrong one. gsm8k-solutions: correct solutions of
@@ -28,8 +35,10 @@ class Config(TrainConfig):
     num_test: int = 500
     """Pairs held out for the evaluation where the data has no test split, a fifth of them at most; whole prompts."""
 
+    # Model and data
     vocab_size: int = 0
     """Built model: size of a byte-pair vocabulary learned from the training pairs; 0: one token a character."""
+    # Lengths
     max_length: int | None = None
     """Longest prompt with completion, in tokens. None: a pair beyond the model's context is an error."""
     truncate: Truncate = "prompt_start"
@@ -38,16 +47,19 @@ class Config(TrainConfig):
     packing: bool = False
     """Put the sequences of a micro-batch into one row instead of padding them; for models that tell them apart."""
 
+    # Warm-up
     warmup_steps: int = 0
     """Supervised steps on the completions, chosen and rejected, before DPO; the reference is the model after them."""
     warmup_batch_size: int = 32
     """Pairs in a supervised step, over all processes."""
 
+    # Reference
     ref_model: str | None = None
     """Folder or hub id of the reference. None: the model as the DPO steps begin with (LoRA: its adapters off)."""
     precompute_ref: bool = False
     """Take the reference's log-probs once, for all pairs, before the steps; it is not kept in memory then."""
 
+    # Loss
     loss_type: tuple[str, ...] = ("sigmoid",)
     """sigmoid (DPO), hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
     discopop, sft, sigmoid_norm; without a reference cpo, simpo, orpo. Several are added up."""
@@ -76,12 +88,14 @@ class Config(TrainConfig):
     router_aux_loss_coef: float = 0.0
     """Weight of the auxiliary loss of a mixture of experts; 0 leaves it out."""
 
+    # Optimisation
     epochs: float | None = None
     """Passes over the training pairs, in the place of steps."""
     batch_size: int = 32
     """Pairs in an update, over all processes."""
     micro_batch_size: int = 32
     """Sequences, two to a pair, in one forward and backward of one process; leaves the result as it is."""
+    # Evaluation, checkpoints, tracking
     sample_tokens: int = 64
     """Longest sample completion, in tokens."""
 
@@ -100,9 +114,8 @@ class Config(TrainConfig):
         built = self.model is None
         require(built or self.vocab_size == 0, "vocab_size", self.vocab_size, f"0 with model={self.model!r}")
         require(self.vocab_size == 0 or self.vocab_size > 258, "vocab_size", self.vocab_size, "0, or more than 258")
-        for name in self.loss_type:
-            paired = [key for key, loss in PREFERENCES.items() if loss.paired]
-            require(name in paired, "loss_type", name, f"one of {paired}")
+        if differs(self, "loss_type"):
+            self.check_loss_type()
         count = len(self.loss_weights)
         require(
             count in (0, len(self.loss_type)), "loss_weights", self.loss_weights, f"one for each of {self.loss_type}"
@@ -118,11 +131,15 @@ class Config(TrainConfig):
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "more than 0, or None")
         both = self.epochs is not None and self.steps != type(self).steps
         require(not both, "steps, epochs", (self.steps, self.epochs), "one of them")
-        asked, needed = self.ref_model is not None or self.precompute_ref, self.loss().needs_reference
         given = (self.ref_model, self.precompute_ref)
-        require(
-            needed or not asked, "ref_model, precompute_ref", given, f"none for {self.loss_type}: no reference there"
-        )
+        if given != (None, False) or differs(self, *OF_LOSS):  # the defaults are right, and torch is slow to import
+            fits = self.loss().needs_reference or given == (None, False)
+            require(fits, "ref_model, precompute_ref", given, f"none for {self.loss_type}: no reference there")
+
+    def check_loss_type(self) -> None:
+        paired = [name for name, loss in fr.preferences.PREFERENCES.items() if loss.paired]
+        for name in self.loss_type:
+            require(name in paired, "loss_type", name, f"one of {paired}{nearest(name, paired)}")
 
     @property
     def compares_pairs(self) -> bool:

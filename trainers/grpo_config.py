@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fused_rlhf.objectives import CORRECTIONS, KL_ESTIMATORS, LEVELS, PRESETS, PolicyLoss
-from fused_rlhf.trainers.config import require, require_at_least, require_default
+import fused_rlhf as fr
+from fused_rlhf.trainers.config import differs, require, require_at_least, require_default, require_one_of
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
-OBJECTIVES, ESTIMATORS = tuple(PRESETS), tuple(KL_ESTIMATORS)
-LEVEL_NAMES, CORRECTION_NAMES = ("default", *LEVELS), ("auto", "none", *CORRECTIONS)
-
 BOUNDS = ("importance_sampling_min", "importance_sampling_max")
+
+OF_LOSS = (
+    *("objective", "level", "epsilon_low", "epsilon_high", "delta", "objective_options", "beta", "kl"),
+    *("use_bias_correction_kl", "entropy_coef", "top_entropy_quantile", "off_policy_mask_threshold"),
+    *("importance_sampling", *BOUNDS),
+)
 
 COMPARING = ("clip_cov", "kl_cov")  # they choose among all tokens of a call
 
@@ -21,8 +24,10 @@ COMPARING = ("clip_cov", "kl_cov")  # they choose among all tokens of a call
 class Config(RolloutConfig):
     """Options of a GRPO run. Raises ValueError or TypeError for values out of range or at odds with each other."""
 
+    # Output
     output: str = "runs/grpo"
     """Folder for metrics, curves, samples, checkpoints and the model."""
+    # Advantages
     baseline: Literal["mean", "leave_one_out", "length_weighted"] = "mean"
     """What a reward is compared with: the group's mean; that of its others (RLOO); weighted by lengths (OPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -31,16 +36,20 @@ class Config(RolloutConfig):
     """Several rewards: normalise their sum, or sum what each is when normalised alone (GDPO); with the baseline 'mean'
     only."""
 
+    # Optimisation
     steps: int = 200
     """GRPO steps: rollouts, each followed by its updates."""
+    # Rollouts
     num_generations: int = 8
     """Completions of each prompt: the group."""
+    # Objective
     mask_truncated: bool = False
     """Leave completions that reached max_new_tokens without an EOS out of the loss."""
 
-    objective: Literal[OBJECTIVES] = "grpo"  # type: ignore[valid-type]
-    """A preset of fused_rlhf.objectives: how ratios are clipped, and how tokens weigh."""
-    level: Literal[LEVEL_NAMES] = "default"  # type: ignore[valid-type]
+    objective: str = "grpo"
+    """How ratios are clipped, and how tokens weigh, a preset of fused_rlhf.objectives: grpo, bnpo, dr_grpo, dapo, luspo, gspo,
+    gspo_token, cispo, sapo, vespo, gmpo, ppo, reinforce, reinforce_pp, rloo, clip_cov, kl_cov."""
+    level: Literal["default", "token", "sequence", "sequence_sum", "sequence_token"] = "default"
     """Whose ratio is compared; default: as the objective has it."""
     epsilon_low: float | None = None
     """The ratio is clipped below 1 - epsilon_low. Default: the objective's own."""
@@ -52,8 +61,8 @@ class Config(RolloutConfig):
     """Other numbers of the objective (ratio_max of cispo, tau_pos of sapo, dual_clip ...)."""
     beta: float = 0.0
     """Weight of the KL to the model the GRPO steps begin with; 0 keeps no copy of it."""
-    kl: Literal[ESTIMATORS] = "k3"  # type: ignore[valid-type]
-    """How the KL is estimated from the log-probs of the tokens sampled."""
+    kl: str = "k3"
+    """How the KL is estimated from the log-probs of the tokens sampled: k1, k2, k3, k3+."""
     use_bias_correction_kl: bool = False
     """Multiply the KL by the ratio."""
     top_entropy_quantile: float = 1.0
@@ -61,16 +70,21 @@ class Config(RolloutConfig):
     off_policy_mask_threshold: float | None = None
     """Leave out tokens of negative advantage whose sequence's mean of log old - log current exceeds this; old: what a
     sampler reports, if there is one."""
-    importance_sampling: Literal[CORRECTION_NAMES] = "auto"  # type: ignore[valid-type]
+    # A sampler that is not the model itself
+    importance_sampling: Literal[
+        "auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "auto"
     """Correct for a sampler that is not the model itself, with the log-probs that it reports. auto: where it reports some,
     sequence_mask (token_mask for vespo) with a ratio of at most 3."""
     importance_sampling_min: float | None = None
     """Lower bound of the correction's ratio."""
     importance_sampling_max: float | None = None
     """Upper bound of the correction's ratio."""
+    # Objective
     router_aux_loss_coef: float = 0.0
     """Weight of a mixture of experts' auxiliary loss."""
 
+    # Optimisation
     num_iterations: int = 1
     """Passes over each rollout."""
     learning_rate: float = 1e-6
@@ -84,11 +98,18 @@ class Config(RolloutConfig):
         rows = self.prompts_per_step * self.num_generations
         whole = f"a divisor of prompts_per_step x num_generations = {rows}"
         require(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, whole)
+        if differs(self, "objective", "kl"):
+            self.check_names()
         other = f"with the baseline {self.baseline!r}"
         require_default(self, self.baseline == "mean", other, "scale_rewards", "combine_rewards")
         require_default(self, self.importance_sampling != "none", "without importance_sampling", *BOUNDS)
         require_default(self, self.beta > 0, "without beta", "kl", "ref_model")
-        self.loss()
+        if differs(self, *OF_LOSS):  # the defaults are right, and torch is slow to import
+            self.loss()
+
+    def check_names(self) -> None:
+        require_one_of(self, "objective", fr.objectives.PRESETS)
+        require_one_of(self, "kl", fr.objectives.KL_ESTIMATORS)
 
     @property
     def compares_tokens(self) -> bool:
@@ -116,13 +137,13 @@ class Config(RolloutConfig):
             return self
         if not reports:
             return replace(self, importance_sampling="none", importance_sampling_min=None, importance_sampling_max=None)
-        how = "token_mask" if self.objective == "vespo" else "sequence_mask"
+        how: Literal["token_mask", "sequence_mask"] = "token_mask" if self.objective == "vespo" else "sequence_mask"
         given = self.importance_sampling_min, self.importance_sampling_max
         return replace(
             self, importance_sampling=how, importance_sampling_max=3.0 if given == (None, None) else given[1]
         )
 
-    def loss(self) -> PolicyLoss:
+    def loss(self) -> fr.PolicyLoss:
         given: dict[str, Any] = dict(self.objective_options)
         for name in ("epsilon_low", "epsilon_high", "delta", "off_policy_mask_threshold"):
             if getattr(self, name) is not None:
@@ -133,7 +154,7 @@ class Config(RolloutConfig):
             given["level"] = self.level
         if self.corrects:
             given |= {name: getattr(self, name) for name in ("importance_sampling", *BOUNDS)}
-        return PRESETS[self.objective](
+        return fr.objectives.PRESETS[self.objective](
             kl=self.kl,
             beta=self.beta,
             use_bias_correction_kl=self.use_bias_correction_kl,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,9 +50,7 @@ from fused_rlhf.trainers.inputs import Encoded, common_start
 from fused_rlhf.trainers.pictures import Message, Picture
 
 if TYPE_CHECKING:
-    from fused_rlhf.trainers.dpo_config import Config
-
-Truncate = Literal["prompt_start", "completion_end", "drop"]
+    from fused_rlhf.trainers.dpo_config import Config, Truncate
 
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import fused_rlhf as fr
-from fused_rlhf.trainers.config import require, require_at_least, require_default, require_positive
+from fused_rlhf.trainers.config import differs, require, require_at_least, require_default, require_positive
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
@@ -14,12 +14,15 @@ from fused_rlhf.trainers.rollout_config import RolloutConfig
 class Config(RolloutConfig):
     """Options of a PPO run. Raises ValueError for values out of range or at odds with each other."""
 
+    # Output
     output: str = "runs/ppo"
     """Folder for metrics, curves, samples, checkpoints and the model."""
 
+    # Rewards
     reward_model: str | None = None
     """Folder or hub id of a sequence classifier with one label that reads the policy's own tokens; its number at the
     completion's last one is added to the rewards. Prompts need no answers where it is the only one."""
+    # Values
     value_model: str = "shared"
     """shared: a linear head on the policy's body. copy: a model of its own that begins as the policy's body. Otherwise
     the folder or hub id of a model, best a reward model; a head is put on where it has none."""
@@ -27,17 +30,21 @@ class Config(RolloutConfig):
     """Peak learning rate of the values' own weights. None: the policy's, but at least 1e-5: a critic that begins at zero
     learns next to nothing at the rates that suit a policy."""
 
+    # Optimisation
     steps: int = 200
     """PPO steps: rollouts, each followed by its updates."""
+    # Rollouts
     prompts_per_step: int = 128
     """Prompts in a rollout, each with one completion, over all processes."""
     top_k: int = 0
     """Sample from the top_k likeliest tokens; 0: from all. The log-probabilities stay those of all tokens."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this probability together; 1: from all. See top_k."""
+    # Rewards
     missing_eos_penalty: float = 0.0
     """Taken from the score of a completion that reached max_new_tokens without an end."""
 
+    # KL to the reference
     kl_coef: float = 0.05
     """Weight of the KL to the model the PPO steps begin with, in the reward of every token; 0 keeps no copy of it."""
     kl_estimator: Literal["k1", "k3"] = "k1"
@@ -46,8 +53,10 @@ class Config(RolloutConfig):
     """Adapt kl_coef so that the KL of a completion, in nats, approaches this; None leaves it as it is."""
     kl_horizon: int = 10_000
     """Completions over which kl_coef is adapted: it changes by at most 0.2 prompts_per_step / kl_horizon in a step."""
+    # Rewards
     whiten_rewards: bool = False
     """Give the rewards of a rollout's tokens unit variance; their mean stays."""
+    # Advantages
     whiten_advantages: bool = True
     """Give the advantages of a rollout's tokens mean 0 and variance 1."""
     gamma: float = 1.0
@@ -55,6 +64,7 @@ class Config(RolloutConfig):
     lam: float = 0.95
     """Decay of the generalised advantage estimate: 0 trusts the values alone, 1 the rewards alone."""
 
+    # Objective
     num_ppo_epochs: int = 4
     """Passes over each rollout."""
     cliprange: float = 0.2
@@ -81,7 +91,8 @@ class Config(RolloutConfig):
         require(target is None or self.kl_coef > 0, "kl_coef", self.kl_coef, "more than 0 with a target_kl")
         require_default(self, target is not None, "without target_kl", "kl_horizon")
         require_default(self, self.kl_coef > 0, "without kl_coef", "kl_estimator", "ref_model")
-        self.loss()
+        if differs(self, "cliprange", "entropy_coef"):
+            self.loss()  # which checks them
 
     def loss(self) -> fr.PolicyLoss:
         """The policy's part of the loss."""

@@ -12,6 +12,7 @@ from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, r
 class RolloutConfig(TrainConfig):
     """Options that GRPO and PPO share. Raises ValueError for values out of range or at odds with each other."""
 
+    # Model and data
     task: Literal["arithmetic", "pictures", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
     """arithmetic: generated sums and differences. pictures: generated ones, whose squares are to be counted or named by their
     colour. gsm8k-steps: the calculator steps of GSM8K's answers (`48/2=`).
@@ -21,6 +22,7 @@ class RolloutConfig(TrainConfig):
     max_operand: int = 99
     """Largest operand of an arithmetic prompt or a calculator step; steps beyond it are left out."""
 
+    # Rewards
     rewards: tuple[str, ...] = ()
     """exact_match, numeric_answer, regex=PATTERN, length=N, model=FOLDER_OR_ID (a sequence classifier with one label that
     reads texts) or your own module:function; several are added up. Default: the task's own."""
@@ -29,11 +31,13 @@ class RolloutConfig(TrainConfig):
     reward_timeout: float = 0.0
     """Seconds that one call of a reward may take; 0: as many as it likes."""
 
+    # Warm-up: supervised steps before the run's own
     warmup_steps: int = 0
     """Supervised steps on the training answers before the run's own, at most."""
     warmup_accuracy: float = 1.0
     """End the warm-up once this share of 256 training prompts is answered right, greedily."""
 
+    # Rollouts
     prompts_per_step: int = 32
     """Prompts in a rollout, over all processes."""
     max_new_tokens: int = 512
@@ -46,6 +50,7 @@ class RolloutConfig(TrainConfig):
     """Completions sampled together by one process; 0: all of its own."""
     num_minibatches: int = 1
     """Optimiser updates in a pass over a rollout; each pass deals the completions anew."""
+    # Objective
     ref_model: str | None = None
     """Folder or hub id of the model that the KL is to. None: the model that the run's steps begin with."""
     entropy_coef: float = 0.0

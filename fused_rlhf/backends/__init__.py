@@ -48,7 +48,10 @@ def choose(name: str, tensor: Tensor, divergence: bool = False) -> str:
         raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
     if name == "triton":
         if not _HAS_TRITON:
-            raise RuntimeError('backend="triton" needs the package triton, which is missing; use backend="chunked"')
+            raise RuntimeError(
+                "backend=\"triton\" needs the package triton, which is missing; pip install 'fused-rlhf[gpu]', or use "
+                'backend="chunked"'
+            )
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
             raise RuntimeError(
                 f'backend="triton" needs tensors on a GPU, got hidden on {tensor.device}; use backend="chunked"'
