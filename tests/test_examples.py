@@ -119,7 +119,7 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert {"id", "cell_type", "metadata", "source"} <= set(cell)
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
-            exec(compile(cell["source"], cell["id"], "exec"), namespace)
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
     assert namespace["difference"] < 1e-5
     assert namespace["ours"] < 5e-5 < namespace["theirs"]
     assert "dense" in capsys.readouterr().out
