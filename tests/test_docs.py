@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -146,3 +147,45 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     assert "fused_rlhf.linear_policy_loss" in (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+
+
+def drawing() -> Any:
+    pytest.importorskip("matplotlib")
+    spec = importlib.util.spec_from_file_location("draw", DOCS / "draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    return draw
+
+
+def test_the_pictures_show_the_results_from_zero_and_nothing_twice() -> None:
+    draw = drawing()
+    for name, source in (("memory", "long"), ("step", "step")):
+        assert (DOCS / f"pictures/{name}.svg").exists()
+        drawn = getattr(draw, name)(json.loads((draw.RESULTS / f"{source}.json").read_text(encoding="utf-8")))
+        drawn.canvas.draw()
+        assert all(axes.get_xlim()[0] == 0 for axes in drawn.axes)
+        texts = [t for axes in drawn.axes for t in (*axes.texts, axes.title)] + [drawn._suptitle]
+        boxes = [t.get_window_extent() for t in texts if t is not None and t.get_text()]
+        assert len(boxes) >= 3
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1 for box in boxes)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) < 8000
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    assert len(links) > 15
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    pytest.importorskip("trl")
+    from fused_rlhf.trainers.model import build
+
+    ids = torch.randint(3, 90, (4, 7))
+    namespace: dict[str, Any] = {"model": build(32, 1)[0], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    namespace |= {"mask": torch.ones_like(ids), "advantages": torch.randn(4), "old": torch.full((4, 6), -4.0)}
+    for _, code in blocks("../README.md", "python"):
+        exec(code, namespace)
+    assert namespace["loss"].isfinite()
