@@ -1,6 +1,6 @@
 """The objectives as Markdown tables, read from the registries: `python -m fused_rlhf.objectives.catalogue` prints them.
 
-The README holds what this prints, and a test that the two agree.
+docs/objectives.md holds what this prints, and a test that the two agree.
 """
 
 from __future__ import annotations
