@@ -10,7 +10,7 @@ OUT ?= bench/results/gpu
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q --durations=10
 
-.PHONY: demo test test-slow lint gpu bench clean
+.PHONY: demo test test-slow lint docs gpu bench clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,gpu,liger,peers,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,gpu,liger,peers,docs,dev]'
 	touch $@
 
 demo: $(VENV)/.demo
@@ -39,6 +39,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p fused_rlhf -p tests -p bench
+
+# The site, into build/site.
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.test
 	$(BIN)/python -m bench --quick

@@ -113,7 +113,8 @@ def joined(rows: Sequence[Tensor | None], by_row: bool) -> Tensor:
                 padded.append(there[0].new_zeros(1, *sizes))
             continue
         larger = x.new_zeros(len(x), *sizes)
-        larger[(slice(None), *map(slice, x.shape[1:]))] = x
+        corner = (slice(None), *map(slice, x.shape[1:]))
+        larger[corner] = x
         padded.append(larger)
     return torch.cat(padded)
 
