@@ -73,7 +73,7 @@ class PPOTrainer(Trainer):
     shown = ("objective/scores", "objective/kl", "val/explained_variance", "policy/clipfrac_avg", "accuracy", "score")
     plotted = (
         *("accuracy", "score", "objective/scores", "objective/kl", "objective/kl_coef", "objective/entropy"),
-        *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/explained_variance"),
+        *("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/explained_variance", "loss"),
     )
 
     def objective(self) -> PolicyLoss:

@@ -302,5 +302,5 @@ def printed(sample: dict[str, Any]) -> str:
     lines = [f"    {'-' * LINE}"]
     for name, text in columns:
         shown = text if len(text) <= 8 * LINE else f"{text[: 8 * LINE]} ..."
-        lines.append(f"    {name:<{wide}}  " + shown.replace("\n", f"\n    {'':<{wide}}  "))
+        lines.append(f"    {name:<{wide}}  " + shown.rstrip("\n").replace("\n", f"\n    {'':<{wide}}  "))
     return "\n".join(lines)
