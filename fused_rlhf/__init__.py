@@ -1,6 +1,7 @@
 """Fused LM-head, log-softmax, KL and policy objectives: the `[tokens, vocabulary]` logits never exist."""
 
 from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if _TYPE_CHECKING:
 else:
     # torch comes with the first name that is asked for: a command line answers `--help` without it.
     def __getattr__(name):
+        if not name.startswith("_") and _find_spec(f"{__name__}.{name}"):  # without the rest, of which it may be a part
+            return _import_module(f"{__name__}.{name}")
         known = globals()
         if not name.startswith("_") or name == "__all__":
             api = _import_module("fused_rlhf.api")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_rlhf import objectives
+from fused_rlhf import backends, objectives
 from fused_rlhf.trainers import cli, demo, flags
 from fused_rlhf.trainers.config import to_yaml
 from fused_rlhf.trainers.grpo_config import Config
@@ -49,8 +49,9 @@ def test_the_help_names_every_registered_one(field):
     assert table <= set(words)
 
 
-def test_levels_and_corrections_are_those_of_the_objectives():
+def test_levels_corrections_and_backends_are_those_there_are():
     hints = flags.field_hints(Config)
+    assert hints["backend"].__args__ == ("auto", *backends.BACKENDS)
     assert hints["level"].__args__ == ("default", *objectives.LEVELS)
     assert hints["importance_sampling"].__args__ == ("auto", "none", *objectives.CORRECTIONS)
 

@@ -82,6 +82,30 @@ def run(code, cwd=ROOT, **env):
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_every_module_can_be_the_first():
+    """No import of a part goes in a circle through the package's names."""
+    files = [
+        path for path in (ROOT / "fused_rlhf").rglob("*.py") if path.parent.name in ("fused_rlhf", "objectives", "op")
+    ]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    code = f"""
+import importlib, os, traceback
+import torch
+for name in {sorted(names)}:
+    if os.fork() == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            print(name, traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    found = run(code)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == ""
+
+
 def test_import_pulls_in_no_extra():
     code = """
 import sys, fused_rlhf

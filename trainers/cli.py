@@ -40,9 +40,9 @@ USAGE = """usage: fused-rlhf COMMAND [--flag value ...]
 {commands}
 
   --help, --version; fused-rlhf COMMAND --help lists a command's flags"""
-# What every run imports, and the extra that brings an optional package.
-NEEDED = ("transformers", "accelerate", "tyro", "yaml", "tqdm")
-EXTRAS = dict.fromkeys((*NEEDED, "datasets", "peft", "matplotlib", "tokenizers", "safetensors"), "train")
+# What every run imports (the curves at its end), and the extra that brings an optional package.
+NEEDED = ("transformers", "accelerate", "tyro", "yaml", "tqdm", "matplotlib")
+EXTRAS = dict.fromkeys((*NEEDED, "datasets", "peft", "tokenizers", "safetensors"), "train")
 EXTRAS |= {"liger_kernel": "liger", "triton": "gpu"}
 
 

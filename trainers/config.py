@@ -97,8 +97,8 @@ class TrainConfig:
     """DDP: an update may leave some parameters without a gradient, as a vision tower that no sample has images for."""
     threads: int = 0
     """CPU threads of torch; 0: as many as it takes by itself. A small model gains next to nothing from a second one."""
-    backend: str = "auto"
-    """Backend of the op: auto, triton, chunked or reference."""
+    backend: Literal["auto", "triton", "chunked", "reference"] = "auto"
+    """What computes the op; auto: triton on a GPU, else chunked (`fused-rlhf info` says which and why)."""
 
     # Evaluation, checkpoints, tracking
     eval_samples: int = 500

@@ -150,7 +150,10 @@ def place(
     size, processes = config.warmup_batch_size, accelerator.num_processes
     even = config.warmup_steps == 0 or size % processes == 0
     require(even, "warmup_batch_size", size, f"a multiple of {processes}, the processes")
-    fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+    try:
+        fr.backends.resolve(config.backend, next(loaded.model.parameters()).to(accelerator.device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     own = Engine(config, accelerator, module or loaded.model, config.steps * workload.updates, own_rates)
     return own, None if frozen is None else own.frozen(frozen)
 
