@@ -77,7 +77,7 @@ def test_the_page_of_the_trainers_holds_commands_that_work(capsys: pytest.Captur
     commands = [
         line.partition("  #")[0]
         for _, text in blocks("ways/trainers.md", "sh")
-        for line in text.splitlines()
+        for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("fused-rlhf ")
     ]
     assert len(commands) == 5
