@@ -4,6 +4,7 @@
     <output>/metrics.jsonl   one JSON object a line, written as it happens
     <output>/samples.jsonl   prompts, completions and rewards
     <output>/curves.png      the metrics by step
+    <output>/report.html     all of it on one page
     <output>/report.html     how it went, on one page
     <output>/model/          the model and tokenizer of the last save, for `from_pretrained`
     <output>/value_model/    the value model of a PPO run, which `--value-model` takes too
