@@ -281,6 +281,7 @@ def test_adapters_of_an_image_text_model_lie_in_its_language_model(tmp_path, fam
 def test_a_pattern_of_layers_matches_whole_names(tmp_path):
     model, _ = models.build(32, 2)
     made = models.with_adapters(options(tmp_path, lora_r=2, lora_target_modules=(r".*layers\.1\.mlp\..*_proj",)), model)
+    assert models.adapters(made) == "LoRA adapters on 3 layers of the language model"
     names = {
         name.split(".lora_A")[0].split("model.", 2)[-1] for name, _ in made.named_parameters() if ".lora_A." in name
     }

@@ -348,7 +348,8 @@ def adapters(model: Any) -> str:
     outside = beside_language(base)  # the parts of adapted layers among them
     adapted = [name for name, module in named if isinstance(module, LoraLayer)]
     where = [any(part.startswith(f"{name}.") for part in outside) for name in adapted]
-    return f"LoRA adapters on {where.count(False)} layers of the language model, {where.count(True)} of what reads pictures"
+    beside = f", {where.count(True)} of what reads pictures" if has_vision(base.config) else ""
+    return f"LoRA adapters on {where.count(False)} layers of the language model{beside}"
 
 
 def reference_for(
