@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import fused_rlhf as fr
 from fused_rlhf.segments import Sequences
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import pairs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.pairs import Pair, PairBatch
+from fused_rlhf.trainers.rollout import logprobs_of
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.dpo import DPOTrainer
@@ -47,11 +47,8 @@ def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:
 
 def logprobs(model: Any, config: Config, batch: PairBatch) -> Tensor:
     """(N,) those of the completions' tokens, one sequence after the other."""
-    inputs, mask = batch.head_inputs(model), batch.completion_mask[:, 1:]
-    targets = batch.input_ids[:, 1:].masked_fill(~mask, -100)
-    with inputs.autocast():
-        out = fr.linear_logprobs(inputs.hidden[:, :-1], inputs.head, targets, backend=config.backend)
-    return out.logprobs[mask]
+    found = logprobs_of(batch.head_inputs(model), batch.input_ids, batch.completion_mask, 1.0, config.backend)
+    return found[batch.completion_mask[:, 1:]]
 
 
 class Precomputed:

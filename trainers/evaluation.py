@@ -34,12 +34,25 @@ def score_together(
     return scores.to(engine.device)
 
 
-def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, samples: Sequence[Sample]) -> Tensor:
-    """The task's reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
+def greedy_scores(
+    engine: Engine,
+    loaded: Loaded,
+    config: RolloutConfig,
+    samples: Sequence[Sample],
+    functions: Sequence[Reward],
+    weights: Sequence[float],
+    timeout: float = 0.0,
+) -> Tensor:
+    """The weighted rewards of each sample's greedy completion, (len(samples),) fp32 on the CPU."""
     mine = engine.mine(samples) or samples[:1]  # nobody may stay away from what all do together
     completions = complete(engine, loaded, encoded(loaded, mine, config), config, batch_size=config.micro_batch_size)
-    right = score_together(engine, [resolve(task.reward)], completions, mine)[:, 0].tolist()
-    return torch.tensor(engine.gather(right if engine.mine(samples) else []))
+    scores = weighted_sum(score_together(engine, functions, completions, mine, timeout), weights)
+    return torch.tensor(engine.gather(scores.tolist() if engine.mine(samples) else []))
+
+
+def correct(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig, samples: Sequence[Sample]) -> Tensor:
+    """The task's reward of each sample's greedy answer, (len(samples),) fp32 on the CPU; 1 is right."""
+    return greedy_scores(engine, loaded, config, samples, [resolve(task.reward)], [1.0])
 
 
 def has_answers(task: Task) -> bool:
@@ -56,11 +69,8 @@ def score(
 ) -> dict[str, float]:
     """The mean weighted reward of greedy completions of the first `eval_samples` test samples."""
     samples = task.test[: config.eval_samples or None]
-    mine = engine.mine(samples) or samples[:1]
-    completions = complete(engine, loaded, encoded(loaded, mine, config), config, batch_size=config.micro_batch_size)
-    scores = score_together(engine, functions, completions, mine, config.reward_timeout)
-    found = engine.gather(weighted_sum(scores, weights).tolist() if engine.mine(samples) else [])
-    return {"score": torch.tensor(found).nanmean().item()}
+    found = greedy_scores(engine, loaded, config, samples, functions, weights, config.reward_timeout)
+    return {"score": found.nanmean().item()}
 
 
 def accuracy(engine: Engine, loaded: Loaded, task: Task, config: RolloutConfig) -> dict[str, float]:

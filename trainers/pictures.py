@@ -18,7 +18,7 @@ import binascii
 import functools
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,12 +192,8 @@ def located(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             return part
         return {key: inner if key == "type" else found(inner) for key, inner in part.items()}
 
-    def of_message(message: Any) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        return {**message, "content": list(map(of_part, content))} if isinstance(content, list) else message
-
     made = {name: found(value) if name in COLUMNS else value for name, value in row.items()}
-    return {name: list(map(of_message, value)) if isinstance(value, list) else value for name, value in made.items()}
+    return {name: _with_parts(value, of_part) for name, value in made.items()}
 
 
 def gathered(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -221,7 +217,8 @@ def gathered(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: images: expected {len(places)}, one for each part of type 'image' in the prompt, got {len(column)}"
         )
     found = own or column
-    made = {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": _opened_places(prompt)}
+    bare = _with_parts(prompt, lambda part: {"type": "image"} if _is_picture(part) else part)
+    made = {name: value for name, value in row.items() if name not in COLUMNS} | {"prompt": bare}
     return made | {"images": found} if found or any(name in row for name in COLUMNS) else made
 
 
@@ -243,13 +240,18 @@ def of_column(row: Mapping[str, Any], where: str) -> list[Picture]:
 
 def in_parts(prompt: Any, where: str) -> Any:
     """Messages whose parts of type image hold a `Picture` under "image", or none; anything else as it is."""
-    if not isinstance(prompt, list):
-        return prompt
+    return _with_parts(prompt, lambda part: _part(part, where))
+
+
+def _with_parts(messages: Any, change: Callable[[Any], Any]) -> Any:
+    """Messages with each part changed; anything else as it is."""
+    if not isinstance(messages, list):
+        return messages
     made = []
-    for message in prompt:
+    for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, (list, tuple)):
-            message = {**message, "content": [_part(part, where) for part in content]}
+            message = {**message, "content": list(map(change, content))}
         made.append(message)
     return made
 
@@ -281,25 +283,12 @@ def parts_of(messages: Any) -> list[Message]:
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list):
-            found += [part for part in content if isinstance(part, Mapping) and part.get("type") == "image"]
+            found += filter(_is_picture, content)
     return found
 
 
-def _opened_places(prompt: Any) -> Any:
-    """Messages with bare places."""
-    if not isinstance(prompt, list):
-        return prompt
-    made = []
-    for message in prompt:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list):
-            bare = [
-                {"type": "image"} if isinstance(part, Mapping) and part.get("type") == "image" else part
-                for part in content
-            ]
-            message = {**message, "content": bare}
-        made.append(message)
-    return made
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def at_places(messages: Sequence[Message], count: int) -> list[Message]:

@@ -273,12 +273,15 @@ def complete(
 
 def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:
     """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere; of the whole distribution at `temperature`."""
-    return logprobs_of(head_inputs(model, some.rows()), some, temperature, backend)
+    inputs = head_inputs(model, some.rows())
+    return logprobs_of(inputs, some.input_ids, some.completion_mask, temperature, backend)
 
 
-def logprobs_of(inputs: HeadInputs, some: Completions, temperature: float, backend: str) -> Tensor:
-    """The same from what a forward left for the head."""
-    targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
+def logprobs_of(
+    inputs: HeadInputs, input_ids: Tensor, completion_mask: Tensor, temperature: float, backend: str
+) -> Tensor:
+    """The same of ids and mask, (B, T) each, from what a forward left for the head."""
+    targets = input_ids[:, 1:].masked_fill(~completion_mask[:, 1:], -100)
     with inputs.autocast():
         hidden = inputs.hidden[:, :-1]
         return fr.linear_logprobs(hidden, inputs.head, targets, temperature=temperature, backend=backend).logprobs

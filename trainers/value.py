@@ -93,7 +93,7 @@ def logprobs_and_values(
 ) -> tuple[Tensor, Tensor]:
     """(B, T - 1) fp32 each: log-probs of the completions' tokens, 0 elsewhere, and the values before all tokens."""
     inputs, values = module(some)
-    return logprobs_of(inputs, some, temperature, backend), values
+    return logprobs_of(inputs, some.input_ids, some.completion_mask, temperature, backend), values
 
 
 def value_of(
