@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+import fused_rlhf as fr
 from bench.picture_family import Family, apart
 from bench.picture_rows import MIXED, Chat, Sample, forms, placed, refusals, row_of, said, shot, user
-from fused_rlhf.trainers import collation, data, dpo, generation, grpo, pairs, ppo, rollout
+from fused_rlhf.trainers import data, dpo, generation, grpo, pairs, ppo, rollout
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 BETA = 0.3
@@ -93,7 +94,8 @@ def assembled(family: Family, chats: Sequence[Chat], tokens: Sequence[Sequence[i
 def batch(family: Family) -> float:
     """Of hidden states."""
     some = assembled(family, MIXED, TOKENS)
-    together = collation.head_inputs(family.model, some.rows()).hidden
+    model = family.model
+    together = some.rows().through(lambda ids, mask, **extras: fr.lm_head.forward(model, ids, mask, **extras).hidden)
     alone = [family.alone(family.model, chat, tokens)[1] for chat, tokens in zip(MIXED, TOKENS, strict=True)]
     mine = [x[: len(y)] for x, y in zip(together, alone, strict=True)]
     return apart(torch.cat(mine), torch.cat(alone))

@@ -1,13 +1,16 @@
 """Rows with pictures in one batch against each of them alone, in families whose processors differ most."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import fused_rlhf as fr
-from fused_rlhf.trainers import collation
+from fused_rlhf.trainers import collation, forwards
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers.collation import Collator, Rows, joined
+from fused_rlhf.trainers.collation import Collator, joined
 from fused_rlhf.trainers.conversation import encode
+from fused_rlhf.trainers.forwards import Rows
 from fused_rlhf.trainers.rollout import generate, uniforms
 from tests.vision_families import FAMILIES, picture
 
@@ -53,6 +56,18 @@ def as_rows(made, completions, collator, pad=0):
     return Rows(padded, mask.long(), [row.extras for row in made], [len(row.ids) for row in made], collator)
 
 
+def head_inputs(model, rows):
+    """With hidden states of all tokens, (B, T, H)."""
+    parts = []
+
+    def call(input_ids, attention_mask, **extras):
+        parts.append(fr.lm_head.forward(model, input_ids, attention_mask, **extras))
+        return parts[-1].hidden
+
+    hidden = rows.through(call)
+    return dataclasses.replace(parts[0], hidden=hidden)
+
+
 COMPLETIONS = [[5, 6, 7, 8], [9], [6, 5], [8, 8, 5]]
 
 
@@ -75,10 +90,10 @@ def test_a_batch_is_its_rows_alone(family):
     made = prompts(processor)
     rows = as_rows(made, COMPLETIONS, found)
     with torch.no_grad():
-        together = collation.head_inputs(model, rows).hidden
+        together = head_inputs(model, rows).hidden
         for i, row in enumerate(made):
             length = len(row.ids) + len(COMPLETIONS[i])
-            one = collation.head_inputs(model, collation.alone(row, found, "cpu", COMPLETIONS[i])).hidden[0]
+            one = head_inputs(model, forwards.alone(row, found, "cpu", COMPLETIONS[i])).hidden[0]
             assert one.shape[0] == length
             torch.testing.assert_close(together[i, :length], one, atol=1e-5, rtol=1e-5)
 
@@ -101,7 +116,7 @@ def test_a_changed_picture_changes_the_log_probs(family):
     assert other.ids == same.ids
     found_logprobs = []
     for row in (made[0], same, other):
-        inputs = collation.head_inputs(model, collation.alone(row, found, "cpu", [5, 6, 7]))
+        inputs = head_inputs(model, forwards.alone(row, found, "cpu", [5, 6, 7]))
         targets = torch.tensor([[5, 6, 7]])
         hidden = inputs.hidden[:, len(row.ids) - 1 : -1]
         found_logprobs.append(fr.linear_logprobs(hidden, inputs.head, targets).logprobs)
@@ -115,7 +130,7 @@ def test_log_probs_are_those_of_the_models_own_generation(family):
     tokenizer = processor.tokenizer
     some = generate(model, tokenizer, made, max_new_tokens=4, uniforms=uniforms(0, 1, 4, 4), collator=found)
     with torch.no_grad():
-        inputs = collation.head_inputs(model, some.rows())
+        inputs = head_inputs(model, some.rows())
         targets = some.input_ids[:, 1:].masked_fill(~some.completion_mask[:, 1:], -100)
         got = fr.linear_logprobs(inputs.hidden[:, :-1], inputs.head, targets).logprobs
     for i, row in enumerate(made):
@@ -154,9 +169,9 @@ def test_rows_without_a_picture_run_the_vision_modules_where_all_processes_must(
     _, model, processor, found = family
     text = [row for row in prompts(processor) if not row.extras]
     rows = as_rows(text, [[5, 6]], found)
-    plain = collation.head_inputs(model, rows).hidden
+    plain = head_inputs(model, rows).hidden
     always = Collator(**{**vars(found), "always": True})
-    hidden = collation.head_inputs(model, as_rows(text, [[5, 6]], always)).hidden
+    hidden = head_inputs(model, as_rows(text, [[5, 6]], always)).hidden
     torch.testing.assert_close(hidden, plain, atol=1e-5, rtol=1e-5)
     model.zero_grad()
     hidden.square().sum().backward()

@@ -172,15 +172,16 @@ def test_loss_and_metrics_are_those_of_dense_logits(tmp_path, truth):
 
 
 @pytest.mark.parametrize("losses", [("sigmoid",), ("ipo", "sft"), ("simpo",)])
-def test_neither_micro_batches_nor_packing_change_a_step(tmp_path, losses):
+def test_neither_micro_batches_nor_the_layout_change_a_step(tmp_path, losses):
     model: dict[str, Any] = {} if losses == ("simpo",) else {"ref_model": other_model(2)}
     weighted = "sft" not in losses  # whose NLL meets the weights of all pairs
     config = small(tmp_path, "a", loss_type=losses, batch_size=7, micro_batch_size=14, use_weighting=weighted)
     whole = first_step(config, **given(None), **model)
     changes: list[dict[str, Any]] = [
         {"micro_batch_size": 4},
-        {"packing": True},
-        {"packing": True, "micro_batch_size": 6},
+        {"layout": "packed"},
+        {"layout": "packed", "micro_batch_size": 6},
+        {"layout": "padded"},
     ]
     for i, change in enumerate(changes):
         changed = dataclasses.replace(config, output=str(tmp_path / f"b{i}"), **change)
@@ -294,7 +295,7 @@ def test_the_options_of_the_objective_reach_it(tmp_path, options):
     reference = {"ref_model": other_model(2)} if objective.needs_reference else {}
     trainer = dpo.prepare(config, ROWS, **given(None), **reference)
     batch = dpo.with_reference(trainer, dpo.assemble(trainer, dpo.data.batch_at(trainer.train, 0, 0, 6)))
-    inputs = fr.lm_head.forward(trainer.loaded.model, batch.input_ids, batch.attention_mask)
+    inputs = fr.lm_head.forward(trainer.loaded.model, batch.input_ids, batch.attention_mask)  # padded rows
     expected, _ = fr.linear_preference_loss(
         inputs.hidden[:, :-1],
         inputs.head.weight,
@@ -341,8 +342,8 @@ def test_a_vision_language_model_learns_from_what_it_sees(tmp_path):
         log_p = model(input_ids=ids, **pair.extras | {"mm_token_type_ids": kinds}).logits[0].log_softmax(-1)
     rows = torch.arange(len(pair.prompt) - 1, length - 1)
     assert found[0].item() == pytest.approx(log_p[rows, torch.tensor(pair.chosen)].sum().item(), rel=1e-4)
-    with pytest.raises(ValueError, match="packing: expected pairs without images"):
-        dpo.prepare(small(tmp_path, "c", packing=True), picture_rows(6), model=model, tokenizer=processor)
+    with pytest.raises(ValueError, match="layout: expected 'padded': its rows may hold pictures; got 'packed'"):
+        dpo.prepare(small(tmp_path, "c", layout="packed"), picture_rows(6), model=model, tokenizer=processor)
 
 
 # ---------------------------------------------------------------------------------------------------------------- resume
@@ -538,7 +539,7 @@ def test_what_prepare_refuses(tmp_path):
         dpo.prepare(dataclasses.replace(config, max_length=9), ROWS, model=short, tokenizer=models.char_tokenizer())
 
 
-def test_packing_is_refused_where_a_model_mixes_the_sequences_of_a_row(tmp_path):
+def test_a_layout_is_refused_where_a_model_mixes_the_sequences_of_a_row(tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
 
     tokenizer = models.char_tokenizer()
@@ -548,8 +549,10 @@ def test_packing_is_refused_where_a_model_mixes_the_sequences_of_a_row(tmp_path)
     )
     for parameter in recurrent.parameters():
         parameter.data.mul_(2.0)
-    with pytest.raises(ValueError, match="packing: expected false: MambaForCausalLM mixes the sequences of a row"):
-        dpo.prepare(small(tmp_path, packing=True), ROWS, model=recurrent, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match="layout: expected 'auto', which takes padded rows here, for packed: MambaForC"
+    ):
+        dpo.prepare(small(tmp_path, layout="packed"), ROWS, model=recurrent, tokenizer=tokenizer)
 
 
 def test_own_pairs_want_a_model(tmp_path):

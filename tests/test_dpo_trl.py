@@ -63,7 +63,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "lora": ({"lora_r": 4, "lora_alpha": 16.0, "lora_target_modules": ("q_proj", "down_proj")}, {}),
     "precomputed": ({"precompute_ref": True}, {"precompute_ref_log_probs": True}),
-    "packing": ({"packing": True}, {}),
+    "packed": ({"layout": "packed"}, {}),
+    "padded": ({"layout": "padded"}, {}),
     "micro_batches": ({"micro_batch_size": 4}, {}),
 }
 METRICS = (

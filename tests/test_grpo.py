@@ -13,7 +13,7 @@ import fused_rlhf as fr
 from fused_rlhf import advantages
 from fused_rlhf.objectives import PRESETS
 from fused_rlhf.objectives.reductions import combine
-from fused_rlhf.trainers import checkpoint, grpo
+from fused_rlhf.trainers import attention, checkpoint, grpo
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.grpo import Config
 from fused_rlhf.trainers.minibatches import chunks, microbatches
@@ -134,6 +134,7 @@ def prepared(tmp_path, **changes):
     torch.manual_seed(1)
     if trainer.reference is not None:
         other = grpo.models.build(32, 1)[0]
+        assert attention.adopt(other)
         trainer.reference = trainer.engine.frozen(other.eval())
     return trainer
 

@@ -379,13 +379,11 @@ def test_images_wait_and_become_a_part_of_the_prompt():
     collator = Collator(
         frozenset({"mm_token_type_ids"}), frozenset({"mm_token_type_ids"}), spare=Encoded([], whole.extras)
     )
-    found = dataclasses.replace(batch, collator=collator).rows().pictures()
+    found = dataclasses.replace(batch, collator=collator).batch().rows.pictures()
     assert found["pixel_values"].shape[0] == 2 * 4 * patches  # chosen and rejected have it both
     assert torch.equal(batch.input_ids[0, : len(whole.prompt)], batch.input_ids[2, : len(whole.prompt)])
     kinds = found["mm_token_type_ids"]
     assert torch.equal(kinds == 1, batch.input_ids == processor.image_token_id)
-    with pytest.raises(ValueError, match="packing: expected pairs without images"):
-        collate([whole], pad_token_id=0, packing=True)
     length = len(whole.prompt) + len(whole.rejected)
 
     def cut(truncate):
@@ -417,23 +415,8 @@ def test_a_padded_batch():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 0, 0, 0], [1, 2, 3, 6, 0], [7, 9, 10, 11, 0]]
     assert batch.completion_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0], [0, 1, 1, 1, 0]]
     assert batch.attention_mask.sum(dim=1).tolist() == [5, 2, 4, 4]
-    assert batch.lengths.tolist() == [2, 1, 1, 3]
     assert batch.ref_logprobs.tolist() == [-1.0, -3.0, -2.0, -4.0]
-    assert (batch.num_pairs, batch.num_tokens, batch.cu_seqlens) == (2, 15, None)
-
-
-def test_a_packed_batch():
-    batch, padded = collate(SOME, pad_token_id=0, packing=True), collate(SOME, pad_token_id=0)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 8, 1, 2, 3, 6, 7, 9, 10, 11]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3]]
-    assert batch.num_tokens == padded.num_tokens
-    real = padded.attention_mask.bool()
-    assert torch.equal(batch.completion_mask[0], padded.completion_mask[real])
-    # The targets of a sequence, among input_ids[0, 1:]: all of its completion's, and none of another's.
-    targets, mask = batch.input_ids[0, 1:], batch.completion_mask[0, 1:]
-    for s, (begin, end) in enumerate(zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:])):
-        completion = (SOME[0].chosen, SOME[1].chosen, SOME[0].rejected, SOME[1].rejected)[s]
-        assert targets[begin:end][mask[begin:end]].tolist() == completion
+    assert (batch.num_pairs, batch.num_tokens) == (2, 15)
 
 
 def test_a_pair_without_reference_leaves_the_batch_without():
@@ -442,4 +425,4 @@ def test_a_pair_without_reference_leaves_the_batch_without():
 
 def test_a_batch_moves_as_a_whole():
     batch = collate(SOME, pad_token_id=0).to(torch.device("meta"))
-    assert {x.device.type for x in (batch.input_ids, batch.lengths, batch.attention_mask)} == {"meta"}
+    assert {x.device.type for x in (batch.input_ids, batch.attention_mask)} == {"meta"}

@@ -779,14 +779,15 @@ def test_the_trained_values_are_a_model_to_go_on_with(tmp_path, changes):
     some = one(trainer).completions
     module: Any = trainer.engine.module
     with torch.no_grad():
-        want = module(some)[1]
+        want = module(some.batch())[1]
+    counted = some.completion_mask[:, 1:]
     assert want.std() > 1e-3
     bias = value.load("value_model", str(folder), torch.float32)[1].bias.item()
     judge = value.value_of(Config(value_model=str(folder)), trainer.loaded)
-    torch.testing.assert_close(judge(some.input_ids, some.attention_mask)[:, :-1], want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(judge(some.input_ids, some.attention_mask)[:, :-1][counted], want, atol=1e-5, rtol=1e-4)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     hidden = theirs.base_model(input_ids=some.input_ids, attention_mask=some.attention_mask).last_hidden_state
-    torch.testing.assert_close(theirs.score(hidden)[:, :-1, 0] + bias, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(theirs.score(hidden)[:, :-1, 0][counted] + bias, want, atol=1e-5, rtol=1e-4)
     again = small(tmp_path, **base, value_model=str(folder), overwrite=True)
     with pytest.raises(ValueError, match=r"value_model: expected a path outside of .*value_model, which the run"):
         ppo.prepare(again, TASK, [digits])

@@ -134,7 +134,7 @@ def test_a_run_says_what_it_is_made_of_and_its_plan_says_so_before(tmp_path, cap
     out = capsys.readouterr().out
     count = own.loaded.model.num_parameters()
     assert f"{count:,} parameters; 6 training and 1 test rows\nbackend chunked on cpu, float32; head" in out
-    assert "; mode one_pass; padded rows, of which prompts and padding skip the head\nof integers\nbefore Test:" in out
+    assert "; mode one_pass; padded rows, whose prompts and padding skip the head\nof integers\nbefore Test:" in out
     assert "after Test: norm" in out
     assert [row["phase"] for row in result.metrics] == ["test"] * 3
 

@@ -73,20 +73,20 @@ def test_values_are_the_head_on_the_last_hidden_state_and_begin_at_zero(pair, co
     head = value.value_of(Config(value_model=folder if source == "folder" else source), loaded_of(policy, pair[1]))
     both = PolicyAndValue(policy, head)
     with torch.no_grad():
-        _, values = both(completions)
-        assert values.shape == (3, completions.input_ids.shape[1] - 1)
+        _, values = both(completions.batch())
+        assert values.shape == (completions.completion_mask.sum(),)
         assert values.dtype == torch.float32
         assert values.abs().max() == 0
         linear: Any = head if source == "shared" else head.score
         nn.init.normal_(linear.weight)
         linear.bias.fill_(0.5)
-        inputs, values = both(completions)
+        inputs, values = both(completions.batch())
         states = policy(completions.input_ids, completions.attention_mask.long(), output_hidden_states=True)
         hidden = states.hidden_states[-1]
-    mask = completions.attention_mask[:, :-1]
-    want = (hidden[:, :-1] * linear.weight[0]).sum(-1) + 0.5
-    torch.testing.assert_close(values[mask], want[mask], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(inputs.hidden[:, :-1][mask], hidden[:, :-1][mask], atol=1e-5, rtol=1e-5)
+    before = hidden[:, :-1][completions.completion_mask[:, 1:]]
+    want = (before * linear.weight[0]).sum(-1) + 0.5
+    torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs.hidden, before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_shared_head_trains_the_body_and_a_copy_leaves_the_policy_alone(pair, completions):
@@ -95,7 +95,7 @@ def test_a_shared_head_trains_the_body_and_a_copy_leaves_the_policy_alone(pair, 
         both = PolicyAndValue(policy, value.value_of(Config(value_model=source), loaded_of(policy, pair[1])))
         linear: Any = both.value if source == "shared" else both.value.score
         nn.init.ones_(linear.weight)
-        both(completions)[1].square().sum().backward()
+        both(completions.batch())[1].square().sum().backward()
         assert (policy.model.layers[0].mlp.up_proj.weight.grad is not None) == touched
         assert linear.weight.grad.abs().max() > 0
 

@@ -11,7 +11,7 @@ that give the logits of the model's own `generate`), and which rows may share a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,11 +27,10 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-import fused_rlhf as fr
-from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers import inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Engine
+from fused_rlhf.trainers.forwards import Extras, Rows
 from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded, processed
 from fused_rlhf.trainers.model import Loaded, base_of
@@ -39,7 +38,6 @@ from fused_rlhf.trainers.model import Loaded, base_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Extras = dict[str, Tensor]
 Fill = Literal["zero", "one", "last"]  # a completion's entries: 0, 1, those of the prompt's last token
 Share = Literal["all", "alike", "none"]  # rows that a batch may hold: any, those of equal shapes, one
 
@@ -289,89 +287,3 @@ def ready(engine: Engine, loaded: Loaded, pictures: bool) -> Loaded:
     fits = found.share == "all" or not (engine.sharded and found.always)
     require(fits, "fsdp", True, f"false for {name} with pictures: its rows with and without cannot share a forward")
     return replace(loaded, collator=found)
-
-
-# ------------------------------------------------------------------------------------------------------------ forwards
-
-
-@dataclass(frozen=True)
-class Rows:
-    """B rows padded on the right to T, for a forward."""
-
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T)
-    extras: Sequence[Extras]
-    prompts: Sequence[int]  # ids of each that its extras speak of
-    collator: Collator | None
-
-    def __getitem__(self, rows: Sequence[int]) -> Rows:
-        """Some of them, of the same length."""
-        extras, prompts = [self.extras[row] for row in rows], [self.prompts[row] for row in rows]
-        return Rows(self.input_ids[rows], self.attention_mask[rows], extras, prompts, self.collator)
-
-    def pictures(self) -> Extras:
-        """What a forward of all rows takes for their pictures."""
-        if self.collator is None:
-            return {}
-        device, length = self.input_ids.device, self.input_ids.shape[1]
-        made = self.collator.collate(self.extras, self.prompts, length)
-        return {name: x.to(device) for name, x in made.items()}
-
-    def through(self, call: Callable[..., Tensor]) -> Tensor:
-        """(B, T, ...): `call(input_ids, attention_mask, **pictures)`, of all rows at once where they may share a batch."""
-        own = self.collator
-        spare = own.spare if own is not None and own.always and not any(self.extras) else None
-        if own is not None and spare is not None and own.share == "all":
-            return self._with(spare).through(call)[:-1, : self.input_ids.shape[1]]
-        groups = [list(range(len(self.prompts)))] if own is None else own.groups(self.extras)
-        if len(groups) == 1:
-            result = call(self.input_ids, self.attention_mask, **self.pictures())
-        else:
-            some = [self[rows] for rows in groups]
-            parts = [call(part.input_ids, part.attention_mask, **part.pictures()) for part in some]
-            order = torch.tensor([row for rows in groups for row in rows], device=self.input_ids.device).argsort()
-            result = torch.cat(parts)[order]
-        if own is not None and spare is not None:
-            result = result + 0.0 * alone(spare, own, self.input_ids.device).through(call).sum()
-        return result
-
-    def _with(self, spare: Encoded) -> Rows:
-        """The same and the spare row."""
-        length = max(self.input_ids.shape[1], len(spare.ids))
-        room = length - self.input_ids.shape[1]
-        ids, mask = (torch.nn.functional.pad(x, (0, room)) for x in (self.input_ids, self.attention_mask))
-        last = torch.zeros_like(ids[:1])
-        last[0, : len(spare.ids)] = torch.tensor(spare.ids)
-        shown = torch.zeros_like(mask[:1])
-        shown[0, : len(spare.ids)] = 1
-        extras, prompts = [*self.extras, spare.extras], [*self.prompts, len(spare.ids)]
-        return replace(
-            self,
-            input_ids=torch.cat([ids, last]),
-            attention_mask=torch.cat([mask, shown]),
-            extras=extras,
-            prompts=prompts,
-        )
-
-
-def alone(row: Encoded, collator: Collator, device: Any, more: Sequence[int] = ()) -> Rows:
-    """One row and a completion of it."""
-    ids = torch.tensor([[*row.ids, *more]], device=device)
-    return Rows(ids, torch.ones_like(ids), [row.extras], [len(row.ids)], collator)
-
-
-def head_inputs(model: Any, rows: Rows, **more: Any) -> HeadInputs:
-    """What a model's forward leaves for its head; the auxiliary loss is the mean over rows."""
-    parts: list[tuple[HeadInputs, int]] = []
-
-    def call(input_ids: Tensor, attention_mask: Tensor, **extras: Tensor) -> Tensor:
-        made = fr.lm_head.forward(model, input_ids, attention_mask, **extras, **more)
-        parts.append((made, len(input_ids)))
-        return made.hidden
-
-    hidden, first = rows.through(call), parts[0][0]
-    if len(parts) == 1 or first.aux_loss is None:
-        return replace(first, hidden=hidden)
-    total = sum(count for _, count in parts)
-    losses = [made.aux_loss * count / total for made, count in parts if made.aux_loss is not None]
-    return replace(first, hidden=hidden, aux_loss=torch.stack(losses).sum())

@@ -87,6 +87,10 @@ class TrainConfig:
     # Precision, memory, devices
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Dtype of the computation (autocast); the weights stay what they are."""
+    layout: Literal["auto", "padded", "packed", "shared"] = "auto"
+    """How the sequences of a micro-batch lie in the body's rows. padded: one in each; packed: end to end, without padding;
+    shared: a prompt that several begin with only once, too. auto: the cheapest that the model is proven to support, by a
+    trial before the run."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again in the backward."""
     liger_layers: bool = False

@@ -35,6 +35,7 @@ from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.dpo_reference import Precomputed, logprobs, reference_model, sums
 from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.layout_trial import settle
 from fused_rlhf.trainers.minibatches import chunks
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Preference, Totals
 from fused_rlhf.trainers.planning import Workload
@@ -65,10 +66,6 @@ class DPOTrainer(Trainer):
 
     def objective(self) -> PreferenceLoss:
         return self.config.loss()
-
-    @property
-    def packed(self) -> bool:
-        return self.config.packing
 
     def supervise(self) -> None:
         """On the completions, the learning rate falling to 0 at the end.
@@ -179,6 +176,8 @@ def prepare(
     found = data.fingerprint([p.prompt, p.chosen, p.rejected, p.images, p.ref] for p in both)
     work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found)
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
+    layout = settle(config, accelerator.device, loaded, length, [] if frozen is None else [frozen])
+    loaded = replace(loaded, layout=layout)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = ready(placed, loaded, any(pair.images for pair in (*train, *test)))
     trainer = DPOTrainer(
@@ -212,11 +211,6 @@ def probe(trainer: DPOTrainer) -> None:
     if config.router_aux_loss_coef:
         found = trainer.engine(head_inputs, config, assemble(trainer, some)).aux_loss
         require(found is not None, "router_aux_loss_coef", config.router_aux_loss_coef, "0: the model has no experts")
-    if config.packing:
-        padded, packed = (trainer.engine(sums, config, assemble(trainer, some, packing)) for packing in (False, True))
-        half = config.mixed_precision != "no" or config.dtype != "float32"
-        equal = torch.allclose(padded, packed, rtol=3e-2 if half else 1e-4)
-        require(equal, "packing", True, f"false: {type(trainer.loaded.model).__name__} mixes the sequences of a row")
 
 
 def taken(trainer: DPOTrainer, number: int, size: int) -> tuple[list[Pair], Totals]:
@@ -237,11 +231,10 @@ def rounds(trainer: DPOTrainer, some: Sequence[Pair]) -> Iterator[tuple[list[Pai
         yield mine or list(some[:1]), bool(mine)
 
 
-def assemble(trainer: DPOTrainer, own: Sequence[Pair], packing: bool | None = None) -> PairBatch:
-    packing = trainer.config.packing if packing is None else packing
-    whole = [trainer.encoder.with_images(pair) for pair in own]
-    pad, collator = int(trainer.loaded.tokenizer.pad_token_id), trainer.loaded.collator
-    return pairs.collate(whole, pad, packing, collator).to(trainer.engine.device)
+def assemble(trainer: DPOTrainer, own: Sequence[Pair]) -> PairBatch:
+    whole, loaded = [trainer.encoder.with_images(pair) for pair in own], trainer.loaded
+    made = pairs.collate(whole, int(loaded.tokenizer.pad_token_id), loaded.collator, loaded.layout)
+    return made.to(trainer.engine.device)
 
 
 def with_reference(trainer: DPOTrainer, batch: PairBatch) -> PairBatch:
@@ -275,23 +268,20 @@ def completion_loss(model: Any, config: Config, batch: PairBatch, totals: Totals
 
 def head_inputs(model: Any, config: Config, batch: PairBatch) -> fr.lm_head.HeadInputs:
     more: dict[str, Any] = {"output_router_logits": True} if config.router_aux_loss_coef else {}
-    return batch.head_inputs(model, **more)
+    return batch.batch().head_inputs(model, **more)
 
 
 def preference_loss(model: Any, config: Config, batch: PairBatch, totals: Totals) -> tuple[Tensor, Metrics]:
     """The share of a micro-batch in the loss of all the pairs counted, and its metrics."""
-    objective, inputs = config.loss(), head_inputs(model, config, batch)
-    hidden, targets, mask = inputs.hidden[:, :-1], batch.input_ids[:, 1:], batch.completion_mask[:, 1:]
-    if batch.cu_seqlens is not None:
-        hidden, targets, mask = hidden[0], targets[0], mask[0]
+    objective, laid = config.loss(), batch.batch()
+    inputs, targets = head_inputs(model, config, batch), laid.targets
     loss, found = fr.linear_preference_loss(
-        hidden,
+        inputs.hidden,
         inputs.head,
         targets,
         objective=objective,
-        completion_mask=mask,
         ref_logprobs=batch.ref_logprobs if objective.needs_reference else None,
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=laid.cu_seqlens,
         num_pairs=totals.pairs,
         num_tokens=totals.chosen,
         outputs=("entropy", "mean_logit", "is_top1"),

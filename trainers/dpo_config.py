@@ -44,8 +44,6 @@ class Config(TrainConfig):
     truncate: Truncate = "prompt_start"
     """What goes where a pair is longer: the prompt's beginning (then the completion's end); the completion's end; the
     pair. Pairs with images are never cut."""
-    packing: bool = False
-    """Put the sequences of a micro-batch into one row instead of padding them; for models that tell them apart."""
 
     # Warm-up
     warmup_steps: int = 0

@@ -40,15 +40,16 @@ def reference_model(
 
 def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:
     """(S,) log-probs of the completions, summed as the objective does it."""
-    values, S = logprobs(model, config, batch), len(batch.lengths)
-    sequences = Sequences.of(torch.arange(S, device=values.device).repeat_interleave(batch.lengths), S)
+    values, lengths = logprobs(model, config, batch), batch.completion_mask.sum(dim=1)
+    S = len(lengths)
+    sequences = Sequences.of(torch.arange(S, device=values.device).repeat_interleave(lengths), S)
     return config.loss().sums(values, sequences)
 
 
 def logprobs(model: Any, config: Config, batch: PairBatch) -> Tensor:
     """(N,) those of the completions' tokens, one sequence after the other."""
-    found = logprobs_of(batch.head_inputs(model), batch.input_ids, batch.completion_mask, 1.0, config.backend)
-    return found[batch.completion_mask[:, 1:]]
+    laid = batch.batch()
+    return logprobs_of(laid.head_inputs(model), laid.targets, 1.0, config.backend)
 
 
 class Precomputed:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
-from fused_rlhf.trainers.collation import head_inputs, ready
+from fused_rlhf.trainers.collation import ready
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.grpo_config import COMPARING, Config
+from fused_rlhf.trainers.layout_trial import settle
 from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
 from fused_rlhf.trainers.rollout import Completions
 from fused_rlhf.trainers.run import Logged, Run
@@ -178,6 +179,8 @@ def prepare(
     loaded = models.load_for(config, model, tokenizer, task.pictures)
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
+    layout = settle(config, accelerator.device, loaded, work.length, [] if frozen is None else [frozen])
+    loaded = replace(loaded, layout=layout)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = ready(placed, loaded, task.pictures)
     sees = sampler is None or not task.pictures or takes(sampler, "images")
@@ -281,18 +284,23 @@ def policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics."""
     some = rollout.completions
+    batch = some.batch()
     more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
-    inputs = head_inputs(model, some.rows(), **more)
+    inputs = batch.head_inputs(model, **more)
+    sampled = some.sampling_logprobs if config.reads_sampler else None
+    old, ref, sampling = (
+        None if x is None else batch.flat(x) for x in (rollout.old_logprobs, rollout.ref_logprobs, sampled)
+    )
     loss, metrics = fr.linear_policy_loss(
-        inputs.hidden[:, :-1],
+        inputs.hidden,
         inputs.head,
-        some.input_ids[:, 1:],
+        batch.targets,
         advantages=rollout.advantages,
-        completion_mask=some.completion_mask[:, 1:],
-        old_logprobs=rollout.old_logprobs,
-        ref_logprobs=rollout.ref_logprobs,
-        sampling_logprobs=some.sampling_logprobs if config.reads_sampler else None,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        sampling_logprobs=sampling,
         objective=config.loss(),
+        cu_seqlens=batch.cu_seqlens,
         num_sequences=num_sequences,
         num_tokens=num_tokens,
         temperature=config.temperature,

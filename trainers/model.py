@@ -37,6 +37,7 @@ from transformers import (
 
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Placed
+from fused_rlhf.trainers.layout import PADDED, Layout
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.collation import Collator
@@ -185,6 +186,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     processor: ProcessorMixin | None  # of an image-text model
     collator: Collator | None = None  # of one with a processor, once it is placed
+    layout: Layout = PADDED  # of its forwards in training
 
 
 def load_for(

@@ -29,10 +29,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-import fused_rlhf as fr
-from fused_rlhf.lm_head import HeadInputs
 from fused_rlhf.trainers import conversation, inputs, pictures, shapes
-from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
+from fused_rlhf.trainers.collation import Collator
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import Text, without_nulls
 from fused_rlhf.trainers.data import (
@@ -46,7 +44,9 @@ from fused_rlhf.trainers.data import (
     require_columns,
     short,
 )
+from fused_rlhf.trainers.forwards import Batch, Rows
 from fused_rlhf.trainers.inputs import Encoded, common_start
+from fused_rlhf.trainers.layout import PADDED, Layout
 from fused_rlhf.trainers.pictures import Message, Picture
 
 if TYPE_CHECKING:
@@ -425,38 +425,30 @@ class Encoder:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """P pairs as S = 2 P sequences: padded (S, T), or packed into one row (1, N)."""
+    """P pairs as S = 2 P sequences, padded on the right to T."""
 
-    input_ids: Tensor  # (S, T) or (1, N) int64
-    completion_mask: Tensor  # bool, alike
-    lengths: Tensor  # (S,) tokens of each completion
-    attention_mask: Tensor | None  # (S, T), padded
-    position_ids: Tensor | None  # (1, N), packed
+    input_ids: Tensor  # (S, T) int64
+    completion_mask: Tensor  # (S, T) bool
+    attention_mask: Tensor  # (S, T) bool
     extras: list[dict[str, Tensor]]  # what each prompt's pictures become, on the CPU
     prompts: list[int]  # tokens of each
-    cu_seqlens: Tensor | None  # (S + 1,) of the packed sequences among input_ids[:, 1:]
     ref_logprobs: Tensor | None  # (S,) summed, fp64
     num_tokens: int  # with the prompts, without padding
     collator: Collator | None = None  # of a model that reads pictures
+    layout: Layout = PADDED  # of the forward
 
     @property
     def num_pairs(self) -> int:
-        return len(self.lengths) // 2
+        return len(self.prompts) // 2
 
     def to(self, device: torch.device) -> PairBatch:
         moved: dict[str, Any] = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **moved)
 
-    def head_inputs(self, model: Any, **more: Any) -> HeadInputs:
-        """What the model's forward leaves for its head."""
-        if self.attention_mask is None:
-            return fr.lm_head.forward(model, self.input_ids, position_ids=self.position_ids, **more)
-        return head_inputs(model, self.rows(), **more)
-
-    def rows(self) -> Rows:
-        """For a forward of padded ones."""
-        assert self.attention_mask is not None
-        return Rows(self.input_ids, self.attention_mask, self.extras, self.prompts, self.collator)
+    def batch(self) -> Batch:
+        """For a forward."""
+        rows = Rows(self.input_ids, self.attention_mask, self.extras, self.prompts, self.collator)
+        return Batch(rows, self.completion_mask, self.layout)
 
 
 @dataclass(frozen=True)
@@ -473,41 +465,25 @@ class Totals:
 
 
 def collate(
-    pairs: Sequence[Pair], pad_token_id: int, packing: bool = False, collator: Collator | None = None
+    pairs: Sequence[Pair], pad_token_id: int, collator: Collator | None = None, layout: Layout = PADDED
 ) -> PairBatch:
-    """The chosen sequences, then the rejected ones, each after its prompt.
-
-    Padding is on the right; packed, the sequences are told apart by position_ids that begin anew.
-
-    Raises ValueError where pairs with images are to be packed.
-    """
+    """The chosen sequences, then the rejected ones, each after its prompt."""
     completions = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     prompts = [pair.prompt for pair in pairs] * 2
     rows = [torch.tensor(prompt + ids) for prompt, ids in zip(prompts, completions, strict=True)]
     masks = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
     sizes = torch.tensor([len(row) for row in rows])
-    cu_seqlens = attention_mask = position_ids = None
-    if packing:
-        if any(pair.extras for pair in pairs):
-            raise ValueError("packing: expected pairs without images; their positions are not one number a token")
-        input_ids, completion_mask = torch.cat(rows)[None], torch.cat(masks)[None]
-        position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0) - 1])
-    else:
-        pad = torch.nn.utils.rnn.pad_sequence
-        input_ids, completion_mask = pad(rows, True, pad_token_id), pad(masks, True, False)
-        attention_mask = (torch.arange(input_ids.shape[1]) < sizes[:, None]).long()
+    pad = torch.nn.utils.rnn.pad_sequence
+    input_ids, completion_mask = pad(rows, True, pad_token_id), pad(masks, True, False)
     known = [pair.ref for pair in pairs if pair.ref is not None]
     return PairBatch(
         input_ids=input_ids,
         completion_mask=completion_mask,
-        lengths=torch.tensor([len(ids) for ids in completions]),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        attention_mask=torch.arange(input_ids.shape[1]) < sizes[:, None],
         extras=[pair.extras for pair in pairs] * 2,
         prompts=[len(prompt) for prompt in prompts],
-        cu_seqlens=cu_seqlens,
         ref_logprobs=torch.tensor(known, dtype=torch.float64).T.flatten() if len(known) == len(pairs) else None,
         num_tokens=int(sizes.sum()),
         collator=collator,
+        layout=layout,
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
 from fused_rlhf.trainers.kl_control import KLController
+from fused_rlhf.trainers.layout_trial import settle
 from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
@@ -210,7 +211,11 @@ def prepare(
     work = rollouts.workload(loaded, task, config, generations=1, passes=config.num_ppo_epochs)
     judge = None if scorer is None else reward_of(config, scorer, loaded)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.kl_coef > 0)
-    both = PolicyAndValue(loaded.model, value_of(config, loaded, value_model)).eval()
+    value = value_of(config, loaded, value_model)
+    others = [it for it in (frozen, value) if it is not None and not isinstance(it, torch.nn.Linear)]
+    layout = settle(config, accelerator.device, loaded, work.length, others)
+    loaded = replace(loaded, layout=layout)
+    both = PolicyAndValue(loaded.model, value).eval()
     rate = config.value_learning_rate or max(config.learning_rate, VALUE_RATE)
     placed, reference = place(config, accelerator, loaded, work, frozen, both, [(both.value, rate)])
     loaded = ready(placed, loaded, task.pictures)
@@ -234,7 +239,7 @@ def answer_loss(module: PolicyAndValue, some: Completions, num_tokens: Tensor, b
     """The share of some rows in the loss of a batch with this many answer tokens."""
     loss, metrics = warmup.answer_loss(module.policy, some, num_tokens, backend)
     # DDP waits for the gradient of every parameter, those of the values too.
-    return loss + 0.0 * module(some[range(1)])[1].sum(), metrics
+    return loss + 0.0 * module(some[range(1)].batch())[1].sum(), metrics
 
 
 @torch.no_grad()
@@ -304,23 +309,24 @@ def ppo_loss(
     module: PolicyAndValue, config: Config, experience: Experience, num_tokens: Tensor
 ) -> tuple[Tensor, Metrics]:
     """The share of a micro-batch in the loss of a mini-batch with this many tokens, and its metrics."""
-    some = experience.completions
-    inputs, values = module(some)
+    batch = experience.completions.batch()
+    inputs, values = module(batch)
     with inputs.autocast():
         policy, found = fr.linear_policy_loss(
-            inputs.hidden[:, :-1],
+            inputs.hidden,
             inputs.head,
-            some.input_ids[:, 1:],
-            advantages=experience.advantages,
-            completion_mask=experience.mask,
-            old_logprobs=experience.old_logprobs,
+            batch.targets,
+            advantages=batch.flat(experience.advantages),
+            completion_mask=batch.flat(experience.mask),
+            old_logprobs=batch.flat(experience.old_logprobs),
             objective=config.loss(),
+            cu_seqlens=batch.cu_seqlens,
             num_tokens=num_tokens,
             temperature=config.temperature,
             outputs=("entropy",),
             backend=config.backend,
         )
-    targets = experience.returns, experience.values, experience.mask
+    targets = [batch.flat(x) for x in (experience.returns, experience.values, experience.mask)]
     value = value_loss(values, *targets, cliprange_value=config.cliprange_value, num_tokens=num_tokens)
     clipped = value_metrics(values.detach(), *targets, cliprange_value=config.cliprange_value)["value_clip_fraction"]
     count = experience.mask.sum()

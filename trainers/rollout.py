@@ -32,13 +32,15 @@ from transformers import (
 
 import fused_rlhf as fr
 from fused_rlhf.lm_head import HeadInputs
-from fused_rlhf.trainers.collation import Collator, Rows, head_inputs
+from fused_rlhf.trainers.collation import Collator
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.data import Sample, Task, fingerprint, where_of
 from fused_rlhf.trainers.engine import Placed
+from fused_rlhf.trainers.forwards import Batch, Rows
 from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded
+from fused_rlhf.trainers.layout import PADDED, Layout
 from fused_rlhf.trainers.minibatches import Rows as Numbers
 from fused_rlhf.trainers.minibatches import chunks
 from fused_rlhf.trainers.model import Loaded, max_positions
@@ -58,6 +60,7 @@ class Completions:
     prompts: list[Encoded]  # with what their pictures become, on the CPU
     collator: Collator | None = None  # of a model that reads pictures
     sampling_logprobs: Tensor | None = None  # (B, T - 1) fp32, of an external sampler; 0 outside the completion
+    layout: Layout = PADDED  # of the forwards
 
     def __getitem__(self, rows: Numbers) -> Completions:
         """Some of the rows, cut to the longest of them."""
@@ -71,14 +74,19 @@ class Completions:
             [self.prompts[row] for row in rows],
             self.collator,
             None if self.sampling_logprobs is None else self.sampling_logprobs[rows, : length - 1],
+            self.layout,
         )
 
     def without_truncated(self) -> Completions:
         """The same rows, with an empty completion mask where a completion did not end."""
         return replace(self, completion_mask=self.completion_mask & ~self.truncated.unsqueeze(1))
 
+    def batch(self) -> Batch:
+        """For a forward whose states before the completions' tokens are wanted."""
+        return Batch(self.rows(), self.completion_mask, self.layout)
+
     def rows(self) -> Rows:
-        """For a forward."""
+        """For a forward of padded ones."""
         prompts = self.prompts
         extras, lengths = [prompt.extras for prompt in prompts], [len(prompt.ids) for prompt in prompts]
         return Rows(self.input_ids, self.attention_mask, extras, lengths, self.collator)
@@ -257,7 +265,7 @@ def complete(
     """What the model in training makes of prompts at the configured length and temperature: `generate`, wherever its
     parameters are."""
     with engine.whole():
-        return generate(
+        found = generate(
             loaded.model,
             loaded.tokenizer,
             prompts,
@@ -269,22 +277,20 @@ def complete(
             collator=loaded.collator,
             **cut,
         )
+    return replace(found, layout=loaded.layout)
 
 
 def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:
     """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere; of the whole distribution at `temperature`."""
-    inputs = head_inputs(model, some.rows())
-    return logprobs_of(inputs, some.input_ids, some.completion_mask, temperature, backend)
+    batch = some.batch()
+    return batch.spread(logprobs_of(batch.head_inputs(model), batch.targets, temperature, backend))
 
 
-def logprobs_of(
-    inputs: HeadInputs, input_ids: Tensor, completion_mask: Tensor, temperature: float, backend: str
-) -> Tensor:
-    """The same of ids and mask, (B, T) each, from what a forward left for the head."""
-    targets = input_ids[:, 1:].masked_fill(~completion_mask[:, 1:], -100)
+def logprobs_of(inputs: HeadInputs, targets: Tensor, temperature: float, backend: str) -> Tensor:
+    """(N,) those of the N targets, from what a forward left for the head."""
     with inputs.autocast():
-        hidden = inputs.hidden[:, :-1]
-        return fr.linear_logprobs(hidden, inputs.head, targets, temperature=temperature, backend=backend).logprobs
+        head, hidden = inputs.head, inputs.hidden
+        return fr.linear_logprobs(hidden, head, targets, temperature=temperature, backend=backend).logprobs
 
 
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:

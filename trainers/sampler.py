@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fused_rlhf.trainers.engine import Placed
@@ -49,9 +50,9 @@ def sampled(
     engine.agree(error)
     if any(engine.gather([logprobs is None])):  # the updates of all processes are of one kind
         logprobs = None
-    return assemble(
-        prompts, completions, ends_of(config, loaded), loaded.tokenizer, engine.device, logprobs, loaded.collator
-    )
+    ends, collator = ends_of(config, loaded), loaded.collator
+    made = assemble(prompts, completions, ends, loaded.tokenizer, engine.device, logprobs, collator)
+    return replace(made, layout=loaded.layout)
 
 
 def ask(

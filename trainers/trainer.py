@@ -84,11 +84,6 @@ class Trainer(ABC):
     def objective(self) -> PolicyLoss | PreferenceLoss:
         """What its updates minimise."""
 
-    @property
-    def packed(self) -> bool:
-        """Whether sequences lie end to end in one row, rather than padded in one each."""
-        return False
-
     @abstractmethod
     def supervise(self) -> None:
         """The warm-up's own steps, where the configuration asks for some."""
@@ -184,8 +179,7 @@ def runs(trainer: Trainer) -> str:
     trained = any(p.requires_grad for p in embeddings.parameters())
     mode = mode_of(trainer.objective(), trained, hidden.dtype)
     backend = notices.where(hidden, trainer.config.backend)
-    layout = "packed" if trainer.packed else "padded"
-    return f"{backend}; {head}; mode {mode}; {layout} rows, of which prompts and padding skip the head"
+    return f"{backend}; {head}; mode {mode}; {trainer.loaded.layout.in_words()}"
 
 
 def mode_of(objective: PolicyLoss | PreferenceLoss, trained: bool, dtype: torch.dtype) -> str:

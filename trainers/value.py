@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rlhf.lm_head import HeadInputs
-from fused_rlhf.trainers.collation import head_inputs
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Placed
+from fused_rlhf.trainers.forwards import Batch
 from fused_rlhf.trainers.model import Loaded, base_of, locate, prepare_body, require_embeddings, tokenizer_of
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions, logprobs_of
@@ -64,7 +64,7 @@ class ScalarModel(nn.Module):
         self.body: Any = getattr(model, str(getattr(model, "base_model_prefix", "")), model)
         self.score: Any = score
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **model_inputs: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, **model_inputs: Any) -> Tensor:
         """(B, T) ids and mask -> (B, T) fp32: the number at each token."""
         output = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **model_inputs)
         return scalars(self.score, output.last_hidden_state)
@@ -78,22 +78,21 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value = value
 
-    def forward(self, completions: Completions) -> tuple[HeadInputs, Tensor]:
-        """-> what the policy's LM head works on, (B, T, H), and the values, (B, T - 1): [:, t] before token t + 1."""
-        inputs = head_inputs(self.policy, completions.rows())
+    def forward(self, batch: Batch) -> tuple[HeadInputs, Tensor]:
+        """-> what the policy's LM head works on, (N, H), and the values, (N,), before each of the completions' tokens."""
+        inputs = batch.head_inputs(self.policy)
         if isinstance(self.value, ScalarModel):
-            values = completions.rows().through(self.value)
-        else:
-            values = scalars(self.value, inputs.hidden)
-        return inputs, values[:, :-1]
+            return inputs, batch.states(self.value)
+        return inputs, scalars(self.value, inputs.hidden)
 
 
 def logprobs_and_values(
     module: PolicyAndValue, some: Completions, temperature: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """(B, T - 1) fp32 each: log-probs of the completions' tokens, 0 elsewhere, and the values before all tokens."""
-    inputs, values = module(some)
-    return logprobs_of(inputs, some.input_ids, some.completion_mask, temperature, backend), values
+    """(B, T - 1) fp32 each: log-probs of the completions' tokens and the values before them, 0 elsewhere."""
+    batch = some.batch()
+    inputs, values = module(batch)
+    return batch.spread(logprobs_of(inputs, batch.targets, temperature, backend)), batch.spread(values)
 
 
 def value_of(

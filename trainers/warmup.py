@@ -6,6 +6,7 @@ loss = -mean over answer tokens (EOS included) of log p(token)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,8 @@ def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = Fals
     prompts = [some.without_last(some.completion) for some in made]
     answers = [some.ids[len(some.prompt) :] for some in made]
     ends, device = [tokenizer.eos_token_id], loaded.model.device
-    return assemble(prompts, answers, ends, tokenizer, device, collator=loaded.collator)
+    together = assemble(prompts, answers, ends, tokenizer, device, collator=loaded.collator)
+    return replace(together, layout=loaded.layout)
 
 
 def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
