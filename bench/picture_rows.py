@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.vision_families import picture
-
 Message = dict[str, Any]
 Chat = list[Message]
 Sample = dict[str, Any]
@@ -27,6 +25,8 @@ PLACE = {"type": "image"}
 
 def shot(i: int, shade: int = 0) -> Image.Image:
     """Picture number `i`, of a size of its own."""
+    from tests.vision_families import picture
+
     return picture(shade or 20 + 45 * i, *SIZES[i])
 
 
