@@ -23,10 +23,14 @@ SIZES = ((40, 28), (28, 56), (64, 32), (36, 44), (16, 80))
 PLACE = {"type": "image"}
 
 
+def picture(shade: int, width: int = 16, height: int = 8) -> Image.Image:
+    """Unlike those of other shades not in its colour alone, which a norm might take away."""
+    gradient = Image.linear_gradient("L").resize((width, height)).rotate(shade)
+    return Image.merge("RGB", [gradient, Image.new("L", (width, height), shade), gradient.point(lambda x: 255 - x)])
+
+
 def shot(i: int, shade: int = 0) -> Image.Image:
     """Picture number `i`, of a size of its own."""
-    from tests.vision_families import picture
-
     return picture(shade or 20 + 45 * i, *SIZES[i])
 
 

@@ -2,7 +2,8 @@
 
 memory, error, roof       a panel per case, a line per method: peak memory from zero, with the time beside it; error on a
                           scale of decades, with what the method promises; share of the bare products' speed
-scaling-AXIS              time and memory over one axis of the shape, where some rows differ in that alone
+scaling-AXIS              time and memory over one axis of the shape, where some rows differ in that alone; from zero, or
+                          on a scale of decades where they span more than one
 
 A method's name stands on the axis, so that no two can overprint each other. A row that was wrong is hatched and says so; one
 that had too little memory shows what its formula gives, as an outline.
@@ -137,7 +138,9 @@ def memory(ax: Axes, records: list[Record]) -> None:
 
 
 def error_of(r: Record) -> float | None:
-    return r["errors"].get("dhidden_rel") or r["errors"].get("logprob_max_abs")
+    """Of the gradients, the larger; where there are none, of the log-probs."""
+    gradients = [r["errors"][key] for key in ("dhidden_rel", "dweight_rel") if key in r["errors"]]
+    return max(gradients, default=None) or r["errors"].get("logprob_max_abs")
 
 
 def error(ax: Axes, records: list[Record]) -> None:
@@ -153,7 +156,7 @@ def error(ax: Axes, records: list[Record]) -> None:
     lines(ax, [r for _, r in known], [f"{value:.1e}{verdict(r)}" for value, r in known])
     ax.set(xscale="log", xlim=(low, high))
     ax.grid(axis="x", alpha=0.3)
-    what = "relative error of dX" if gradients else "largest error of a log-prob, nats"
+    what = "relative error of dX or dW, the larger" if gradients else "largest error of a log-prob, nats"
     ax.set_xlabel(f"{what}{'; grey: promised' if any(promises) else ''}", fontsize=TEXT)
 
 
@@ -234,8 +237,13 @@ def scaling(result: Record, axis: str) -> Iterator[tuple[str, Figure]]:
                 if r["error"]:
                     space.plot(r["shape"][axis], r["predicted_bytes"] / 1e9, "x", color=color(provider), markersize=8)
         for ax, label in ((time, "seconds"), (space, "peak extra memory, GB")):
-            ax.set(xlabel=axis, ylabel=label, yscale="log")
-            logarithmic(ax.yaxis)
+            ax.set(xlabel=axis, ylabel=label)
+            low, high = ax.dataLim.intervaly
+            if high > 10 * low:
+                ax.set_yscale("log")
+                logarithmic(ax.yaxis)
+            else:
+                ax.set_ylim(0, 1.05 * high)
             if axis in ("N", "T", "V", "H"):
                 ax.set_xscale("log", base=2)
                 sizes(ax.xaxis, places)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import fused_rlhf as fr
+from fused_rlhf.bench.picture_rows import picture
 from fused_rlhf.trainers import collation
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.collation import Collator, Rows, joined
 from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.rollout import generate, uniforms
-from tests.vision_families import FAMILIES, picture
+from tests.vision_families import FAMILIES
 
 SIX = {
     "qwen2.5-vl": ("zero", "all", False),
