@@ -116,8 +116,8 @@ def verdict(r: Record) -> str:
     return ", WRONG" if r["wrong"] else ""
 
 
-def hatch(r: Record) -> str:
-    return "///" if r["wrong"] else ""
+def bar(ax: Axes, place: int, length: float, r: Record) -> None:
+    ax.barh(place, length, color=color(r["provider"]), hatch="///" if r["wrong"] else "", edgecolor="white")
 
 
 def memory(ax: Axes, records: list[Record]) -> None:
@@ -129,8 +129,7 @@ def memory(ax: Axes, records: list[Record]) -> None:
             ax.barh(place, r["predicted_bytes"] / 1e9, color="none", edgecolor=color(r["provider"]), linestyle="--")
             notes.append(f"{gigabytes(r['predicted_bytes'])} by formula: did not fit")
         else:
-            bar = {"color": color(r["provider"]), "hatch": hatch(r), "edgecolor": "white"}
-            ax.barh(place, r["peak_extra_bytes"] / 1e9, **bar)
+            bar(ax, place, r["peak_extra_bytes"] / 1e9, r)
             notes.append(f"{gigabytes(r['peak_extra_bytes'])}, {seconds(r['both_s']['median'])}{verdict(r)}")
     lines(ax, records, notes)
     ax.set_xlim(left=0)
@@ -171,8 +170,7 @@ def roof(ax: Axes, records: list[Record]) -> None:
     """Bars from zero."""
     known = sorted(records, key=lambda r: -r["gemm_share"])
     for place, r in enumerate(known):
-        bar = {"color": color(r["provider"]), "hatch": hatch(r), "edgecolor": "white"}
-        ax.barh(place, 100 * r["gemm_share"], **bar)
+        bar(ax, place, 100 * r["gemm_share"], r)
     ax.axvline(100, color="grey", linewidth=0.8)
     lines(ax, known, [f"{r['gemm_share']:.0%}{verdict(r)}" for r in known])
     ax.set_xlim(left=0)

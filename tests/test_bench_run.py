@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_the_clock_stands_while_a_process_imports(tmp_path, monkeypatch, count_i
     """The process is stopped when its time is up, however long it imported, and what it had is seen."""
     monkeypatch.setattr(running, "command_of", lambda spec: [sys.executable, "-c", CHILD, spec["out"]])
     plan = Plan("test", {"case": TINY}, [Row("case", "dense")])
-    meter, seen = Meter(count_imports), []
+    meter, seen = Meter(count_imports), list[dict[str, Any]]()
     failed = running._call(plan, {"out": str(tmp_path / "answer.json")}, meter, 0.2, seen.append)
     assert failed == running.OUT_OF_TIME
     assert meter.used >= 0.2
