@@ -39,7 +39,7 @@ def one_of(known: Iterable[str]) -> Callable[[str], str]:
     def checked(value: str) -> str:
         if value not in names:
             meant = nearest(value, names)
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}; got {value!r}{meant}")
+            raise argparse.ArgumentTypeError(f"got {value!r}{meant}; expected one of {', '.join(names)}")
         return value
 
     return checked
