@@ -38,7 +38,7 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p fused_rlhf -p tests -p bench
+	$(BIN)/mypy -p fused_rlhf -p tests
 
 # The site, into build/site.
 docs: $(VENV)/.test

@@ -10,21 +10,13 @@ and dX[n] = sum_v dz_nv W[v], dW[v] = sum_n dz_nv X[n].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import objectives
-from bench.inputs import Inputs, Reference, blocks, order
-from bench.ops import OPS, Values
-
-
-class Tolerance(NamedTuple):
-    """What a provider promises against fp64; beyond it the row is marked wrong."""
-
-    logprob: float  # max abs of log-probs, KL and entropy, nats
-    gradient: float  # |error| / |truth|, Frobenius
+from fused_rlhf.bench import objectives
+from fused_rlhf.bench.inputs import Inputs, Reference, blocks, order
+from fused_rlhf.bench.ops import OPS, Values
 
 
 @dataclass
@@ -127,12 +119,3 @@ def _distance(name: str, grad: Tensor | None, rows: Tensor, truth: Tensor) -> di
         f"{name}_rel": (difference.norm() / truth.norm().clamp_min(1e-300)).item(),
         f"{name}_max_abs": difference.abs().max().item(),
     }
-
-
-def within(found: dict[str, float], tolerance: Tolerance) -> bool:
-    """Whether every measured error keeps the promise; NaN never does."""
-    values = ("logprob_max_abs", "kl_max_abs", "entropy_max_abs", "loss_per_nat")
-    limits = dict.fromkeys(values, tolerance.logprob) | dict.fromkeys(
-        ("dhidden_rel", "dweight_rel"), tolerance.gradient
-    )
-    return all(found[key] <= limit for key, limit in limits.items() if key in found)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
+from fused_rlhf.bench.ops import OPS
+from fused_rlhf.words import nearest
 
-from bench.ops import OPS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+BASE_ROWS = 2048  # tokens that are drawn; those beyond repeat them
 
 
 class Shape(NamedTuple):
@@ -54,20 +55,26 @@ class Case:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if min(self.N, self.H, self.V, self.T) < 1 or self.N % self.T:
-            raise ValueError(f"N, H, V, T must be positive and T divide N, got {self.N}, {self.H}, {self.V}, {self.T}")
-        if not 0 < self.density <= 1 or not 0 <= self.zero_rows < 1:
-            raise ValueError(
-                f"density must be in (0, 1] and zero_rows in [0, 1), got {self.density} and {self.zero_rows}"
-            )
+        if self.dtype not in ITEMSIZE:
+            meant = nearest(self.dtype, ITEMSIZE)
+            raise ValueError(f"dtype must be one of {sorted(ITEMSIZE)}, got {self.dtype!r}{meant}")
+        for name in ("N", "H", "V", "T"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.N % self.T:
+            raise ValueError(f"T, the length of a sequence, must divide N, got N={self.N} and T={self.T}")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        if not 0 <= self.zero_rows < 1:
+            raise ValueError(f"zero_rows must be in [0, 1), got {self.zero_rows}")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta must be finite and at least 0, got {self.beta}")
         if not 1 <= self.lengths <= self.T:
-            raise ValueError(f"lengths must be in [1, T], got {self.lengths}")
+            raise ValueError(f"lengths must be in [1, T={self.T}], got {self.lengths}")
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        return ITEMSIZE[self.dtype]
 
     @property
     def products(self) -> tuple[int, int]:

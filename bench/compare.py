@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.report import gigabytes, number, seconds, table
+from fused_rlhf.bench.text import gigabytes, number, seconds, table
 
 SLOWER = 1.10  # and the spreads (20 - 80 %) do not overlap
 LARGER, LARGER_BYTES = 1.05, 32e6
@@ -13,6 +13,7 @@ LESS_ACCURATE, FLOOR = 2.0, 1e-6
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, list[str]]:
     """-> a table of the rows that both have, and a line for each that became worse.
+    Raises ValueError where they have none in common.
 
     Times are compared over those of `dense` in the same run where both have them, for runs on a busy machine.
     """
@@ -25,6 +26,8 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, list[str]]:
         found = _worse(was, r)
         worse += [f"{r['case']} {r['provider']}: {what}" for what in found]
         lines.append([r["case"], r["provider"], *_cells(was), *_cells(r), ", ".join(found)])
+    if not lines:
+        raise ValueError("--compare: the two results have no row in common: the same case, provider and shape")
     columns = ["time", "/ dense", "peak extra", "dX err"]
     head = ["case", "provider", *(f"{c} (old)" for c in columns), *columns, "worse"]
     conditions = [f"{name}: commit {r['commit']}, {r['date']}" for name, r in (("old", old), ("new", new))]

@@ -14,21 +14,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
+from fused_rlhf.bench import checkout
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.plan import Plan, Row
+from fused_rlhf.bench.registry import PROVIDERS
 
-from bench.accuracy import within
-from bench.cases import Case
-from bench.measure import TIMES
-from bench.plan import Plan, Row
-from bench.registry import PROVIDERS
-
-ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("forward_s", "backward_s", "both_s")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 20 % and 80 %."""
-    tensor = torch.tensor(sorted(values), dtype=torch.float64)
-    low, high = (torch.quantile(tensor, q).item() for q in (0.2, 0.8))
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [*values] * 2
     return {"median": statistics.median(values), "p20": low, "p80": high}
 
 
@@ -63,6 +59,8 @@ NO_BF16 = (
 
 def bf16_products() -> bool:
     """Whether torch has fast bf16 matrix products on this CPU; without, dense bf16 takes minutes at any real size."""
+    import torch
+
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
@@ -85,7 +83,7 @@ def _record(plan: Plan, row: Row, found: dict[str, Any]) -> dict[str, Any]:
         "predicted_bytes": predicted_bytes(row.provider, case, plan.device),
         "lengths": found.get("lengths"),
     }
-    record["wrong"] = not within(record["errors"], tolerance)
+    record["wrong"] = not tolerance.allows(record["errors"])
     if record["error"] is None:
         record |= {key: spread([s[key] for s in samples]) for key in TIMES}
         seconds = record["both_s"]["median"]
@@ -139,6 +137,8 @@ def versions(packages: set[str]) -> dict[str, str | None]:
 
 
 def device_info(device: str, threads: int) -> dict[str, Any]:
+    import torch
+
     model = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -165,9 +165,12 @@ def device_info(device: str, threads: int) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of this checkout, "-dirty" after it when files differ; None outside a repository."""
+    root = checkout.found()
+    if root is None:
+        return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")

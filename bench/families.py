@@ -21,15 +21,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_rlhf import lm_head
+from fused_rlhf.bench import checkout
 
-HERE = Path(__file__).resolve().parent
 SECONDS = 40  # for a family
 PARAMETERS = 130_000_000  # beyond them a family counts as one that cannot be built tiny
 V = 256
@@ -427,6 +426,10 @@ def markdown(rows: dict[str, dict[str, str]], versions: str) -> str:
 
 
 def main(names: list[str]) -> int:
+    try:
+        here = checkout.needed("python -m bench.families") / "bench"
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -435,7 +438,7 @@ def main(names: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     tried("causal", "llama")  # imports what every child would import again
     path, versions = (
-        HERE / "results" / "families.json",
+        here / "results" / "families.json",
         f"transformers {transformers.__version__}, torch {torch.__version__}",
     )
     rows: dict[str, dict[str, str]] = {}
@@ -448,7 +451,7 @@ def main(names: list[str]) -> int:
         rows[f"{kind}:{name}"] = row = in_a_child(kind, name)
         print(f"{kind}:{name}", f"{time.monotonic() - start:.1f}s", verdict(row), row, flush=True)
         path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-    (HERE / "families.md").write_text(markdown(rows, versions))
+    (here / "families.md").write_text(markdown(rows, versions))
     print(Counter(verdict(row) for row in rows.values()))
     return 1 if any(verdict(row) == "wrong" for row in rows.values()) else 0
 

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import report
-from bench.document import ROOT
-from bench.suites import SUITES
-from bench.targets import Target
+from fused_rlhf.bench import checkout, report
+from fused_rlhf.bench.suites import SUITES
+from fused_rlhf.bench.targets import Target
+from fused_rlhf.bench.text import table
 
 LIMIT_S = 540
 SECONDS = "SECONDS"  # in a command, stands for what the stage may take less the time to write its result
@@ -51,8 +51,19 @@ def stages(scratch: Path, device: str, suite: str, wheels: Path | None, commit: 
 
     def bench(name: str, cases: Sequence[str], limit_s: float) -> Stage:
         out = scratch / f"{name}.json"
-        command = [*python, "bench", "--suite", suite, "--only", *cases, "--out", str(out), "--device", device]
-        command += ["--together", "--limit", SECONDS]
+        command = [
+            *python,
+            "fused_rlhf.bench",
+            "--suite",
+            suite,
+            "--only",
+            *cases,
+            "--out",
+            str(out),
+            "--device",
+            device,
+        ]
+        command += ["--together", "--limit", SECONDS, "--count_imports"]
         command += ["--commit", commit] if commit else []
         return Stage(name, command, limit_s, result=out)
 
@@ -100,7 +111,12 @@ def run_stage(stage: Stage, out: Path, scratch: Path, timeout_s: float) -> dict[
         log.flush()
         try:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=checkout.needed("a stage"),
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         except OSError as e:
             return {"stage": stage.name, "seconds": 0.0, "ended": f"did not start: {e}"}
@@ -141,7 +157,7 @@ def carry_out(planned: Sequence[Stage], out: Path, scratch: Path, targets: Seque
 def render(result: dict[str, Any]) -> str:
     lines = [[s["stage"], s["ended"], f"{s['seconds']:.0f} s"] for s in result["stages"]]
     parts = [report.render(result)] if result["rows"] else []
-    return "\n\n".join([*parts, report.table(["stage", "ended", "time"], lines)])
+    return "\n\n".join([*parts, table(["stage", "ended", "time"], lines)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.wheels is not None and not list(args.wheels.glob("*.whl")):
         parser.error(f"--wheels {args.wheels}: no wheels there")
+    if checkout.found() is None:
+        parser.error("the tests and benches of a GPU machine need a checkout of the repository")
     suite = "gpu-tiny" if args.tiny else "gpu"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Case
+from fused_rlhf.bench.cases import BASE_ROWS, Case
 
-BASE_ROWS = 2048
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = 8192  # of W in fp64 at a time
 
 

@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 
-from bench.accuracy import errors
-from bench.cases import Case
-from bench.inputs import Inputs, Reference, build
-from bench.ops import OPS
-from bench.provider import Output
-from bench.registry import PROVIDERS
+from fused_rlhf.bench.accuracy import errors
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.document import TIMES
+from fused_rlhf.bench.inputs import Inputs, Reference, build
+from fused_rlhf.bench.ops import OPS
+from fused_rlhf.bench.provider import Output
+from fused_rlhf.bench.registry import PROVIDERS
 
 WARM_ROWS = 16
-TIMES = ("forward_s", "backward_s", "both_s")
+Found = dict[str, dict[str, Any]]  # provider -> {"samples": [...], "errors": {...}} and, when it failed, {"error": why}
 
 
 def _status_bytes(key: str) -> int:
@@ -148,19 +149,24 @@ def measure(
     rounds: int,
     warmup: int = 1,
     check: bool = True,
-    save: Callable[[dict[str, Any]], object] = lambda found: None,
-) -> dict[str, dict[str, Any]]:
-    """Provider -> {"samples": [...], "errors": {...}} or {"error": why not}; interleaved, all in this process.
+    in_turn: bool = False,
+    save: Callable[[Found, bool], object] = lambda found, importing: None,
+) -> Found:
+    """All in this process; interleaved round by round, or all of a provider's rounds before the next provider's.
 
-    `save` gets what there is so far after every round. A provider that leaves the GPU unusable ends the measurement and
-    is marked {"fatal": True}.
+    `save` gets what there is so far after every round, and whether a library is about to be imported. A provider that
+    leaves the GPU unusable ends the measurement and is marked {"fatal": True}.
     """
     reference = Reference(*(r.to(device) for r in reference))
     inputs = build(case, device, reference)
-    found: dict[str, dict[str, Any]] = {n: {"samples": [], "entropy_nats": entropy(reference)} for n in providers}
+    found: Found = {n: {"samples": [], "entropy_nats": entropy(reference)} for n in providers}
 
     # On a CPU a few rows wake threads and libraries; on a GPU the full shape compiles what has to be compiled.
     warm = inputs.shorter(max(1, WARM_ROWS * case.T // case.N)) if device == "cpu" else inputs
+
+    def introduce(name: str) -> None:
+        save(found, True)
+        PROVIDERS[name].step(inputs)
 
     def warm_up(name: str) -> None:
         sample(name, warm)
@@ -177,23 +183,33 @@ def measure(
     gc.collect()
     gc.freeze()  # what the imports made need not be looked at again before every sample
     try:
-        for body in [warm_up] * warmup + [meet] * (case.lengths > 1) + [once] * rounds:
-            for name in providers:
-                if "error" in found[name]:
-                    continue
-                try:
-                    body(name)
-                except Exception as e:  # whatever it is, it is that provider's result
+        bodies = [introduce, *[warm_up] * warmup, *[meet] * (case.lengths > 1), *[once] * rounds]
+        by_row, by_round = ((b, n) for n in providers for b in bodies), ((b, n) for b in bodies for n in providers)
+        for body, name in by_row if in_turn else by_round:
+            if "error" in found[name]:
+                continue
+            try:
+                body(name)
+            except Exception as e:  # whatever it is, it is that provider's result
+                if not _said_in_a_line(e):
                     traceback.print_exc()
-                    found[name]["error"] = _why(e)
-                _clear(inputs)
-                if "error" in found[name] and not _usable(device):
-                    found[name]["fatal"] = True
-                    return found
-            save(found)
+                found[name]["error"] = _why(e)
+            _clear(inputs)
+            if "error" in found[name] and not _usable(device):
+                found[name]["fatal"] = True
+                return found
+            save(found, False)
         return found
     finally:
         gc.unfreeze()
+
+
+PEERS = ("trl", "liger_kernel")  # of the extra [peers]
+
+
+def _said_in_a_line(error: Exception) -> bool:
+    """Whether `_why` is all there is to say: what is missing, refused or too large is no fault of the provider."""
+    return isinstance(error, (ImportError, ValueError, MemoryError)) or "tried to allocate" in str(error)
 
 
 def _why(error: Exception) -> str:
@@ -201,6 +217,10 @@ def _why(error: Exception) -> str:
     refused = re.search(r"tried to allocate (\d+) bytes", str(error))
     if refused:
         return f"out of memory: {int(refused[1]) / 1e9:.2f} GB more were refused"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        extra = "'fused-rlhf[peers]'" if package in PEERS else package.replace("_", "-")
+        return f"needs {package}, which is not installed: pip install {extra}"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from bench.cases import Case
-from bench.inputs import Inputs
-from bench.ops import OPS, Values
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import OPS, Values
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
     from fused_rlhf.objectives import PolicyLoss
     from fused_rlhf.preferences import PreferenceLoss
 
@@ -55,6 +54,8 @@ def loss_of(case: Case) -> Callable[[Values, Inputs], Tensor] | None:
 
 def named_loss(found: Values, inputs: Inputs) -> Tensor:
     """The objective that the case names, differentiable in the log-probs."""
+    import torch
+
     from fused_rlhf.objectives import PolicyLoss
     from fused_rlhf.segments import Sequences
 

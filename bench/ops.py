@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPSILON = 0.2  # the clip range of grpo and ppo
 ENTROPY_COEF = 0.01  # of ppo
@@ -71,7 +70,7 @@ def weighted_sum(found: Values, inputs: Batch) -> Tensor:
 
 def clipped(logprobs: Tensor, inputs: Batch) -> Tensor:
     ratio = (logprobs - inputs.old_logprobs).exp()
-    return -torch.minimum(ratio * inputs.advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * inputs.advantages)
+    return -(ratio * inputs.advantages).minimum(ratio.clamp(1 - EPSILON, 1 + EPSILON) * inputs.advantages)
 
 
 def grpo(found: Values, inputs: Batch) -> Tensor:
@@ -93,10 +92,12 @@ def ppo(found: Values, inputs: Batch) -> Tensor:
 
 def dpo(found: Values, inputs: Batch) -> Tensor:
     """-log sigmoid(beta d), d the difference of the summed log-ratios; the chosen half of the sequences comes first."""
+    from torch.nn.functional import logsigmoid
+
     assert inputs.ref_logprobs is not None
     ratios = inputs.sequences((found.values - inputs.ref_logprobs) * inputs.mask).sum(1)
     chosen, rejected = ratios.chunk(2)
-    return -F.logsigmoid(DPO_BETA * (chosen - rejected)).mean()
+    return -logsigmoid(DPO_BETA * (chosen - rejected)).mean()
 
 
 OPS = {

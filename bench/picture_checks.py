@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fused_rlhf as fr
-from bench.picture_family import Family, apart
-from bench.picture_rows import MIXED, Chat, Sample, forms, placed, refusals, row_of, said, shot, user
+from fused_rlhf.bench.picture_family import Family, apart
+from fused_rlhf.bench.picture_rows import MIXED, Chat, Sample, forms, placed, refusals, row_of, said, shot, user
 from fused_rlhf.trainers import data, dpo, generation, grpo, pairs, ppo, rollout
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 

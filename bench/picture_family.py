@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.picture_rows import Chat, placed
+from fused_rlhf.bench.picture_rows import Chat, placed
 from fused_rlhf.trainers import collation
 from fused_rlhf.trainers import model as models
-from tests.vision_families import FAMILIES
 
 
 def apart(got: Any, want: Any) -> float:
@@ -31,6 +30,8 @@ class Family:
     """A model with its processor, and what they make of a chat and a completion by themselves."""
 
     def __init__(self, name: str) -> None:
+        from tests.vision_families import FAMILIES
+
         self.name = name
         self.model, self.processor = FAMILIES[name]()
         self.tokenizer: Any = self.processor.tokenizer  # type: ignore[attr-defined]

@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.vision_families import picture
-
 Message = dict[str, Any]
 Chat = list[Message]
 Sample = dict[str, Any]
 
 SIZES = ((40, 28), (28, 56), (64, 32), (36, 44), (16, 80))
 PLACE = {"type": "image"}
+
+
+def picture(shade: int, width: int = 16, height: int = 8) -> Image.Image:
+    """Unlike those of other shades not in its colour alone, which a norm might take away."""
+    gradient = Image.linear_gradient("L").resize((width, height)).rotate(shade)
+    return Image.merge("RGB", [gradient, Image.new("L", (width, height), shade), gradient.point(lambda x: 255 - x)])
 
 
 def shot(i: int, shade: int = 0) -> Image.Image:

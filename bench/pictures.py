@@ -17,17 +17,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import picture_checks as checks
-from bench.picture_family import Family
-from bench.picture_rows import MIXED, ONE_EACH
-from tests.vision_families import FAMILIES
+from fused_rlhf.bench import checkout
+from fused_rlhf.bench import picture_checks as checks
+from fused_rlhf.bench.picture_family import Family
+from fused_rlhf.bench.picture_rows import MIXED, ONE_EACH
 
-HERE = Path(__file__).resolve().parent
 NEAR = 1e-5
 SEEN = 1e-4  # nats
 HEAD = """# Pictures
@@ -144,13 +142,19 @@ def markdown(rows: list[Row], versions: str) -> str:
 
 
 def main(names: list[str]) -> int:
+    try:
+        here = checkout.needed("python -m bench.pictures") / "bench"
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     import transformers
 
+    from tests.vision_families import FAMILIES
+
     transformers.logging.set_verbosity_error()
-    path = HERE / "results" / "pictures.json"
+    path = here / "results" / "pictures.json"
     versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "trl"))
     rows: dict[str, Any] = json.loads(path.read_text())["rows"] if names and path.exists() else {}
     for name in names or FAMILIES:
@@ -161,7 +165,7 @@ def main(names: list[str]) -> int:
     rows = {name: rows[name] for name in FAMILIES if name in rows}
     path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     found = [Row(**row) for row in rows.values()]
-    (HERE / "pictures.md").write_text(markdown(found, versions))
+    (here / "pictures.md").write_text(markdown(found, versions))
     return 1 if any(map(wrong, found)) else 0
 
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cases import Case
-from bench.provider import validate
-from bench.registry import PROVIDERS
-from bench.targets import Target
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.provider import validate
+from fused_rlhf.bench.registry import PROVIDERS
+from fused_rlhf.bench.targets import Target
+from fused_rlhf.words import nearest
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Plan:
     device: str = "cpu"
     threads: int = 2
     together: bool = False  # one process per case rather than per row and round
+    in_turn: bool = False  # with `together`: all rounds of a row, then the next row's, rather than round by round
     repeats: int = 1  # samples of a row in each of its processes
     warmup: int = 1
     check: bool = True  # errors against fp64
     limit_s: float = math.inf  # for the whole run; a process that would pass it is stopped, its rounds are kept
+    count_imports: bool = False  # whether what processes take to start and to import counts there
     memory: float | None = None  # bytes a process on a CPU may take; None: what the machine has left
     predict: bool = True  # leave out what would not fit by its formula, rather than let it try
     out: Path | None = None
@@ -48,6 +51,7 @@ class Plan:
             validate(case)
         for row in self.rows:
             if row.provider not in PROVIDERS:
-                raise ValueError(f"provider must be one of {sorted(PROVIDERS)}, got {row.provider!r}")
+                meant = nearest(row.provider, PROVIDERS)
+                raise ValueError(f"provider must be one of {sorted(PROVIDERS)}, got {row.provider!r}{meant}")
             if row.case not in self.cases:
                 raise ValueError(f"case must be one of {sorted(self.cases)}, got {row.case!r}")

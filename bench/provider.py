@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from fused_rlhf.bench import objectives
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.words import nearest
 
-from bench import objectives
-from bench.accuracy import Tolerance
-from bench.cases import Case
-from bench.inputs import Inputs
-from bench.ops import OPS, Values
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
 
 
 class Output(NamedTuple):
@@ -24,6 +26,20 @@ class Output(NamedTuple):
 
 
 Step = Callable[[], "Tensor | Values | Output"]
+
+
+class Tolerance(NamedTuple):
+    """What a provider promises against fp64; beyond it the row is marked wrong."""
+
+    logprob: float  # max abs of log-probs, KL and entropy, nats
+    gradient: float  # |error| / |truth|, Frobenius
+
+    def allows(self, found: dict[str, float]) -> bool:
+        """Whether every measured error keeps the promise; NaN never does."""
+        limits = dict.fromkeys(("logprob_max_abs", "kl_max_abs", "entropy_max_abs", "loss_per_nat"), self.logprob)
+        limits |= dict.fromkeys(("dhidden_rel", "dweight_rel"), self.gradient)
+        return all(found[key] <= limit for key, limit in limits.items() if key in found)
+
 
 # Ours: the numerics contract, and a gradient of a few roundings to its dtype. In fp32 those are of the logits: the KL of
 # two close distributions has a gradient of the differences of theirs, which are a hundred times smaller.
@@ -37,9 +53,10 @@ ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5)}
 def validate(case: Case) -> None:
     """Raises ValueError for an op or objective that there is not, and for numbers that they cannot have."""
     if case.op not in OPS:
-        raise ValueError(f"op must be one of {sorted(OPS)}, got {case.op!r}")
+        raise ValueError(f"op must be one of {sorted(OPS)}, got {case.op!r}{nearest(case.op, OPS)}")
     if case.objective and case.objective not in (known := objectives.names(case.op)):
-        raise ValueError(f"objective must be one of {known} with {case.op}, got {case.objective!r}")
+        meant = nearest(case.objective, known)
+        raise ValueError(f"objective must be one of {known} with {case.op}, got {case.objective!r}{meant}")
     if case.op == "dpo" and case.N // case.T % 2:
         raise ValueError(f"dpo needs an even number of sequences, got N / T = {case.N // case.T}")
     if case.zero_rows and (case.op in ("dpo", "ppo") or (case.op == "grpo" and case.beta)):

@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import re
 
-from bench import report
-from bench.document import ROOT
+from fused_rlhf.bench import checkout, report
 
 FILES = ("README.md", "bench/README.md")
 PLACE = re.compile(r"(<!-- bench: (?P<what>[^>]*?) -->\n)(?P<body>.*?)(<!-- bench end -->)", re.DOTALL)
@@ -34,7 +33,7 @@ def section(what: str, folder: str) -> str:
     unknown = set(chosen) - {"cases", "providers", "columns"}
     if unknown:
         raise ValueError(f"a table takes cases, providers and columns, got {', '.join(sorted(unknown))} in {what!r}")
-    file = ROOT / "bench/results" / path
+    file = checkout.needed("a table") / "bench/results" / path
     if not file.exists():
         return f"\n{path} was not measured yet.\n\n"
     result = json.loads(file.read_text())
@@ -60,9 +59,9 @@ PEERS = ("torch", "triton", "trl", "liger_kernel", "cut-cross-entropy", "verl")
 
 def update(write: bool = True) -> list[tuple[str, bool]]:
     """Fills in the files; -> (file, whether it changed or would)."""
-    changes = []
+    root, changes = checkout.needed("--readme"), []
     for name in FILES:
-        path = ROOT / name
+        path = root / name
         text = path.read_text()
         new = filled(text, "results/" if name.startswith("bench/") else "bench/results/")
         changes.append((name, new != text))

@@ -6,36 +6,28 @@ import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from bench import plots
+from fused_rlhf.bench import plots
+from fused_rlhf.bench.text import gigabytes, number, seconds, share, table
 
 Record = dict[str, Any]
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it can be read in a terminal."""
-    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-    rule = ["-" * w for w in widths]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in [head, rule, *lines])
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
-
-
-def seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
-
-
-def gigabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f} GB"
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
+def read(path: Path) -> Record:
+    """A result from its file. Raises ValueError where that is none, OSError where it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{str(path)!r} is no result of the bench: expected JSON ({error})") from None
+    rows = found.get("rows") if isinstance(found, dict) else None
+    needed = {"case", "provider", "label", "shape", "error", "errors", "wrong"}
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and needed <= set(r) for r in rows):
+        raise ValueError(
+            f"{str(path)!r} is no result of the bench: expected rows with a case and a provider, as --out has"
+        )
+    return found
 
 
 def _median(key: str) -> Callable[[Record], str]:
@@ -74,7 +66,7 @@ def rows(records: Iterable[Record], columns: Sequence[str] = STANDARD) -> str:
     for r in records:
         if r["error"]:
             cells = [gigabytes(r.get("predicted_bytes")) if c == "predicted" else "-" for c in columns]
-            lines.append([r["case"], r["provider"], *cells, r["error"][:70]])
+            lines.append([r["case"], r["provider"], *cells, shorten(r["error"], 100)])
         else:
             mark = "WRONG" if r["wrong"] else ""
             lines.append([r["case"], r["provider"], *(COLUMNS[c][1](r) for c in columns), mark])
@@ -131,8 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("result", type=Path, nargs="+")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw it there, too (needs matplotlib)")
     args = parser.parse_args(arguments)
-    for path in args.result:
-        result = json.loads(path.read_text())
+    try:
+        results = [read(path) for path in args.result]
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"python -m bench.report: error: {error}") from None
+    for result in results:
         print(render(result), end="\n\n")
         if args.plots:
             print("\n".join(str(p) for p in plots.draw(result, args.plots)))

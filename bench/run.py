@@ -1,96 +1,131 @@
 """Processes: what runs when, in how much memory, and for how long.
 
-On a CPU every sample is a fresh process (`python -m bench --one SPEC`), because the peak of the resident set can only
-be read cleanly once; a run goes round by round over all rows, so that noise of the machine hits every provider alike.
-On a GPU one process per case interleaves its providers and times them with events.
+On a CPU every sample is a fresh process (child.py), because the peak of the resident set can only be read cleanly once; a
+run goes round by round over all rows, so that noise of the machine hits every provider alike. On a GPU one process per
+case interleaves its providers and times them with events.
 
 On a CPU, a row that by its provider's formula would not fit is not started, and a process that wants more memory than
 it may have is refused it by the system: the machine never swaps.
+
+A run's time is that of its measurements: while a process starts or imports a library, the clock stands. A run on a busy
+machine takes longer, and has the same rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
-import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.cases import Case
-from bench.document import ROOT, predicted_bytes, summarise
-from bench.inputs import BASE_ROWS, Reference, fp64_reference
-from bench.measure import measure
-from bench.plan import Plan, Row
+from fused_rlhf.bench.cases import BASE_ROWS, Case
+from fused_rlhf.bench.checkout import HOME
+from fused_rlhf.bench.document import predicted_bytes, summarise
+from fused_rlhf.bench.plan import Plan, Row
 
 PROCESS_BYTES = 1 << 30  # a Python with torch and a peer in it
 MARGIN_BYTES = 1 << 30  # of the machine's memory, left alone
+IMPORT_S = 300.0  # longer than that no import takes: its process hangs
+POLL_S = 0.05
+OUT_OF_TIME = "out of time"
+
+Found = dict[str, dict[str, Any]]  # as `measure` returns it
+Watch = Callable[[Found], object]  # gets what a child has found so far
 
 
-def child(spec: dict[str, Any]) -> None:
-    """The other side of `_call`: does one task and writes what it found to spec["out"]."""
-
-    def write(result: dict[str, Any]) -> None:
-        new = Path(spec["out"] + ".new")
-        new.write_text(json.dumps(result))
-        new.replace(spec["out"])  # a child that is killed leaves the last whole answer
-
-    if spec["memory"] is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (spec["memory"], spec["memory"]))
-    torch.set_num_threads(spec["threads"])
-    case, device = Case(**spec["case"]), spec["device"]
-    path = Path(spec["reference"])
-    if spec["task"] == "reference":
-        torch.save(fp64_reference(case, device)._asdict(), path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
-        result: dict[str, Any] = {}
-    else:
-        reference = Reference(**torch.load(path, map_location=device))
-        options = {key: spec[key] for key in ("rounds", "warmup", "check")}
-        result = measure(case, spec["providers"], device, reference, save=write, **options)
-    write(result)
+def quiet(found: Found) -> None:
+    """Watches nothing."""
 
 
-def _call(plan: Plan, spec: dict[str, Any], until: float) -> str | None:
-    """Runs one child to its end; why it failed, or None."""
-    Path(spec["out"]).unlink(missing_ok=True)
-    left = None if until == math.inf else max(until - time.time(), 1.0)
+@dataclass(frozen=True)
+class Task:
+    """Of one process."""
+
+    case: str  # its name
+    providers: list[str]
+    rounds: int
+    check: bool
+
+
+class Meter:
+    """Seconds that a run has used up."""
+
+    def __init__(self, count_imports: bool = False) -> None:
+        self.used = 0.0
+        self.count_imports = count_imports
+
+    def add(self, seconds: float, importing: bool) -> None:
+        if self.count_imports or not importing:
+            self.used += seconds
+
+
+def _call(plan: Plan, spec: dict[str, Any], meter: Meter, until: float, watch: Watch = quiet) -> str | None:
+    """Runs one child to its end, or until the meter reads `until`; why it failed, or None."""
+    answer = Path(spec["out"])
+    answer.unlink(missing_ok=True)
+    if meter.used >= until:
+        return OUT_OF_TIME
     env = {**os.environ, "OMP_NUM_THREADS": str(plan.threads)}
-    command = [sys.executable, "-m", "bench", "--one", json.dumps(spec)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {left:.0f} s"
-    if "Traceback" in done.stderr:
-        print(done.stderr, file=sys.stderr)
-    if done.returncode == 0:
+    last, imports, seen = time.monotonic(), 0.0, None
+    # A file rather than a pipe, which nobody would empty meanwhile.
+    with tempfile.TemporaryFile("w+") as errors, _ended(command_of(spec), env, errors) as process:
+        while process.poll() is None:
+            time.sleep(POLL_S)
+            with contextlib.suppress(OSError):
+                if answer.stat().st_mtime_ns != seen:
+                    seen = answer.stat().st_mtime_ns
+                    watch(json.loads(answer.read_text())["found"])
+            importing = seen is None or json.loads(answer.read_text())["importing"]
+            step, last = time.monotonic() - last, time.monotonic()
+            imports += step if importing else 0.0
+            meter.add(step, importing)
+            if imports > IMPORT_S:
+                return f"stopped: its imports took more than {IMPORT_S:g} s"
+            if meter.used >= until:
+                return OUT_OF_TIME
+        errors.seek(0)
+        said = errors.read()
+    if "Traceback" in said:
+        print(said, file=sys.stderr)
+    if process.returncode == 0:
         return None
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    killed = " (killed: out of memory?)" if done.returncode == -9 else ""
-    return f"process ended with {done.returncode}{killed}: {last}"
+    last_line = (said.strip().splitlines() or ["no message"])[-1]
+    killed = " (killed: out of memory?)" if process.returncode == -9 else ""
+    return f"process ended with {process.returncode}{killed}: {last_line}"
 
 
-Found = dict[str, dict[str, Any]]  # provider -> {"samples": [...], "errors": {...}} and, when it failed, {"error": why}
+def command_of(spec: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "fused_rlhf.bench.child", json.dumps(spec)]
 
 
-def _spawn(
-    plan: Plan, scratch: Path, case: Case, providers: list[str], rounds: int, check: bool, until: float
-) -> Found:
+@contextlib.contextmanager
+def _ended(command: list[str], env: dict[str, str], errors: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the `with`."""
+    process = subprocess.Popen(command, cwd=HOME, env=env, stdout=subprocess.DEVNULL, stderr=errors, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _spawn(plan: Plan, scratch: Path, meter: Meter, task: Task, until: float, watch: Watch = quiet) -> Found:
     """`measure` in a process of its own, whatever becomes of it."""
-    memory = _memory(plan)
-    refused = {} if memory is None or not plan.predict else _too_large(plan, case, providers, memory)
-    if len(refused) == len(providers):
+    case, memory = plan.cases[task.case], _memory(plan)
+    refused = {} if memory is None or not plan.predict else _too_large(plan, case, task.providers, memory)
+    providers = [name for name in task.providers if name not in refused]
+    if not providers:
         return refused
-    providers = [name for name in providers if name not in refused]
     # Cases that differ in N, op or objective alone share their base rows.
     key = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.dtype}-{case.seed}.pt"
     spec: dict[str, Any] = {
@@ -101,18 +136,29 @@ def _spawn(
         "reference": str(scratch / key),
         "out": str(scratch / "answer.json"),
     }
-    failed = None if (scratch / key).exists() else _call(plan, {**spec, "task": "reference"}, until)
+    # In a process of its own, whose memory is given back; where the sizes are small, it is not worth one.
+    apart = not plan.in_turn and not (scratch / key).exists()
+    failed = _call(plan, {**spec, "task": "reference"}, meter, until) if apart else None
     found: Found = {}
     if failed is None:
-        options = {"providers": providers, "rounds": rounds, "warmup": plan.warmup, "check": check}
-        failed = _call(plan, {**spec, "task": "measure", **options}, until)
+        options = {"providers": providers, "rounds": task.rounds, "check": task.check}
+        options |= {"warmup": plan.warmup, "in_turn": plan.in_turn}
+        failed = _call(plan, {**spec, "task": "measure", **options}, meter, until, watch)
         if (answer := Path(spec["out"])).exists():
-            found = json.loads(answer.read_text())
+            found = json.loads(answer.read_text())["found"]
     for name in providers:  # a child that was stopped may have finished some rounds
         part = found.setdefault(name, {"samples": []})
-        if not part["samples"]:
+        if not part["samples"] and failed == OUT_OF_TIME:
+            part.setdefault("error", _not_reached(plan, meter, f"{task.case}/{name}"))
+        elif not part["samples"]:
             part.setdefault("error", failed or "stopped when another provider made the device unusable")
     return found | refused
+
+
+def _not_reached(plan: Plan, meter: Meter, row: str) -> str:
+    """Why, and what would reach it."""
+    more = float(f"{max(3 * plan.limit_s, 10):.0e}")
+    return f"not reached in {meter.used:.0f} of {plan.limit_s:g} s: --limit {more:g} or --only {shlex.quote(row)}"
 
 
 def _memory(plan: Plan) -> int | None:
@@ -137,24 +183,54 @@ def _too_large(plan: Plan, case: Case, providers: Sequence[str], memory: int) ->
     return found
 
 
+class Progress:
+    """A line about each row as it ends, or about each of its rounds where those are processes of their own."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.started = plan, time.monotonic()
+        self.lines, self.of = 0, sum(1 if plan.together else row.rounds for row in plan.rows)
+        self.ended: set[Row] = set()
+
+    def tell(self, row: Row, part: dict[str, Any]) -> None:
+        self.lines += 1
+        self.ended.add(row)
+        at = f"[{time.monotonic() - self.started:5.0f} s] {self.lines:{len(str(self.of))}}/{self.of}"
+        print(f"{at} {_progress(self.plan, row, part)}", file=sys.stderr, flush=True)
+
+    def watch(self, rows: Sequence[Row], found: Found) -> None:
+        """Of a process that has these rows, while it goes on."""
+        for row in rows:
+            part = found.get(row.provider, {"samples": []})
+            if row not in self.ended and ("error" in part or len(part["samples"]) >= row.rounds):
+                self.tell(row, part)
+
+
 def run(plan: Plan) -> dict[str, Any]:
     """Carries a plan out and returns the result (see `summarise`), also written to plan.out from the first row on."""
     found: dict[Row, dict[str, Any]] = {row: {"samples": []} for row in plan.rows}
-    started = time.time()
-    result: dict[str, Any] = {}
+    progress, meter = Progress(plan), Meter(plan.count_imports)
+    if plan.out is not None:
+        plan.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for rows, answer in _answers(plan, Path(folder), found):
+        for rows, answer in _answers(plan, Path(folder), meter, progress, found):
             for row in rows:
                 part = answer[row.provider]
-                print(f"[{time.time() - started:5.0f} s] {_progress(plan, row, part)}", file=sys.stderr, flush=True)
-                if found[row]["samples"] and time.time() >= started + plan.limit_s:
+                if row not in progress.ended or not plan.together:
+                    progress.tell(row, part)
+                if found[row]["samples"] and meter.used >= plan.limit_s:
                     part.pop("error", None)  # the time was up, nothing else is wrong: its earlier rounds stand
                 found[row] |= {**part, "samples": found[row]["samples"] + part["samples"]}
-            result = summarise(plan, found)
-            result["seconds"] = round(time.time() - started, 1)
             if plan.out is not None:
-                plan.out.parent.mkdir(parents=True, exist_ok=True)
-                plan.out.write_text(json.dumps(result, indent=1) + "\n")
+                _write(plan, found, progress)
+    return _write(plan, found, progress)
+
+
+def _write(plan: Plan, found: dict[Row, dict[str, Any]], progress: Progress) -> dict[str, Any]:
+    """The result of what there is."""
+    result = summarise(plan, found)
+    result["seconds"] = round(time.monotonic() - progress.started, 1)
+    if plan.out is not None:
+        plan.out.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -169,32 +245,32 @@ def _progress(plan: Plan, row: Row, part: dict[str, Any]) -> str:
     return f"{row.case} {row.provider}: {state}{bar}"
 
 
-def _answers(plan: Plan, scratch: Path, found: dict[Row, dict[str, Any]]) -> Iterator[tuple[list[Row], Found]]:
-    end = time.time() + plan.limit_s
+def _answers(
+    plan: Plan, scratch: Path, meter: Meter, progress: Progress, found: dict[Row, dict[str, Any]]
+) -> Iterator[tuple[list[Row], Found]]:
     if not plan.together:
         for round_ in range(max(row.rounds for row in plan.rows)):
             for row in plan.rows:
                 if round_ < row.rounds and "error" not in found[row]:
                     # The libraries are deterministic enough: one check is enough.
-                    check = plan.check and round_ == 0
-                    spawn = partial(_spawn, plan, scratch, plan.cases[row.case], [row.provider], plan.repeats)
-                    answer = spawn(check, end)
+                    task = Task(row.case, [row.provider], plan.repeats, plan.check and round_ == 0)
+                    answer = _spawn(plan, scratch, meter, task, plan.limit_s)
                     found_here = answer[row.provider]
                     if _disturbed(found_here["samples"]):
-                        again = spawn(False, end)[row.provider]["samples"]
-                        better = max(found_here["samples"], again, key=_share)
+                        again = _spawn(plan, scratch, meter, replace(task, check=False), plan.limit_s)
+                        better = max(found_here["samples"], again[row.provider]["samples"], key=_share)
                         found_here["samples"] = [{**sample, "taken_twice": True} for sample in better]
                     yield [row], answer
         return
     names = list(dict.fromkeys(row.case for row in plan.rows))
     for position, name in enumerate(names):
         # A case that hangs leaves the later ones half of the time, at least.
-        until = time.time() + (end - time.time()) / min(len(names) - position, 2)
+        until = meter.used + (plan.limit_s - meter.used) / min(len(names) - position, 2)
         rows = [row for row in plan.rows if row.case == name]
         left, answer = [row.provider for row in rows], Found()
         while left:
-            rounds = max(row.rounds for row in rows)
-            fresh = _spawn(plan, scratch, plan.cases[name], left, rounds, plan.check, until)
+            task = Task(name, left, max(row.rounds for row in rows), plan.check)
+            fresh = _spawn(plan, scratch, meter, task, until, partial(progress.watch, rows))
             answer |= fresh
             # One that broke the device took the others' process with it: again, without it.
             fatal = [p for p in left if fresh[p].get("fatal")]

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.document import commit, device_info, versions
-from bench.measure import PeakMemory
+from fused_rlhf.bench.checkout import HOME
+from fused_rlhf.bench.document import commit, device_info, versions
+from fused_rlhf.bench.measure import PeakMemory
 
 SIDES = ("dense", "ours")
 
@@ -122,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = [part for name, value in asdict(shape).items() for part in (f"--{name}", str(value))]
     rows = []
     for side in SIDES:
-        command = [sys.executable, "-m", "bench.step", "--side", side, *options]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "fused_rlhf.bench.step", "--side", side, *options]
+        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
         last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["killed: out of memory?"]
         rows.append(json.loads(last[-1]) if done.returncode == 0 else {"side": side, "error": last[-1]})
         print(json.dumps(rows[-1]), flush=True)

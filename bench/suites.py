@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from bench.document import bf16_products
-from bench.plan import Row
-from bench.registry import MODELS, PROVIDERS, Case
-from bench.targets import Figure, Target
+from fused_rlhf.bench.document import bf16_products
+from fused_rlhf.bench.plan import Row
+from fused_rlhf.bench.registry import MODELS, PROVIDERS, Case
+from fused_rlhf.bench.targets import Figure, Target
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Suite:
     rows: list[Row]
     targets: list[Target] = field(default_factory=list)
     together: bool = False  # one process per case rather than per row and round
+    threads: int = 2
+    in_turn: bool = False  # with `together`: all rounds of a row, then the next row's, rather than round by round
     repeats: int = 1  # samples of a row in each of its processes
     memory: float | None = None  # bytes a process on a CPU may take
     predict: bool = True  # leave out what would not fit by its formula, rather than let it try
@@ -56,6 +58,8 @@ def quick() -> Suite:
         cases,
         able(cases, "gemm-blocked dense trl liger ours ours-two_phase", 2) + rows("logprobs_fwd_bwd", "torch-lce", 2),
         together=True,
+        in_turn=True,
+        threads=1,  # two that wait for each other on a busy machine take ten times as long
         limit_s=110,
     )
 

@@ -15,8 +15,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path.append(str(DOCS.parent))  # as a script, from wherever it is called
 
-from bench import readme  # noqa: E402
 from fused_rlhf.backends import sizes  # noqa: E402
+from fused_rlhf.bench import readme  # noqa: E402
 from fused_rlhf.objectives import catalogue  # noqa: E402
 
 PLACES: dict[str, Callable[[], str]] = {"objectives": catalogue.markdown, "memory": sizes.markdown}

@@ -5,8 +5,8 @@ from importlib.util import find_spec as _find_spec
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-# A wheel holds kernels/ and trainers/ in this folder, a checkout links to them from here. Where links cannot be made (an
-# sdist, a zip as pip unpacks it, Windows) they are found beside this folder; a type checker then sees `Any` for them.
+# A wheel holds kernels/, trainers/ and bench/ in this folder, a checkout links to them from here. Where links cannot be
+# made (an sdist, a zip as pip unpacks it, Windows) they are found beside this folder; a type checker then sees `Any`.
 _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.vision_families import FAMILIES, picture
+from fused_rlhf.bench.picture_rows import picture
+from tests.vision_families import FAMILIES
 
 
 def picture_run(folder: Path, family: str, command: str) -> list[str]:

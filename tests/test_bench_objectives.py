@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from bench import objectives
-from bench.cases import Case
-from bench.inputs import build, fp64_reference
-from bench.provider import validate
-from bench.registry import PROVIDERS
+from fused_rlhf.bench import objectives
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.inputs import build, fp64_reference
+from fused_rlhf.bench.provider import validate
+from fused_rlhf.bench.registry import PROVIDERS
 
 CASES = [(op, name) for op in ("grpo", "dpo") for name in objectives.names(op)]
 

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from bench import picture_checks as checks
-from bench import pictures
-from bench.picture_family import Family
-from bench.pictures import Row, markdown, shown, wrong
+from fused_rlhf.bench import picture_checks as checks
+from fused_rlhf.bench import pictures
+from fused_rlhf.bench.picture_family import Family
+from fused_rlhf.bench.pictures import Row, markdown, shown, wrong
 from fused_rlhf.trainers.collation import Collator
 from tests.vision_families import FAMILIES
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu
-from bench.__main__ import main
-from bench.cases import Case
-from bench.document import bf16_products, summarise
-from bench.inputs import fp64_reference
-from bench.measure import Compilations, PeakMemory, measure
-from bench.ops import OPS
-from bench.plan import Plan, Row
-from bench.provider import Provider
-from bench.registry import PROVIDERS
-from bench.run import run
-from bench.suites import SUITES
-from bench.targets import Figure, Target
+from fused_rlhf.bench import checkout, document, gpu
+from fused_rlhf.bench import run as running
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.command import main
+from fused_rlhf.bench.document import bf16_products, summarise
+from fused_rlhf.bench.inputs import fp64_reference
+from fused_rlhf.bench.measure import Compilations, PeakMemory, measure
+from fused_rlhf.bench.ops import OPS
+from fused_rlhf.bench.plan import Plan, Row
+from fused_rlhf.bench.provider import Provider
+from fused_rlhf.bench.registry import PROVIDERS
+from fused_rlhf.bench.run import Meter, run
+from fused_rlhf.bench.suites import SUITES
+from fused_rlhf.bench.targets import Figure, Target
 
 TINY = Case(N=48, H=64, V=1003, T=12)
 
@@ -164,7 +166,7 @@ def test_a_run_in_fresh_processes(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_would_not_fit_is_not_started(monkeypatch, capsys):
-    monkeypatch.setattr("bench.run._call", lambda *arguments: pytest.fail("started a process"))
+    monkeypatch.setattr("fused_rlhf.bench.run._call", lambda *arguments: pytest.fail("started a process"))
     huge = replace(TINY, op="dpo", N=65536, T=32768, V=151936)
     (row,) = run(Plan("test", {"case": huge}, [Row("case", "liger")], memory=20e9))["rows"]
     assert row["error"].startswith("not started: needs")
@@ -178,32 +180,99 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch):
         return [{**times, "cpu_share": share, "peak_extra_bytes": 1, "scratch_bytes": 1}]
 
     waiting = [samples(9.0, 0.4), samples(5.0, 0.9), samples(0.1, 0.4)]
-    monkeypatch.setattr("bench.run._spawn", lambda *arguments: {"dense": {"samples": waiting.pop(0)}})
+    monkeypatch.setattr("fused_rlhf.bench.run._spawn", lambda *arguments: {"dense": {"samples": waiting.pop(0)}})
     (row,) = run(Plan("test", {"case": TINY}, [Row("case", "dense", 2)]))["rows"]
     assert [s["both_s"] for s in row["samples"]] == [5.0, 0.1]
     assert row["samples"][0]["taken_twice"]
     assert not waiting
 
 
-def test_a_run_past_its_limit_reports_it():
-    result = run(Plan("test", {"case": TINY}, [Row("case", "dense")], limit_s=0.0))
-    assert result["rows"][0]["error"] == "stopped after 1 s"
+def test_a_run_past_its_limit_says_what_would_reach_the_rest(capsys):
+    result = run(Plan("test", {"a case": TINY}, [Row("a case", "dense")], limit_s=0.0))
+    assert result["rows"][0]["error"] == "not reached in 0 of 0 s: --limit 10 or --only 'a case/dense'"
+    plan = Plan("test", {"case": TINY}, [Row("case", "dense")], limit_s=110.0)
+    assert running._not_reached(plan, Meter(), "case/dense").endswith("of 110 s: --limit 300 or --only case/dense")
+    assert "1/1 a case dense: not reached in 0 of 0 s" in capsys.readouterr().err
+
+
+CHILD = """
+import json, pathlib, sys, time
+def write(importing, samples):
+    new = pathlib.Path(sys.argv[1] + ".new")
+    new.write_text(json.dumps({"importing": importing, "found": {"dense": {"samples": samples}}}))
+    new.replace(sys.argv[1])
+time.sleep(0.3)
+write(True, [])
+time.sleep(0.3)
+write(False, [1])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("count_imports", [False, True])
+def test_the_clock_stands_while_a_process_imports(tmp_path, monkeypatch, count_imports):
+    """The process is stopped when its time is up, however long it imported, and what it had is seen."""
+    monkeypatch.setattr(running, "command_of", lambda spec: [sys.executable, "-c", CHILD, spec["out"]])
+    plan = Plan("test", {"case": TINY}, [Row("case", "dense")])
+    meter, seen = Meter(count_imports), list[dict[str, Any]]()
+    failed = running._call(plan, {"out": str(tmp_path / "answer.json")}, meter, 0.2, seen.append)
+    assert failed == running.OUT_OF_TIME
+    assert meter.used >= 0.2
+    assert bool(seen and seen[-1] == {"dense": {"samples": [1]}}) != count_imports
+
+
+def test_an_import_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "command_of", lambda spec: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(running, "IMPORT_S", 0.1)
+    plan = Plan("test", {"case": TINY}, [Row("case", "dense")])
+    failed = running._call(plan, {"out": str(tmp_path / "answer.json")}, Meter(), math.inf)
+    assert failed == "stopped: its imports took more than 0.1 s"
+
+
+def test_a_row_is_told_when_it_ends(capsys):
+    rows = [Row("case", "dense", 2), Row("case", "ours", 2)]
+    progress = running.Progress(Plan("test", {"case": TINY}, rows, together=True))
+    sample = {"both_s": 0.5, "peak_extra_bytes": None}
+    progress.watch(rows, {"dense": {"samples": [sample]}})
+    assert capsys.readouterr().err == ""
+    progress.watch(rows, {"dense": {"samples": [sample] * 2}, "ours": {"samples": [], "error": "no"}})
+    progress.watch(rows, {"dense": {"samples": [sample] * 2}, "ours": {"samples": [], "error": "no"}})
+    assert [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "1/2 case dense: 0.5 s",
+        "2/2 case ours: no",
+    ]
+
+
+@pytest.mark.parametrize(("in_turn", "order"), [(True, "aabb"), (False, "abab")])
+def test_rows_go_in_turn_or_round_by_round(monkeypatch, in_turn, order):
+    seen = []
+
+    def provider(name):
+        def setup(inputs):
+            dense = PROVIDERS["dense"].setup(inputs)
+            return lambda: (seen.append(name), dense())[1]
+
+        return Provider(name, setup)
+
+    for name in "ab":
+        monkeypatch.setitem(PROVIDERS, name, provider(name))
+    measure(TINY, "ab", "cpu", fp64_reference(TINY, "cpu"), rounds=2, warmup=0, in_turn=in_turn)
+    assert "".join(seen) == order
 
 
 def test_rounds_before_the_limit_stand(monkeypatch):
     """The second round meets the end of the time: what the first measured is the row's result."""
     rounds: list[bool] = []
-    now = [1e9]  # stands still while the first round is measured, however long that takes
-    monkeypatch.setattr("bench.run.time", SimpleNamespace(time=lambda: now[0]))
 
-    def once(plan, scratch, case, providers, repeats, check, until):
-        rounds.append(check)
+    def once(plan, scratch, meter, task, until):
+        rounds.append(task.check)
+        case = plan.cases[task.case]
         if len(rounds) == 1:
-            return {"dense": measure(case, providers, "cpu", fp64_reference(case, "cpu"), 1, warmup=0)["dense"]}
-        now[0] = until
-        return {"dense": {"samples": [], "error": "stopped after 1 s"}}
+            return measure(case, task.providers, "cpu", fp64_reference(case, "cpu"), 1, warmup=0)
+        meter.used = until
+        return {"dense": {"samples": [], "error": "not reached"}}
 
-    monkeypatch.setattr("bench.run._spawn", once)
+    monkeypatch.setattr("fused_rlhf.bench.run._spawn", once)
     result = run(Plan("test", {"case": TINY}, [Row("case", "dense", rounds=2)], limit_s=2.0))
     (row,) = result["rows"]
     assert len(rounds) == 2
@@ -219,7 +288,7 @@ def test_unknown_rows_are_refused(row, word):
 
 def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypatch):
     """One process per case: when a provider makes the GPU unusable, the others run again without it."""
-    monkeypatch.setattr("bench.measure._usable", lambda device: False)
+    monkeypatch.setattr("fused_rlhf.bench.measure._usable", lambda device: False)
 
     def broken(inputs):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -227,14 +296,15 @@ def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypat
     monkeypatch.setitem(PROVIDERS, "broken", Provider("broken", broken))
     tries = []
 
-    def here(plan, scratch, case, providers, rounds, check, until):
-        tries.append(list(providers))
-        found = measure(case, providers, "cpu", fp64_reference(case, "cpu"), rounds, warmup=0)
+    def here(plan, scratch, meter, task, until, watch):
+        tries.append(list(task.providers))
+        case = plan.cases[task.case]
+        found = measure(case, task.providers, "cpu", fp64_reference(case, "cpu"), task.rounds, warmup=0)
         return {
-            name: found[name] if found[name]["samples"] else {"error": "stopped", **found[name]} for name in providers
+            name: part if (part := found[name])["samples"] else {"error": "stopped", **part} for name in task.providers
         }
 
-    monkeypatch.setattr("bench.run._spawn", here)
+    monkeypatch.setattr("fused_rlhf.bench.run._spawn", here)
     rows = [Row("case", "ours"), Row("case", "broken"), Row("case", "dense")]
     result = run(Plan("test", {"case": TINY}, rows, together=True))
     assert tries == [["ours", "broken", "dense"], ["ours", "dense"]]
@@ -268,8 +338,6 @@ def test_command_line(capsys):
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out
     assert all(word in listed for word in [*SUITES, *OPS, *PROVIDERS, "qwen3-8b"])
-    with pytest.raises(SystemExit, match="no such row"):
-        main(["--quick", "--only", "nothing"])
 
 
 def test_one_case_from_the_command_line(monkeypatch, capsys):
@@ -283,7 +351,8 @@ def test_one_case_from_the_command_line(monkeypatch, capsys):
             "command": plan.command,
         }
 
-    monkeypatch.setattr("bench.__main__.run", fake)
+    monkeypatch.setattr("fused_rlhf.bench.command.run", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     arguments = "--model qwen3-8b --op dpo --N 512 --providers ours trl --dtype bf16 --frozen_head --memory 3"
     assert main(arguments.split()) == 0
     plan = seen["plan"]
@@ -300,17 +369,74 @@ def test_one_case_from_the_command_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--op orpo", "op must be one of"),
-        ("--op dpo --T 2048", "dpo needs an even number of sequences"),
-        ("--zero_rows 0.5", "zero_rows must be 0"),
-        ("--op dpo --objective cispo", "objective must be one of"),
-        ("--T 7", "T divide N"),
+        ("--providers dense --op orpo", "expected one of dpo, grpo, kl"),
+        ("--providers dense --op grop", "got 'grop' (did you mean 'grpo'?)"),
+        ("--providers dense --op dpo --T 2048", "dpo needs an even number of sequences"),
+        ("--providers dense --zero_rows 0.5", "zero_rows must be 0"),
+        ("--providers dense --op dpo --objective cispo", "objective must be one of"),
+        ("--providers dense --objective cisop", "got 'cisop' (did you mean 'cispo'?)"),
+        ("--providers dense --T 7", "must divide N, got N=2048 and T=7"),
+        ("--providers dense --N 0", "N must be at least 1, got 0"),
+        ("--providers dense --N many", "--N: expected a whole number, got 'many'"),
+        ("--providers dense --beta nan", "--beta: expected a number, got 'nan'"),
+        ("--providers dense --beta -1", "beta must be finite and at least 0, got -1.0"),
+        ("--providers dense --density 0", "density must be in (0, 1], got 0.0"),
+        ("--providers dense --dtype fp16", "dtype must be one of ['bf16', 'fp32'], got 'fp16'"),
+        ("--providers dense --model qwen", "expected one of deepseek-v3"),
+        ("--providers dense --model qwen3-8b --H 8", "--model qwen3-8b says H and V"),
+        ("--providers lige", "got 'lige' (did you mean 'liger'?)"),
+        ("--providers liger --op ppo", "liger does not have the case ppo N=2048"),
+        ("--providers dense --quick", "--quick: not allowed with argument --providers"),
+        ("--op dpo", "--op is of a case of your own, which needs --providers"),
+        ("--quik", "no argument '--quik' (did you mean '--quick'?)"),
+        ("quick", "no argument 'quick' (did you mean '--quick'?)"),
+        ("--suite quik", "got 'quik' (did you mean 'quick'?)"),
+        ("--suite quick --long", "not allowed with argument --suite"),
+        ("--only dens", "quick has no row 'dens' (did you mean 'dense'?)"),
+        ("--only grpo nothing", "quick has no row 'nothing'; expected"),
+        ("--device gpu", "; expected one of cpu, cuda"),
+        ("--rounds 0", "--rounds: expected a whole number above 0, got '0'"),
+        ("--limit soon", "--limit: expected a number above 0, got 'soon'"),
+        ("--memory -1", "--memory: expected a number above 0, got '-1'"),
+        ("--out {folder}", "--out: expected a file to write, got the folder"),
+        ("--out {file}/r.json", "which is a file"),
+        ("--plots {file}", "which is a file"),
+        ("--compare {folder}/no.json {file}", "No such file"),
+        ("--compare {file} {file}", "is no result of the bench: expected JSON"),
+        ("--compare {other} {other}", "is no result of the bench: expected rows"),
+        ("--compare {empty} {empty}", "no row in common"),
+        ("--compare {folder} {folder}", "Is a directory"),
     ],
 )
-def test_a_bad_case_is_refused_at_the_command_line(monkeypatch, arguments, words):
-    monkeypatch.setattr("bench.__main__.run", lambda plan: pytest.fail("started"))
-    with pytest.raises(ValueError, match=words):
-        main(["--providers", "dense", *arguments.split()])
+def test_bad_input_is_one_line_and_status_2(monkeypatch, tmp_path, capsys, arguments, words):
+    monkeypatch.setattr("fused_rlhf.bench.command.run", lambda plan: pytest.fail("started"))
+    conditions = {"commit": "c", "date": "d", "rows": []}
+    for name, text in {"file": "text", "other": '{"sides": []}', "empty": json.dumps(conditions)}.items():
+        (tmp_path / name).write_text(text)
+    paths = {name: tmp_path / name for name in ("file", "other", "empty")}
+    assert main(arguments.format(folder=tmp_path, **paths).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m bench: error: ")
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_what_a_package_lacks_is_said(monkeypatch, tmp_path, capsys):
+    """Installed, the suite has no results to read; and a repository around it is not its own."""
+    monkeypatch.setattr(checkout, "__file__", str(tmp_path / "fused_rlhf" / "bench" / "checkout.py"))
+    assert document.commit() is None
+    assert main(["--readme"]) == 2
+    assert "--readme needs a checkout of the repository" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--dry-run"])
+    assert "need a checkout" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_said_in_a_line(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", None)
+    found = measure(TINY, ["trl"], "cpu", fp64_reference(TINY, "cpu"), rounds=1)
+    assert found["trl"]["error"] == "needs trl, which is not installed: pip install 'fused-rlhf[peers]'"
+    assert capfd.readouterr().err == ""
 
 
 def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):

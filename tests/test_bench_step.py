@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from bench import step
+from fused_rlhf.bench import step
 
 TINY = ("--tokens", "48", "--vocabulary", "300", "--hidden", "16", "--layers", "1", "--threads", "1")
 

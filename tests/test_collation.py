@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import fused_rlhf as fr
+from fused_rlhf.bench.picture_rows import picture
 from fused_rlhf.trainers import collation, forwards
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.collation import Collator, joined
 from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.forwards import Rows
 from fused_rlhf.trainers.rollout import generate, uniforms
-from tests.vision_families import FAMILIES, picture
+from tests.vision_families import FAMILIES
 
 SIX = {
     "qwen2.5-vl": ("zero", "all", False),

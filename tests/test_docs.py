@@ -46,7 +46,7 @@ def run_blocks(page: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A page may write files, register things and draw random numbers."""
-    from bench.registry import PROVIDERS
+    from fused_rlhf.bench.registry import PROVIDERS
 
     tables: tuple[dict[str, Any], ...] = (
         *(objectives.SURROGATES, objectives.PRESETS, preferences.PREFERENCES, preferences.PRESETS),

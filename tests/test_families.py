@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-families = pytest.importorskip("bench.families")
+families = pytest.importorskip("fused_rlhf.bench.families")
 TABLE = Path(families.__file__).parent / "results" / "families.json"
 
 # family: columns that are right, the others being refused

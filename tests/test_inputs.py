@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from fused_rlhf.bench.picture_rows import picture
 from fused_rlhf.trainers import inputs
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.inputs import ProcessorError
 from fused_rlhf.trainers.pictures import read
-from tests.vision_families import FAMILIES, picture
+from tests.vision_families import FAMILIES
 
 SIX = ("qwen2.5-vl", "llava-onevision", "gemma3", "idefics3", "pixtral", "mllama")
 

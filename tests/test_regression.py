@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import Case
-from bench.inputs import Inputs, build, fp64_reference
-from bench.ops import OPS, Values
-from bench.registry import PROVIDERS
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.inputs import Inputs, build, fp64_reference
+from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.registry import PROVIDERS
 
 BASELINE = json.loads((Path(__file__).resolve().parent.parent / "bench/baseline.json").read_text())
 SMALL = Case(N=256, H=128, V=8192, T=64)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from tests.vision_families import FAMILIES, picture
+from fused_rlhf.bench.picture_rows import picture
+from tests.vision_families import FAMILIES
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
 

@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 import transformers
-from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.image_utils import SizeDict
 from transformers.models.smolvlm import processing_smolvlm
@@ -119,12 +118,6 @@ def without_videos(prefix: str) -> Any:
         "video_processor": SimpleNamespace(num_frames=None, fps=None),  # SmolVLM reads them for any chat
     }
     return type(kind.__name__, (kind,), changes)
-
-
-def picture(shade: int, width: int = 16, height: int = 8) -> Image.Image:
-    """Unlike those of other shades not in its colour alone, which a norm might take away."""
-    gradient = Image.linear_gradient("L").resize((width, height)).rotate(shade)
-    return Image.merge("RGB", [gradient, Image.new("L", (width, height), shade), gradient.point(lambda x: 255 - x)])
 
 
 # ---- Chat templates

@@ -12,15 +12,13 @@ import argparse
 import importlib
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import fused_rlhf
-from fused_rlhf.trainers.words import nearest
+from fused_rlhf.words import nearest
 
 TRAINERS = {
     "grpo": "group-relative policy optimisation from verifiable rewards",
@@ -32,7 +30,7 @@ OTHERS = {
     "merge": "a run's LoRA adapters, merged into their base: a model that from_pretrained loads",
     "info": "versions, devices, the backend that auto takes, and what is missing for what",
     "completion": "a script that completes commands and flags in bash or zsh",
-    "bench": "measurements against other libraries (python -m bench, in a checkout)",
+    "bench": "time, memory and error beside other libraries: `fused-rlhf bench --quick`",
 }
 COMMANDS = TRAINERS | OTHERS
 USAGE = """usage: fused-rlhf COMMAND [--flag value ...]
@@ -200,12 +198,9 @@ def completion(arguments: list[str]) -> int:
     return say(importlib.import_module("fused_rlhf.trainers.completion").script(shell, TRAINERS, OTHERS))
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """The bench suite is part of a checkout, not of the installed package."""
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / "bench" / "__main__.py").is_file():
-        return refuse(ValueError("bench needs a checkout of the repository; run it in there"), 2)
-    return subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=checkout).returncode
+def bench(arguments: list[str]) -> int:
+    """Measure: python -m fused_rlhf.bench."""
+    return importlib.import_module("fused_rlhf.bench.command").main(arguments, "fused-rlhf bench")
 
 
 OWN: dict[str, Callable[[list[str]], int]] = {"merge": merge, "info": info, "completion": completion, "bench": bench}

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fused_rlhf.trainers.words import nearest
+from fused_rlhf.words import nearest
 
 LORA = ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_language_only")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import fused_rlhf as fr
 from fused_rlhf.trainers.config import TrainConfig, differs, require, require_at_least, require_positive
-from fused_rlhf.trainers.words import nearest
+from fused_rlhf.words import nearest
 
 Truncate = Literal["prompt_start", "completion_end", "drop"]
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from fused_rlhf.trainers.config import TrainConfig, read_yaml
-from fused_rlhf.trainers.words import nearest
+from fused_rlhf.words import nearest
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.yaml"))}
 COMMON = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from bench.inputs import Inputs
-from bench.provider import ROUNDED, Step, provider
-from bench.providers.plain import LOGPROB_OPS
+from fused_rlhf.bench.provider import ROUNDED, Step, provider
+from fused_rlhf.bench.providers.plain import LOGPROB_OPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
 
 
 def cce(inputs: Inputs, impl: str) -> Step:

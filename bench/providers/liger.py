@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from bench.cases import Case
-from bench.inputs import Inputs
-from bench.ops import DPO_BETA, EPSILON
-from bench.provider import ROUNDED, Output, Step, provider
-from bench.providers.plain import LOGPROB_OPS
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import DPO_BETA, EPSILON
+from fused_rlhf.bench.provider import ROUNDED, Output, Step, provider
+from fused_rlhf.bench.providers.plain import LOGPROB_OPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
 
 PACKAGES = ("liger_kernel", "torch")
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench import objectives
-from bench.cases import DTYPES, Case
-from bench.inputs import Inputs
-from bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, Values
-from bench.provider import CONTRACT, ROUNDED, Output, Step, provider
+from fused_rlhf.bench import objectives
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, Values
+from fused_rlhf.bench.provider import CONTRACT, ROUNDED, Output, Step, provider
+
+if TYPE_CHECKING:
+    from fused_rlhf.bench.inputs import Inputs
 
 OBJECTIVES = ("grpo", "ppo", "dpo")
 
@@ -61,6 +63,7 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     import torch
 
     from fused_rlhf import backends
+    from fused_rlhf.bench.inputs import DTYPES
     from fused_rlhf.kernels.interface import Needs, Route, Work
 
     op, tokens = OPS[case.op], round(case.rows[0])

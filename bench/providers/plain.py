@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from bench.cases import Case
-from bench.inputs import Inputs
-from bench.ops import OPS, Values
-from bench.provider import FP32_LOGITS, ROUNDED, Output, Step, provider
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.provider import FP32_LOGITS, ROUNDED, Output, Step, provider
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
 
 
 def dense_memory(case: Case, device: str) -> float:
@@ -24,6 +26,8 @@ def dense_memory(case: Case, device: str) -> float:
 
 def log_softmax_values(logits: Tensor, ref_logits: Tensor | None, inputs: Inputs) -> Tensor | Values:
     """What the op wants of (N, V) fp32 logits."""
+    from torch.nn.functional import cross_entropy
+
     op = OPS[inputs.case.op]
     if op.values == "kl":
         assert ref_logits is not None
@@ -32,7 +36,7 @@ def log_softmax_values(logits: Tensor, ref_logits: Tensor | None, inputs: Inputs
     if op.entropy:
         log_p = logits.log_softmax(1)
         return Values(log_p.gather(1, inputs.targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1))
-    return -F.cross_entropy(logits, inputs.labels, reduction="none")
+    return -cross_entropy(logits, inputs.labels, reduction="none")
 
 
 @provider("dense", tolerance=ROUNDED, memory=dense_memory)
@@ -74,10 +78,12 @@ LOGPROB_OPS = tuple(op.name for op in OPS.values() if op.values == "logprobs" an
 @provider("torch-lce", tolerance=ROUNDED, ops=LOGPROB_OPS)
 def torch_lce(inputs: Inputs) -> Step:
     """`F.linear_cross_entropy` (torch 2.13), chunked as it chooses, per-token results; it recomputes in the backward."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    labels = inputs.labels
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options, labels = LinearCrossEntropyOptions(), inputs.labels
     return lambda: (
-        -F.linear_cross_entropy(
+        -linear_cross_entropy(
             inputs.hidden, inputs.weight, labels, reduction="none", ignore_index=-100, options=options
         )
     )
@@ -109,6 +115,8 @@ def gemm_blocked(inputs: Inputs) -> Step:
 
 def bare_products(inputs: Inputs, rows: int) -> Step:
     """One product per head forward, and those of the backward, in blocks of rows."""
+    import torch
+
     blocks, w = inputs.hidden.detach().split(rows), inputs.weight.detach()
     z, dx = blocks[0].new_empty(len(blocks[0]), len(w)), torch.empty_like(blocks[0])
     trainable = OPS[inputs.case.op].backward and not inputs.case.frozen_head

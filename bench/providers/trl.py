@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from bench.cases import Case
-from bench.inputs import Inputs
-from bench.ops import OPS, Values
-from bench.provider import ROUNDED, Step, provider
+from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.provider import ROUNDED, Step, provider
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_rlhf.bench.inputs import Inputs
 
 ROWS, COLUMNS = 4096, 32768
 
@@ -46,7 +49,7 @@ def trl(inputs: Inputs) -> Step:
     def whole(rows: Tensor) -> Tensor:
         if not compact:
             return rows.masked_fill(~mask, 0.0) if inputs.case.density < 1 else rows
-        return torch.zeros_like(mask, dtype=rows.dtype).masked_scatter(mask, rows)
+        return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
 
     return run
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from bench.inputs import Inputs
-from bench.ops import OPS, Values
-from bench.provider import ROUNDED, Step, provider
+from typing import TYPE_CHECKING
+
+from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.provider import ROUNDED, Step, provider
+
+if TYPE_CHECKING:
+    from fused_rlhf.bench.inputs import Inputs
 
 LOGPROBS = tuple(op.name for op in OPS.values() if op.values == "logprobs")
 

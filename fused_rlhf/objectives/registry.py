@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import TokenGrads
+from fused_rlhf.words import nearest
 
 
 def keywords(function: Callable[..., Any]) -> set[str]:
@@ -33,12 +33,7 @@ def formula(function: Callable[..., Any]) -> str:
 
 def registered(argument: str, name: str, table: dict[str, Any]) -> None:
     if name not in table:
-        raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}{_nearest(name, table)}")
-
-
-def _nearest(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{argument} must be one of {sorted(table)}, got {name!r}{nearest(name, table)}")
 
 
 def check_number(name: str, value: Any, *, above: float = -math.inf, at_least: float = -math.inf) -> None:
@@ -55,7 +50,7 @@ def check_options(of: object, given: Iterable[str], known: set[str]) -> None:
     """Raises TypeError for a keyword that a preset does not have, naming those it has and the nearest."""
     for name in given:
         if name not in known:
-            raise TypeError(f"{name} is no option of {of}: {sorted(known)}{_nearest(name, known)}")
+            raise TypeError(f"{name} is no option of {of}: {sorted(known)}{nearest(name, known)}")
 
 
 def snake_case(name: str) -> str:
