@@ -29,13 +29,15 @@ def main(steps: int = 20) -> list[float]:
             model="smollm2",
             output=folder + "/run",
             steps=steps,
-            prompts_per_step=4,
-            num_generations=4,
+            prompts_per_step=2,
+            num_generations=8,
             max_new_tokens=8,
             micro_batch_size=16,
             lora_r=8,
-            learning_rate=1e-3,
-            sample_steps=5,
+            lora_target_modules=("q_proj", "v_proj"),
+            learning_rate=2e-3,
+            eval_steps=0,
+            sample_steps=10,
         )
         train(config, task=SUMS, reward_functions=[brief])
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
