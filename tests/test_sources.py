@@ -177,6 +177,11 @@ def test_what_is_missing_is_named_with_how_to_install_it(package, tmp_path, monk
         models.load("smollm2")
 
 
+def test_another_spelling_is_told_the_name():
+    with pytest.raises(FileNotFoundError, match=r"no folder 'SmolLM' \(did you mean 'smollm2'\?\)"):
+        models.load("SmolLM")
+
+
 def test_files_that_are_none_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"value_model: there is no file '.*gone\.gguf'"):
         sources.locate("value_model", str(tmp_path / "gone.gguf"))

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fused_rlhf.trainers import adapters
 from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.words import nearest
 
 GGUF = ".gguf"
 
@@ -91,7 +92,10 @@ def locate(argument: str, name: str) -> Source:
     if local and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{argument}: the folder {str(folder)!r} has no config.json, so it holds no model")
     if not local and (name.count("/") != 1 or name[0] in "/.~" or folder.parent.is_dir()):
-        raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r} (a hub id is written owner/name)")
+        meant = nearest(name.lower(), PACKAGED)
+        raise FileNotFoundError(
+            f"{argument}: there is no folder {str(folder)!r}{meant} (a hub id is written owner/name)"
+        )
     path = str(folder) if local else name
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local)
