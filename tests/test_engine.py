@@ -255,3 +255,36 @@ def test_adams_numbers_and_the_rates_of_parts(tmp_path):
     for name, value in (("adam_beta1", 1.0), ("adam_beta2", -0.1), ("adam_epsilon", 0.0)):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             tiny.config(tmp_path, **{name: value})
+
+
+def test_the_step_is_torchs_fused_one_where_it_has_one(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    warming = own.apart(1e-3, lambda update: 1.0)
+    for made in (own, warming):
+        assert {group["fused"] for group in made.optimizer.param_groups} == {True}
+    values = torch.randn(4, 6)
+    assert engine.steps_in_one_kernel([nn.Parameter(values), nn.Parameter(values.bfloat16())])
+    assert not engine.steps_in_one_kernel(
+        [nn.Parameter(values), nn.Parameter(values.t())]
+    )  # its strides are passed over
+    assert not engine.steps_in_one_kernel([nn.Parameter(values, False), nn.Parameter(values.to("meta"))])
+    assert not engine.steps_in_one_kernel([nn.Parameter(values.to(torch.complex64))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_step_is_the_plain_one(dtype):
+    """Gradients as autograd leaves them, of weights used as they lie, transposed and in part."""
+    steps = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(5, 7).to(dtype)) for _ in range(3)]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1, fused=fused)
+        for _ in range(4):
+            a, b, c = weights
+            (a.square() + b.t().reshape(5, 7).exp() + (c[:, ::2] @ torch.randn(4, 7).to(dtype))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(weights)
+    eps = torch.finfo(dtype).eps
+    for plain, fused in zip(*steps, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=4 * eps, atol=4 * eps)

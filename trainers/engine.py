@@ -131,6 +131,21 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
         mine.copy_(its)
 
 
+def steps_in_one_kernel(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether torch's fused AdamW takes them all: tried with a step of one number for each device and dtype."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    if not all(p.is_contiguous() for p in local):  # the kernel for CPUs passes over strides
+        return False
+    for device, dtype in {(p.device, p.dtype) for p in local}:
+        number = torch.zeros(1, device=device, dtype=dtype, requires_grad=True)
+        number.grad = torch.zeros_like(number)
+        try:
+            torch.optim.AdamW([number], fused=True).step()
+        except (RuntimeError, NotImplementedError):
+            return False
+    return True
+
+
 class Placed:
     """A module where the engine wants it; `placed(function, *args)` is `function(module, *args)` inside its forward.
 
@@ -264,9 +279,9 @@ class Engine(Placed):
                 alike = rates.get(p, learning_rate), weight_decay if p.dim() > 1 else 0.0
                 groups.setdefault(alike, []).append(p)
         made = [{"params": some, "lr": rate, "weight_decay": decay} for (rate, decay), some in groups.items()]
-        return torch.optim.AdamW(
-            made, lr=learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
-        )
+        betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+        fused = steps_in_one_kernel([p for some in groups.values() for p in some])
+        return torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
@@ -379,7 +394,9 @@ class Engine(Placed):
         options = dcp.StateDictOptions(full_state_dict=True, strict=False)
         dcp.set_model_state_dict(self.module, state["module"], options=options)
         optimizer = self.optimizer.optimizer
-        dcp.set_optimizer_state_dict(self.module, optimizer, state["optimizer"], options=options)
+        saved, fused = state["optimizer"], optimizer.defaults["fused"]  # a matter of this machine, not of the run
+        saved = saved | {"param_groups": [group | {"fused": fused} for group in saved["param_groups"]]}
+        dcp.set_optimizer_state_dict(self.module, optimizer, saved, options=options)
         self.scheduler.load_state_dict(state["scheduler"])
         # What the next update takes, by the schedule of this run, which may be longer than that of the saved one.
         rates = [
