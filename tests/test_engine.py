@@ -161,13 +161,6 @@ def test_a_frozen_copy_takes_over_parameters(tmp_path):
     assert not torch.equal(first, next(iter(reference.module.parameters())))
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):

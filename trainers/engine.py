@@ -113,15 +113,17 @@ def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
 
 def _tables(module: nn.Module) -> list[nn.Module]:
     """Embeddings and heads."""
-    both = [table for m in _models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())]
+    both = [
+        table for m in transformers_models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())
+    ]
     return [table for table in both if table is not None]
 
 
-def _models(module: nn.Module) -> list[PreTrainedModel]:
+def transformers_models(module: nn.Module) -> list[PreTrainedModel]:
     """The transformers models below that are no part of another."""
     if isinstance(module, PreTrainedModel):
         return [module]
-    return [model for child in module.children() for model in _models(child)]
+    return [model for child in module.children() for model in transformers_models(child)]
 
 
 @torch.no_grad()

@@ -1,0 +1,133 @@
+"""What the forward and backward of one micro-batch hold beside weights and their gradients, found by a trial.
+
+The model is built again of tensors that have sizes and no numbers, and every tensor it makes is counted from its first
+result to its last use: attention, norms, checkpointing, autocast and adapters are in it as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on the device."""
+
+    kept: int  # from the forward for the backward
+    peak: int  # at once, at any time of the two
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages of a device that were made since, while they live."""
+
+    def __init__(self, device: str | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.bytes = 0
+        self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and self.device in (None, t.device.type):
+                storage = t.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in before and key not in self.seen:
+                    self.seen.add(key)
+                    self.bytes += size
+                    self.peak = max(self.peak, self.bytes)
+                    weakref.finalize(storage, self._gone, key, size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.bytes -= size
+
+
+class _Reached(Exception):
+    """The head, before which the trial ends."""
+
+
+def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, rows: int, length: int) -> Activations:
+    """A forward and backward of `model`, up to its head, over (rows, length) tokens, as `config` trains it on `device`.
+
+    Raises whatever the model raises where what it does depends on numbers, as the routing of some experts.
+    """
+    with torch.device("meta"):
+        made = _alike(model, config)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
+        made.to_empty(device=device)
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop)
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        mask = torch.ones(rows, length, dtype=torch.bool)
+        width = model.config.get_text_config().hidden_size
+        upstream = torch.empty(rows, length, width)  # counted with the head
+        with Live(device.type) as live:
+            hidden = _hidden(made, ids, mask, config)
+            kept = live.bytes
+            torch.autograd.backward(hidden, upstream.to(hidden.dtype))
+        return Activations(kept, live.peak)
+
+
+def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
+    """The same architecture, as `config` has it trained."""
+    config = dataclasses.replace(config, liger_layers=False)  # Triton wants numbers
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        made: Any = type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(before)
+    models.prepare_body(config, made)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    whole = models.with_adapters(config, made) if config.lora_r and made.get_output_embeddings() is not None else made
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return whole.train()
+
+
+def _drop(parameter: Tensor) -> None:
+    """Gradients of weights are counted elsewhere."""
+    parameter.grad = None
+
+
+def _hidden(model: Any, ids: Tensor, mask: Tensor, config: TrainConfig) -> Tensor:
+    """The head's input; of a body without one, its last hidden state."""
+    found: list[Tensor] = []
+
+    def stop(head: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0])
+        raise _Reached
+
+    base = models.base_of(model)
+    head = base.get_output_embeddings()
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    with torch.autocast(ids.device.type, dtype=half, enabled=half is not None):
+        if head is None:
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        handle = head.register_forward_pre_hook(stop)
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _Reached:
+            return found.pop()
+        finally:
+            handle.remove()
+    raise ValueError(f"{type(base).__name__} does not call its head")
