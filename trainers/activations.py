@@ -29,6 +29,7 @@ class Activations:
 
     kept: int  # from the forward for the backward
     peak: int  # at once, at any time of the two
+    with_gradients: int  # the same with the weights' gradients, each from when it is made
 
 
 class Live(TorchDispatchMode):
@@ -39,6 +40,8 @@ class Live(TorchDispatchMode):
         self.device = device
         self.bytes = 0
         self.peak = 0
+        self.aside = 0  # of the bytes, those that `peak_apart` leaves out
+        self.peak_apart = 0
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -52,8 +55,14 @@ class Live(TorchDispatchMode):
                     self.seen.add(key)
                     self.bytes += size
                     self.peak = max(self.peak, self.bytes)
+                    self.peak_apart = max(self.peak_apart, self.bytes - self.aside)
                     weakref.finalize(storage, self._gone, key, size)
         return result
+
+    def set_aside(self, parameter: Tensor) -> None:
+        """Its gradient."""
+        if parameter.grad is not None:
+            self.aside += parameter.grad.untyped_storage().nbytes()
 
     def _gone(self, key: int, size: int) -> None:
         self.seen.discard(key)
@@ -73,18 +82,18 @@ def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, row
         made = _alike(model, config)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         made.to_empty(device=device)
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop)
         ids = torch.zeros(rows, length, dtype=torch.int64)
         mask = torch.ones(rows, length, dtype=torch.bool)
         width = model.config.get_text_config().hidden_size
         upstream = torch.empty(rows, length, width)  # counted with the head
         with Live(device.type) as live:
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(live.set_aside)
             hidden = _hidden(made, ids, mask, config)
             kept = live.bytes
             torch.autograd.backward(hidden, upstream.to(hidden.dtype))
-        return Activations(kept, live.peak)
+        return Activations(kept, live.peak_apart, live.peak)
 
 
 def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
@@ -102,11 +111,6 @@ def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name in trained)
     return whole.train()
-
-
-def _drop(parameter: Tensor) -> None:
-    """Gradients of weights are counted elsewhere."""
-    parameter.grad = None
 
 
 def _hidden(model: Any, ids: Tensor, mask: Tensor, config: TrainConfig) -> Tensor:

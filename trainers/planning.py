@@ -69,7 +69,7 @@ def describe(engine: Engine, loaded: Loaded, workload: Workload, reference: bool
     N = micro * length
     need, why = memory(engine, loaded, workload, reference), ""
     try:
-        need = replace(need, activations=activations(engine, micro, length))
+        need = with_activations(need, engine, micro, length)
     except Exception as error:  # of any model's own code
         why = f"; at least, for its layers could not be tried: {str(error).splitlines()[0]}"
     if loaded.processor is not None:
@@ -100,7 +100,7 @@ class Memory:
     gathered: int = 0
     activations: int = 0
     sampling: int = 0
-    early: int = 0  # of the gradients, while the activations are there
+    early: int = 0  # of the gradients, while most activations are there
 
     @property
     def peak(self) -> int:
@@ -164,10 +164,13 @@ def gathered(engine: Engine, table: Tensor, dtype: torch.dtype) -> int:
     return count * dtype.itemsize
 
 
-def activations(engine: Engine, rows: int, length: int) -> int:
-    """Of all the models that an update goes through. Raises as `activations.trial`."""
-    found = transformers_models(engine.module)
-    return sum(trial(model, engine.config, engine.device, rows, length).peak for model in found)
+def with_activations(need: Memory, engine: Engine, rows: int, length: int) -> Memory:
+    """With those of all the models that an update goes through. Raises as `activations.trial`."""
+    models = transformers_models(engine.module)
+    found = [trial(model, engine.config, engine.device, rows, length) for model in models]
+    peak, both = sum(it.peak for it in found), sum(it.with_gradients for it in found)
+    shards = engine.world if engine.sharded else 1
+    return replace(need, activations=peak, early=min(need.early + (both - peak) // shards, need.gradients))
 
 
 def sampled(engine: Engine, loaded: Loaded, workload: Workload) -> int:
