@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig
+from fused_rlhf.trainers.tiled_mlp import tile, tiled
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, row
 
 def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
     """The same architecture, as `config` has it trained."""
-    config = dataclasses.replace(config, liger_layers=False)  # Triton wants numbers
+    config = dataclasses.replace(config, liger_layers=False, tiled_mlp=0)  # Triton and the search for MLPs want numbers
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:
@@ -106,6 +107,8 @@ def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
     finally:
         torch.set_default_dtype(before)
     models.prepare_body(config, made)
+    for name, tokens in tiled(model):
+        tile(made.get_submodule(name), tokens)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     whole = models.with_adapters(config, made) if config.lora_r and made.get_output_embeddings() is not None else made
     for name, parameter in made.named_parameters():
