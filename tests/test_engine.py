@@ -264,6 +264,26 @@ def test_the_step_is_torchs_fused_one_where_it_has_one(tmp_path):
     assert not engine.steps_in_one_kernel([nn.Parameter(values.to(torch.complex64))])
 
 
+def test_the_fused_step_goes_with_a_loss_scale(tmp_path):
+    plain, _ = tiny.build(tmp_path, learning_rate=1e-2)
+    config = tiny.config(tmp_path, learning_rate=1e-2)
+    accelerator = engine.start(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    own = Engine(config, accelerator, models.load_for(config).model, 10)
+    for _ in range(2):
+        want, got = plain.update(tiny.logprob_loss, pieces(4, 2)), own.update(tiny.logprob_loss, pieces(4, 2))
+        assert got == pytest.approx(want, rel=1e-5)
+
+    def steep(model, ids, count):
+        loss, metrics = tiny.logprob_loss(model, ids, count)
+        return loss + 0.0 * (model.lm_head.weight.sum() * 0.0).sqrt(), metrics  # 0, with a gradient of NaN
+
+    before = [p.clone() for p in own.module.parameters()]
+    own.update(steep, pieces(6))  # stepped over
+    assert all(torch.equal(a, b) for a, b in zip(before, own.module.parameters(), strict=True))
+    assert accelerator.scaler.get_scale() == 2.0**9
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_step_is_the_plain_one(dtype):
     """Gradients as autograd leaves them, of weights used as they lie, transposed and in part."""

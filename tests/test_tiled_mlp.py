@@ -114,7 +114,7 @@ def test_the_plan_counts_tiles(tmp_path, options):
         saved = 0 if config.offload_activations else saved_bytes(model.train(), False)
         assert found[-1].kept >= saved
         assert config.offload_activations or found[-1].kept <= 1.05 * saved + 3 * B * T * 64 * 4
-    assert found[0].peak - found[1].peak > 3 * B * T * 192 * 4
+    assert found[0].peak - found[1].peak > 2 * B * T * 192 * 4
 
 
 @pytest.mark.parametrize(
