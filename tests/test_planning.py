@@ -8,6 +8,7 @@ from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels.interface import Work
 from fused_rlhf.trainers import engine, planning
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.activations import trial
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.planning import Memory, Workload
@@ -26,10 +27,12 @@ def test_memory_is_that_of_the_formula(tmp_path):
     assert loaded.model.config.vocab_size == V
     got = planning.memory(own, loaded, work(50, 20), reference=True)
     head = int(chunked.memory(Work("one_pass", 1000, H, V))) - 4 * V * H  # dW is among the gradients
-    assert got == Memory(2 * 4 * P, 4 * P, 8 * P, head, early=4 * V * H)
+    first = 4 * V * H
+    assert got == Memory(2 * 4 * P, 4 * P, 8 * P, head, early=first, late=first, hidden=4 * 1000 * H)
     assert got.peak == 4 * 4 * P + max(4 * P, head + 4 * V * H)
     own.config = dataclasses.replace(own.config, micro_batch_size=10)
-    assert planning.memory(own, loaded, work(50, 20), reference=True).early == 4 * P  # those of five micro-batches
+    several = planning.memory(own, loaded, work(50, 20), reference=True)
+    assert several.early == several.late == 4 * P  # those of five micro-batches
     # The op's block of whole rows, whatever the number of tokens; what grows is the gradient of hidden.
     own.config = dataclasses.replace(own.config, micro_batch_size=10**9)
     loaded.model.config.vocab_size = 151936
@@ -42,6 +45,25 @@ def test_memory_is_that_of_the_formula(tmp_path):
         p.requires_grad_(False)
     trained = next(iter(own.module.parameters())).numel()
     assert planning.memory(own, loaded, WORK, False).optimiser == 8 * trained
+
+
+def test_the_peak_is_at_the_loss_in_the_backward_or_elsewhere():
+    some = Memory(weights=100, gradients=50, optimiser=200, head=40, activations=30, kept=20, early=5, late=9, hidden=2)
+    assert some.peak == 300 + 20 + 40 + 5
+    assert dataclasses.replace(some, activations=60).peak == 300 + 60 + 2 + 9
+    assert dataclasses.replace(some, activations=60, gathered=7).peak == 300 + 7 + 60 + 2 + 9
+    assert dataclasses.replace(some, gradients=90).peak == 300 + 90
+    assert dataclasses.replace(some, sampling=99).peak == 300 + 99
+    assert list(some.parts()) == ["weights", "gradients", "optimiser", "activations", "head"]
+
+
+def test_activations_come_from_a_trial_and_gradients_grow_with_the_backward(tmp_path):
+    own, loaded = tiny.build(tmp_path, num_layers=3, gradient_checkpointing=True)
+    need = planning.memory(own, loaded, WORK, False)
+    found = planning.with_activations(need, own, 40, 20)
+    one = trial(loaded.model, own.config, own.device, 40, 20)
+    assert (found.activations, found.kept) == (one.peak, one.kept)
+    assert need.late < found.late <= need.gradients
 
 
 def test_replicas_hold_their_buckets_and_shards_what_is_whole_for_a_while(tmp_path):

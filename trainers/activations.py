@@ -84,7 +84,8 @@ def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, row
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         made.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        mask = torch.ones(rows, length, dtype=torch.bool)
+        # A row alone has no padding, for which transformers makes no (T, T) mask.
+        mask = torch.ones(rows, length, dtype=torch.bool) if rows > 1 else None
         width = model.config.get_text_config().hidden_size
         upstream = torch.empty(rows, length, width)  # counted with the head
         with Live(device.type) as live:
@@ -116,7 +117,7 @@ def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
     return whole.train()
 
 
-def _hidden(model: Any, ids: Tensor, mask: Tensor, config: TrainConfig) -> Tensor:
+def _hidden(model: Any, ids: Tensor, mask: Tensor | None, config: TrainConfig) -> Tensor:
     """The head's input; of a body without one, its last hidden state."""
     found: list[Tensor] = []
 

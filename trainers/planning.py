@@ -9,16 +9,18 @@
                   logits, their softmax and its gradient, [N, V] fp32 each                      dense
     sampling      keys and values of the sequences sampled together, and two fp32 rows of V each
 
-    peak = weights + optimiser + max(sampling, gradients, gathered + activations + head + gradients until then)
+    peak = weights + optimiser + max(sampling, gradients, gathered + loss, gathered + backward)
+    loss       kept activations, head and the gradients until then
+    backward   activations, the gradient of hidden, and the gradients until then
 
 P parameters, N tokens of one micro-batch, V vocabulary. Gradients until then are those of earlier micro-batches; in an update
-of one, that of the head alone.
+of one, that of the head at the loss, and each weight's as the backward makes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,17 +102,21 @@ class Memory:
     gathered: int = 0
     activations: int = 0
     sampling: int = 0
-    early: int = 0  # of the gradients, while most activations are there
+    # Parts of these at a time:
+    kept: int = 0  # of the activations, at the loss
+    early: int = 0  # of the gradients, at the loss
+    late: int = 0  # of the gradients, with most of activations
+    hidden: int = 0  # of the head, in the backward
 
     @property
     def peak(self) -> int:
-        backward = self.gathered + self.activations + self.head + self.early
-        return self.weights + self.optimiser + max(self.sampling, self.gradients, backward)
+        loss, backward = self.kept + self.head + self.early, self.activations + self.hidden + self.late
+        return self.weights + self.optimiser + max(self.sampling, self.gradients, self.gathered + max(loss, backward))
 
     def parts(self) -> dict[str, int]:
         """Those there are."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "early"}
-        return {name: value for name, value in found.items() if value}
+        names = ("weights", "gradients", "optimiser", "gathered", "activations", "head", "sampling")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
 
 def memory(engine: Engine, loaded: Loaded, workload: Workload, reference: bool) -> Memory:
@@ -141,6 +147,8 @@ def memory(engine: Engine, loaded: Loaded, workload: Workload, reference: bool) 
         gathered=gathered(engine, table, dtype) if engine.sharded else 0,
         sampling=sampled(engine, loaded, workload),
         early=first if alone else gradients,
+        late=first if alone else gradients,
+        hidden=tokens * H * dtype.itemsize,
     )
 
 
@@ -166,11 +174,12 @@ def gathered(engine: Engine, table: Tensor, dtype: torch.dtype) -> int:
 
 def with_activations(need: Memory, engine: Engine, rows: int, length: int) -> Memory:
     """With those of all the models that an update goes through. Raises as `activations.trial`."""
-    models = transformers_models(engine.module)
-    found = [trial(model, engine.config, engine.device, rows, length) for model in models]
+    every = transformers_models(engine.module)
+    found = [trial(model, engine.config, engine.device, rows, length) for model in every]
     peak, both = sum(it.peak for it in found), sum(it.with_gradients for it in found)
     shards = engine.world if engine.sharded else 1
-    return replace(need, activations=peak, early=min(need.early + (both - peak) // shards, need.gradients))
+    late = min(need.late + (both - peak) // shards, need.gradients)
+    return replace(need, activations=peak, kept=sum(it.kept for it in found), late=late)
 
 
 def sampled(engine: Engine, loaded: Loaded, workload: Workload) -> int:
