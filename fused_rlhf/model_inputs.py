@@ -36,10 +36,10 @@ def _check_mask(prefix: str, inputs: Mapping[str, Any]) -> None:
     mask, cached = inputs.get(f"{prefix}attention_mask"), inputs.get("past_key_values") is not None
     if not isinstance(ids, Tensor) or ids.dim() < 2:
         return
+    B, T = ids.shape[:2]
     named = mask.items() if isinstance(mask, Mapping) else [(None, mask)]
     for kind, one in named:
-        if isinstance(one, Tensor) and not _fits(one, *ids.shape[:2], cached):
-            B, T = ids.shape[:2]
+        if isinstance(one, Tensor) and not _fits(one, B, T, cached):
             name = f"{prefix}attention_mask" + ("" if kind is None else f"[{kind!r}]")
             raise ValueError(
                 f"{name} must be (B, T) or ({B} or 1, heads or 1, T, T) for {prefix}input_ids of {(B, T)}, got "

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from transformers import BartConfig, BartForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from fused_rlhf import lm_head
 
-SMALL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SMALL: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 B, T = 2, 6
 IDS = torch.randint(0, 60, (B, T), generator=torch.Generator().manual_seed(0))
 
@@ -12,7 +14,12 @@ IDS = torch.randint(0, 60, (B, T), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=60, num_key_value_heads=1, head_dim=16, **sizes, **SMALL)).eval()
 
 
@@ -99,7 +106,12 @@ def test_a_name_that_is_nearly_one_of_the_models_is_refused(model, name, meant):
 
 
 def test_what_something_in_it_may_read_is_handed_down(model):
-    more = {"cu_seq_lens_q": torch.tensor([0, T]), "my_own": 1, "mm_token_type_ids": None, "cache_position": None}
+    more: dict[str, Any] = {
+        "cu_seq_lens_q": torch.tensor([0, T]),
+        "my_own": 1,
+        "mm_token_type_ids": None,
+        "cache_position": None,
+    }
     lm_head.forward(model, IDS, output_attentions=False, **more)
     with torch.no_grad():
         cache = model(IDS[:, :4], use_cache=True).past_key_values
@@ -112,7 +124,7 @@ def test_other_families_and_wrappers():
         lm_head.forward(torch.nn.parallel.DataParallel(gpt2, device_ids=[]), IDS, positionids=IDS)
     with pytest.raises(ValueError, match="attention_mask must be"):
         lm_head.forward(gpt2, IDS, torch.ones(B, 2 * T))
-    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    sizes: dict[str, Any] = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     bart = BartForCausalLM(BartConfig(vocab_size=60, is_encoder_decoder=False, is_decoder=True, **sizes))
     with pytest.raises(ValueError, match="attention_mask must be"):
         lm_head.forward(bart, IDS, torch.ones(B, T - 2))

@@ -56,7 +56,7 @@ def test_an_update_is_the_same(tmp_path, options):
 
 def test_adapters_and_copies_have_tiles_of_their_own(tmp_path):
     folder = tiny.saved_model(tmp_path / "base")
-    options = {"model": folder, "hidden_size": 128, "num_layers": 4, "lora_r": 2, "learning_rate": 1e-2}
+    options: dict[str, Any] = {"model": folder, "hidden_size": 128, "num_layers": 4, "lora_r": 2, "learning_rate": 1e-2}
     plain, _ = tiny.build(tmp_path, **options)
     own, loaded = tiny.build(tmp_path, tiled_mlp=5, **options)
     for (name, a), b in zip(own.module.named_parameters(), plain.module.parameters(), strict=True):
