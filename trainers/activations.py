@@ -23,6 +23,8 @@ from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.tiled_mlp import tile, tiled
 
+MOST_TILES = 16  # of an MLP in a trial, which takes its time for each; more would be smaller than these
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -80,7 +82,7 @@ def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, row
     Raises whatever the model raises where what it does depends on numbers, as the routing of some experts.
     """
     with torch.device("meta"):
-        made = _alike(model, config)
+        made = _alike(model, config, rows * length)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         made.to_empty(device=device)
         ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -98,8 +100,8 @@ def trial(model: PreTrainedModel, config: TrainConfig, device: torch.device, row
         return Activations(kept, live.peak_apart, live.peak)
 
 
-def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
-    """The same architecture, as `config` has it trained."""
+def _alike(model: PreTrainedModel, config: TrainConfig, count: int) -> Any:
+    """The same architecture, as `config` has it trained on `count` tokens."""
     config = dataclasses.replace(config, liger_layers=False, tiled_mlp=0)  # Triton and the search for MLPs want numbers
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
@@ -109,7 +111,7 @@ def _alike(model: PreTrainedModel, config: TrainConfig) -> Any:
         torch.set_default_dtype(before)
     models.prepare_body(config, made)
     for name, tokens in tiled(model):
-        tile(made.get_submodule(name), tokens)
+        tile(made.get_submodule(name), max(tokens, count // MOST_TILES))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     whole = models.with_adapters(config, made) if config.lora_r and made.get_output_embeddings() is not None else made
     for name, parameter in made.named_parameters():
