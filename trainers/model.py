@@ -31,11 +31,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fused_rlhf.trainers import adapters
+from fused_rlhf.trainers import adapters, private
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.layout import PADDED, Layout
 from fused_rlhf.trainers.sources import Source, locate
+from fused_rlhf.trainers.tiled_mlp import tile_mlps
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.collation import Collator
@@ -211,15 +212,19 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def prepare_body(config: TrainConfig, model: PreTrainedModel) -> None:
-    """No dropout, and what `config` says about gradient checkpointing and Liger's layers.
+    """No dropout, and what `config` says about gradient checkpointing, Liger's layers and tiles.
 
-    Raises ValueError where Liger has no kernels for the model or cannot run here.
+    Raises ValueError where Liger has no kernels for the model or cannot run here, and where its blocks have no MLP to tile.
     """
     without_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.offload_activations:
+        private.offload_inputs(model)
     if config.liger_layers:
         use_liger_layers(model)
+    if config.tiled_mlp:
+        tile_mlps(model, config.tiled_mlp)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -246,10 +246,9 @@ class Run:
 
     def plot(self, names: Sequence[str]) -> None:
         """Draw curves.png, of those of `names` that changed."""
-        made = curves.figure(self.metrics, names) if self.main else None
-        if made is not None:
+        if self.main:
             with self._writing(self.curves_path):
-                made.savefig(self.curves_path, dpi=100)
+                curves.png(self.metrics, names, self.curves_path)
 
     def report(
         self, name: str, state: str, names: Sequence[str], before: Logged, after: Logged, made_of: Sequence[str]
@@ -257,7 +256,6 @@ class Run:
         """Write report.html: how the run of this name ended, the evaluations, curves of `names`."""
         if not self.main:
             return
-        made = curves.figure(self.metrics, names)
         page = Report(
             name=name,
             folder=str(self.folder),
@@ -267,7 +265,7 @@ class Run:
             before=before,
             after=after,
             warnings=[what + (f" (in {count} steps)" if count > 1 else "") for what, count in self._warned.items()],
-            curves="" if made is None else curves.svg(made),
+            curves=curves.svg(self.metrics, names),
             samples=first_and_last(self.samples_path),
             changed=chosen(self.config),
             options=to_yaml(dataclasses.replace(self.config, resume=False)),

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from fused_rlhf.trainers import adapters
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.words import nearest
+from fused_rlhf.words import nearest
 
 GGUF = ".gguf"
 
