@@ -57,7 +57,7 @@ def trl(inputs: Inputs) -> Step:
 
 @provider("trl-selective", packages=("trl", "torch"), ops=LOGPROB_OPS, tolerance=ROUNDED)
 def selective(inputs: Inputs) -> Step:
-    """`selective_log_softmax` of the model's own logits, as the trainers do that do not call its chunked function."""
+    """`selective_log_softmax` of the model's own logits, as some of its experimental trainers do."""
     from trl.trainer.utils import selective_log_softmax
 
     sequences = inputs.sequences
