@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 import fused_rlhf as fr
 from fused_rlhf.bench.picture_family import Family, apart
 from fused_rlhf.bench.picture_rows import MIXED, Chat, Sample, forms, placed, refusals, row_of, said, shot, user
-from fused_rlhf.trainers import data, dpo, generation, grpo, pairs, ppo, rollout
+from fused_rlhf.trainers import data, dpo, generation, grpo, pair_rows, pairs, ppo, rollout
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 BETA = 0.3
@@ -36,7 +36,7 @@ def through_pairs(family: Family, row: Sample) -> Any:
     """A row as DPO reads it."""
     answers = {"chosen": [said("assistant", "yes")], "rejected": [said("assistant", "no")]}
     encoder = pairs.Encoder(family.tokenizer, family.processor, None)
-    return encoder.with_images(encoder.pairs(pairs.check([answers | row], "row"))[0])
+    return encoder.with_images(encoder.pairs(pair_rows.check([answers | row], "row"))[0])
 
 
 def is_own(family: Family, got: Any, chat: Chat) -> bool:
