@@ -21,6 +21,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(fused-rlhf [^`]+|python -m [^`]+|make [^`]+)`")
+ADDED = "checkpointed"  # a provider that its page adds
 HEADS = ("fused-rlhf ", "torchrun ", "accelerate launch", "python -m ", "python3 -m ", "pip ", "make ")
 
 
@@ -36,6 +37,8 @@ def check(words: list[str]) -> None:
     match words:
         case ["fused-rlhf", name, *rest] if name in cli.TRAINERS:
             flags.parse(name, [word for word in rest if word != "--dry-run"])
+        case ["fused-rlhf", "bench", *rest]:
+            check(["python", "-m", "bench", *rest])
         case ["fused-rlhf", name, *_]:
             assert name in cli.OTHERS
         case ["torchrun", *rest]:
@@ -43,8 +46,8 @@ def check(words: list[str]) -> None:
             assert rest[at + 1] == "fused_rlhf"
             check(["fused-rlhf", *rest[at + 2 :]])
         case ["python" | "python3", "-m", "bench", *rest]:
-            module = importlib.import_module("bench.__main__")
-            module.parser().parse_args(rest)
+            module = importlib.import_module("fused_rlhf.bench.command")
+            module.parser("bench").parse_args([word for word in rest if word != ADDED])
         case ["python" | "python3", "-m", module, *_]:
             assert importlib.util.find_spec(module)
         case ["make", *targets]:
