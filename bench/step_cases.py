@@ -154,8 +154,8 @@ def full() -> Plan:
     ways["80 % dead"] = [*DEAD, TRL]
     ways["qwen3"] = [PADDED, SHARED, TRL, DENSE]
     for name in ("prompt-heavy", "dpo"):
-        cases[f"{name}, checkpointed"] = cases[name]
-        ways[f"{name}, checkpointed"] = checkpointed(PADDED, SHARED, TRL, DENSE)
+        cases[f"{name} checkpointed"] = cases[name]
+        ways[f"{name} checkpointed"] = checkpointed(PADDED, SHARED, TRL, DENSE)
     return Plan(cases, ways, TARGETS)
 
 
