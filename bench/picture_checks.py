@@ -250,13 +250,13 @@ def grpo_step(family: Family) -> float:
     """Old and reference log-probs. Raises AssertionError as `require_first_update`, and where completions differ alone."""
     config = grpo.Config(**rollout_settings(family, num_generations=2, num_iterations=2, beta=0.05))
     trainer = grpo.prepare(config, **given_samples(family))
-    found = grpo.collect(trainer, 1, trainer.task.train)
+    found = grpo.ready(trainer, 1, grpo.collect(trainer, 1))
     mask = found.completions.completion_mask[:, 1:]
     assert found.old_logprobs is not None and found.ref_logprobs is not None  # noqa: PT018 - for mypy
     with torch.no_grad():
         old, ref = (torch.cat(dense(family, model, found)[0]) for model in (family.model, family.other()))
     assert sampled_alone(family, found), "completions differ where they are sampled alone"
-    metrics = grpo.update(trainer, dataclasses.replace(found, updates=found.updates[:1]))
+    metrics = grpo.update(trainer, dataclasses.replace(found, turns=found.turns[:1]))
     require_first_update(metrics, "ratio_mean", "ratio_var")
     return max(apart(found.old_logprobs[mask], old), apart(found.ref_logprobs[mask], ref))
 
@@ -279,7 +279,7 @@ def ppo_of(family: Family, value_model: str) -> float:
         values = (hidden.double() @ head.weight.double().T + head.bias.double())[:, 0]
     mask = found.completions.completion_mask[:, 1:]
     assert sampled_alone(family, found), "completions differ where they are sampled alone"
-    metrics = ppo.update(trainer, dataclasses.replace(found, updates=found.updates[:1]))
+    metrics = ppo.update(trainer, dataclasses.replace(found, turns=found.turns[:1]))
     require_first_update(metrics, "val/ratio", "val/ratio_var")
     return max(apart(found.old_logprobs[mask], old), apart(found.values[mask], values))
 

@@ -36,7 +36,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Scale = "grou
     Raises ValueError for other shapes, fewer than two generations, or an unknown scale.
     """
     groups = _groups(rewards, num_generations)
-    centred = groups - groups.nanmean(dim=1, keepdim=True)
+    centred = _centred(groups)
     if scale == "group":
         centred = centred / (std(groups).unsqueeze(1) + 1e-4)
     elif scale == "batch":
@@ -81,8 +81,19 @@ def weighted_sum(scores: Tensor, weights: Sequence[float]) -> Tensor:
 def std(rows: Tensor) -> Tensor:
     """Unbiased standard deviation of each row's numbers, NaN ones left out; 0 for fewer than two."""
     count = (~rows.isnan()).sum(dim=1)
-    centred = rows - rows.nanmean(dim=1, keepdim=True)
+    centred = _centred(rows)
     return (centred.square().nansum(dim=1) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Each row's numbers less their mean; exactly 0 where they are all equal, whatever their mean is rounded to."""
+    return (rows - rows.nanmean(dim=1, keepdim=True)).masked_fill(_equal(rows), 0.0)
+
+
+def _equal(rows: Tensor) -> Tensor:
+    """(rows, 1) bool: whether all numbers of a row are equal, NaN ones left out."""
+    largest, smallest = rows.nan_to_num(nan=-math.inf).amax(1, True), rows.nan_to_num(nan=math.inf).amin(1, True)
+    return largest <= smallest
 
 
 def rloo_advantages(rewards: Tensor, num_generations: int) -> Tensor:
@@ -93,7 +104,8 @@ def rloo_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     groups = _groups(rewards, num_generations)
     others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
     baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others.clamp(min=1)
-    return torch.where(others > 0, groups - baseline, 0.0).nan_to_num(0.0).reshape(-1)
+    values = torch.where(others > 0, groups - baseline, 0.0).masked_fill(_equal(groups), 0.0)
+    return values.nan_to_num(0.0).reshape(-1)
 
 
 def opo_advantages(rewards: Tensor, lengths: Tensor, num_generations: int) -> Tensor:
@@ -106,7 +118,7 @@ def opo_advantages(rewards: Tensor, lengths: Tensor, num_generations: int) -> Te
     weights = lengths.view_as(groups) * ~groups.isnan()
     total = weights.sum(dim=1, keepdim=True).clamp(min=1)
     baseline = (weights * groups).nansum(dim=1, keepdim=True) / total
-    return (groups - baseline).nan_to_num(0.0).reshape(-1)
+    return (groups - baseline).masked_fill(_equal(groups), 0.0).nan_to_num(0.0).reshape(-1)
 
 
 def remax_advantages(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
@@ -13,10 +14,10 @@ import fused_rlhf as fr
 from fused_rlhf import advantages
 from fused_rlhf.objectives import PRESETS
 from fused_rlhf.objectives.reductions import combine
-from fused_rlhf.trainers import attention, checkpoint, grpo
+from fused_rlhf.trainers import attention, checkpoint, grpo, grpo_rollout
 from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.grpo import Config
-from fused_rlhf.trainers.minibatches import chunks, microbatches
+from fused_rlhf.trainers.minibatches import Turn, chunks, forwards
 from fused_rlhf.trainers.rewards import RewardError
 from tests import tiny, tiny_vision
 
@@ -139,13 +140,20 @@ def prepared(tmp_path, **changes):
     return trainer
 
 
+def rolled(trainer, number, prompts, **changes):
+    """What a step learns from, of these prompts."""
+    with mock.patch.object(grpo.data, "batch_at", return_value=prompts):
+        rollout = grpo.collect(trainer, number)
+    return grpo.ready(trainer, number, dataclasses.replace(rollout, **changes))
+
+
 def share_of(trainer, batch, num_sequences, num_tokens):
     return grpo.policy_loss(trainer.loaded.model, trainer.config, batch, num_sequences, torch.as_tensor(num_tokens))
 
 
 def test_on_policy_the_ratio_is_exactly_one(trainer):
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
-    for rows in microbatches(batch.updates[:2], trainer.config):
+    batch = rolled(trainer, 1, SEVEN[:4])
+    for rows in forwards(batch.turns[:2]):
         own = batch.completions.completion_mask[rows].sum()
         _, metrics = share_of(trainer, batch[rows], 12, own)
         assert metrics["ratio_mean"].item() == 1.0
@@ -156,7 +164,7 @@ def test_on_policy_the_ratio_is_exactly_one(trainer):
 
 
 def test_the_loss_is_the_formula_and_micro_batches_leave_it_alone(trainer):
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     batch = dataclasses.replace(batch, old_logprobs=batch.old_logprobs + 0.3 * torch.randn_like(batch.old_logprobs))
     some, beta, low, high = batch.completions, 0.1, 0.8, 1.2
     num_tokens = some.completion_mask.sum()
@@ -192,7 +200,7 @@ def test_micro_batches_leave_every_objective_alone(tmp_path, objective):
     for size in (12, 5):
         changes = {"objective": objective, "micro_batch_size": size, "overwrite": True, "num_minibatches": 1}
         trainer = prepared(tmp_path, **changes)
-        batch = grpo.collect(trainer, 1, SEVEN[:2])
+        batch = rolled(trainer, 1, SEVEN[:2])
         torch.manual_seed(2)
         noise = 0.3 * torch.randn(batch.old_logprobs.shape) * batch.completions.completion_mask[:, 1:]
         old = batch.old_logprobs + noise
@@ -209,17 +217,17 @@ def test_micro_batches_leave_every_objective_alone(tmp_path, objective):
 @pytest.mark.parametrize("objective", ["clip_cov", "kl_cov"])
 def test_objectives_over_whole_batches_run(tmp_path, objective):
     trainer = prepared(tmp_path, objective=objective, micro_batch_size=12)
-    assert math.isfinite(grpo.update(trainer, grpo.collect(trainer, 1, SEVEN[:4]))["loss"])
+    assert math.isfinite(grpo.update(trainer, rolled(trainer, 1, SEVEN[:4]))["loss"])
 
 
 def test_groups_lie_together_and_get_their_own_advantages(trainer):
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     assert [sample["prompt"] for sample in batch.samples] == [s["prompt"] for s in SEVEN[:4] for _ in range(6)]
     torch.testing.assert_close(batch.rewards, torch.tensor(digits(batch.completions.texts)))
     groups = batch.rewards.view(4, 6)
     want = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     torch.testing.assert_close(batch.advantages.view(4, 6), want)
-    again, other = grpo.collect(trainer, 1, SEVEN[:4]), grpo.collect(trainer, 2, SEVEN[:4])
+    again, other = rolled(trainer, 1, SEVEN[:4]), rolled(trainer, 2, SEVEN[:4])
     assert again.completions.texts == batch.completions.texts  # by step and row alone
     assert other.completions.texts != batch.completions.texts
 
@@ -227,7 +235,7 @@ def test_groups_lie_together_and_get_their_own_advantages(trainer):
 @pytest.mark.parametrize(("baseline", "function"), [("leave_one_out", "rloo_advantages"), ("length_weighted", "opo")])
 def test_other_baselines(tmp_path, baseline, function):
     trainer = prepared(tmp_path, baseline=baseline)
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     if function == "rloo_advantages":
         want = advantages.rloo_advantages(batch.rewards, 6)
     else:
@@ -242,14 +250,14 @@ def test_several_rewards_normalised_alone(tmp_path):
         return [-float(len(text)) for text in completions]
 
     trainer = grpo.prepare(config, task=TASK, reward_functions=[digits, short])
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     want = advantages.combine_rewards(batch.scores, [1.0, 1.0], 6, "normalize_then_sum")
     assert torch.equal(batch.advantages, want)
 
 
 def test_a_single_update_needs_no_old_logprobs_and_beta_zero_no_reference(tmp_path):
     trainer = grpo.prepare(small(tmp_path), task=TASK, reward_functions=[digits])
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     assert batch.old_logprobs is None
     assert batch.ref_logprobs is None
     assert trainer.reference is None
@@ -257,7 +265,7 @@ def test_a_single_update_needs_no_old_logprobs_and_beta_zero_no_reference(tmp_pa
 
 def test_truncated_completions_can_be_left_out(tmp_path):
     trainer = grpo.prepare(small(tmp_path, mask_truncated=True, max_new_tokens=2), task=TASK, reward_functions=[digits])
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     completions = batch.completions
     assert completions.truncated.any()
     assert not completions.completion_mask[completions.truncated].any()
@@ -268,7 +276,8 @@ def test_a_run_without_a_single_token_to_learn_from_goes_on(tmp_path):
     never_ends = TASK.train
     config = small(tmp_path, mask_truncated=True, max_new_tokens=1, steps=2, beta=0.1, num_iterations=2)
     result = grpo.train(config, task=Task(never_ends, SEVEN, "exact_match"), reward_functions=[digits])
-    assert result.metrics[1]["truncated"] == 1.0
+    assert result.metrics[1]["truncated"] == result.metrics[1]["dead_sequences"] == 1.0
+    assert result.metrics[1]["skipped_updates"] == 2
     assert result.metrics[1]["loss"] == result.metrics[1]["grad_norm"] == 0.0
 
 
@@ -316,7 +325,7 @@ def test_the_summary_counts_what_there_is(tmp_path):
         return [None, 1.0, 0.0, 0.0, 0.0, 0.0, *[0.5] * 6, *[None] * 6, *[0.0] * 6][: len(completions)]
 
     trainer = grpo.prepare(small(tmp_path), task=TASK, reward_functions=[some])
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     got = grpo.summary(trainer, batch)
     assert got["reward"] == pytest.approx((1 + 6 * 0.5) / 17)
     assert got["frac_unscorable"] == pytest.approx(7 / 24)
@@ -370,9 +379,9 @@ def sampler_of(trainer, shift):
     def sample(prompts):
         own, config = dataclasses.replace(trainer, sampler=None), trainer.config
         drawn = [SEVEN[i] for i in range(4)]
-        completions = grpo.sample_completions(own, 1, drawn, range(4))
+        completions = grpo_rollout.sample_completions(own, config.seed, 1, drawn, range(4))
         assert [completions.input_ids[i][: len(ids)].tolist() for i, ids in enumerate(prompts)] == prompts
-        logprobs = grpo.logprobs(config, trainer.engine, completions, [range(24)]) - shift
+        logprobs = grpo_rollout.logprobs(config, trainer.engine, completions, [Turn(range(24), [range(24)])]) - shift
         tokens = [row[keep].tolist() for row, keep in zip(completions.input_ids, completions.completion_mask)]
         found = [row[keep].tolist() for row, keep in zip(logprobs, completions.completion_mask[:, 1:])]
         return tokens, found
@@ -388,8 +397,8 @@ def test_another_sampler_is_corrected_for(tmp_path):
             dataclasses.replace(config, overwrite=True), TASK, [digits], sampler=lambda prompts: ([], None)
         )
         trainer.sampler = sampler_of(trainer, shift)
-        batch = grpo.collect(trainer, 1, SEVEN[:4])
-        assert grpo.summary(trainer, batch)["sampling/logprob_difference"] == pytest.approx(shift, abs=1e-6)
+        batch = rolled(trainer, 1, SEVEN[:4])
+        assert grpo.differences(trainer, batch)["live/sampling/logprob_difference"] == pytest.approx(shift, abs=1e-6)
         loss, _ = share_of(trainer, batch, 24, batch.completions.completion_mask.sum())
         results[shift] = torch.autograd.grad(loss, trainer.loaded.model.lm_head.weight)[0]
     # Every token's ratio to the sampler is exp(0.5), below the bound.
@@ -416,10 +425,10 @@ def test_a_sampler_that_reports_logprobs_is_corrected_for_unless_told_otherwise(
         trainer = grpo.prepare(config, TASK, [digits], sampler=lambda prompts: ([], None))
         given = sampler_of(trainer, 0.1)
         trainer.sampler = given
-        batch = dataclasses.replace(grpo.collect(trainer, 1, SEVEN[:4]), advantages=torch.tensor([-1.0, 2.0] * 12))
+        batch = rolled(trainer, 1, SEVEN[:4], advantages=torch.tensor([-1.0, 2.0] * 12))
         losses[name] = grpo.update(trainer, batch)["loss"]
         trainer.sampler = functools.partial(without_logprobs, given)
-        assert name == "asked" or grpo.collect(trainer, 1, SEVEN[:4]).completions.sampling_logprobs is None
+        assert name == "asked" or rolled(trainer, 1, SEVEN[:4]).completions.sampling_logprobs is None
     assert losses["default"] == pytest.approx(losses["asked"], rel=1e-6)
     assert losses["none"] == pytest.approx(-0.5, abs=1e-5)
     assert losses["default"] != pytest.approx(losses["none"], rel=1e-2)
@@ -441,7 +450,7 @@ def test_another_reference_by_folder_or_object(tmp_path):
         config = small(tmp_path, **base, **changes)
         own = policy.__class__.from_pretrained(None, config=policy.config, state_dict=policy.state_dict())
         trainer = grpo.prepare(config, TASK, [digits], own, tokenizer, ref_model=given)
-        batch = grpo.collect(trainer, 1, SEVEN[:4])
+        batch = rolled(trainer, 1, SEVEN[:4])
         found.append(batch.ref_logprobs)
         some = batch.completions
         with torch.no_grad():
@@ -486,13 +495,13 @@ def test_the_off_policy_mask_reads_what_the_sampler_reports(tmp_path):
             dataclasses.replace(config, overwrite=True), TASK, [digits], sampler=lambda prompts: ([], None)
         )
         trainer.sampler = sampler_of(trainer, shift)
-        batch = dataclasses.replace(grpo.collect(trainer, 1, SEVEN[:4]), advantages=torch.tensor([-1.0, 2.0] * 12))
+        batch = rolled(trainer, 1, SEVEN[:4], advantages=torch.tensor([-1.0, 2.0] * 12))
         losses[shift] = share_of(trainer, batch, 24, batch.completions.completion_mask.sum())[0].item()
     assert losses[0.0] == pytest.approx(-0.5, abs=1e-5)
     assert losses[-0.5] == pytest.approx(-1.0, abs=1e-5)  # half of the sequences, those of negative advantage, are out
     trainer.sampler = lambda prompts: ([[5]] * len(prompts), None)
     with pytest.raises(ValueError, match="the sampler reports no log-probs: expected some"):
-        grpo.collect(trainer, 1, SEVEN[:4])
+        rolled(trainer, 1, SEVEN[:4])
     with pytest.raises(ValueError, match="off_policy_mask_threshold: expected a sampler, or several updates"):
         grpo.prepare(config, task=TASK)
 
@@ -503,7 +512,7 @@ def test_a_step_equals_trls(tmp_path):
     from trl import GRPOConfig, GRPOTrainer
 
     trainer = prepared(tmp_path, temperature=0.7, num_minibatches=1, micro_batch_size=24, max_grad_norm=1e9)
-    batch = grpo.collect(trainer, 1, SEVEN[:4])
+    batch = rolled(trainer, 1, SEVEN[:4])
     torch.manual_seed(4)
     batch = dataclasses.replace(batch, old_logprobs=batch.old_logprobs + 0.3 * torch.randn_like(batch.old_logprobs))
     some, P = batch.completions, len("0=")
@@ -521,7 +530,7 @@ def test_a_step_equals_trls(tmp_path):
         processing_class=trainer.loaded.tokenizer,
     )
     theirs.current_gradient_accumulation_steps = 1
-    ours = grpo.update(trainer, dataclasses.replace(batch, updates=[range(24)]))
+    ours = grpo.update(trainer, dataclasses.replace(batch, turns=[Turn(range(24), [range(24)])]))
     inputs = {
         "prompt_ids": some.input_ids[:, :P],
         "prompt_mask": some.attention_mask[:, :P].long(),
@@ -610,16 +619,16 @@ def test_images_reach_rollout_and_updates(tmp_path):
         max_new_tokens=2,
     )
     trainer = grpo.prepare(config, Task(rows, rows, "exact_match"), [digits], model, processor)
-    batch = grpo.collect(trainer, 1, rows[:4])
+    batch = rolled(trainer, 1, rows[:4])
     alone = dataclasses.replace(config, micro_batch_size=1)
     torch.testing.assert_close(
-        grpo.logprobs(alone, trainer.engine, batch.completions, batch.updates[:2]),
+        grpo_rollout.logprobs(alone, trainer.engine, batch.completions, batch.turns[:2]),
         batch.old_logprobs,
         atol=1e-5,
         rtol=0,
     )
     blind = [{"prompt": row["prompt"], "answer": "7", "images": [tiny_vision.picture(255)]} for row in rows[:4]]
-    other = grpo.collect(trainer, 1, blind)
+    other = rolled(trainer, 1, blind)
     assert not torch.equal(other.old_logprobs, batch.old_logprobs)  # the pictures matter
     result = grpo.fit(trainer)
     visual = [name for name, _ in model.named_parameters() if "visual" in name]
@@ -648,7 +657,7 @@ def test_a_mixture_of_experts_adds_its_auxiliary_loss(tmp_path):
     for coefficient in (0.0, 0.5):
         config = small(tmp_path, router_aux_loss_coef=coefficient, overwrite=True)
         trainer = grpo.prepare(config, TASK, [digits], model, tokenizer)
-        batch = grpo.collect(trainer, 1, SEVEN[:4])
+        batch = rolled(trainer, 1, SEVEN[:4])
         count = batch.completions.completion_mask.sum()
         losses[coefficient] = share_of(trainer, batch, 24, count)[0].item()
     some = batch.completions

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fused_rlhf.trainers.minibatches import chunks, deal, everyones, microbatches, own_prompts
+from fused_rlhf.trainers.minibatches import chunks, columns_of, everyones, own_prompts
+from fused_rlhf.trainers.minibatches import deal as deal_columns
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
@@ -15,6 +16,11 @@ def process(rank=0, world=1) -> Any:
         return rows[rank * share : (rank + 1) * share]
 
     return SimpleNamespace(rank=rank, world=world, mine=mine, gather=list)
+
+
+def deal(engine, count, config, number, passes):
+    columns = columns_of(engine, count, config)
+    return deal_columns(columns, len(columns) * engine.world, config, number, passes)
 
 
 def config(**options):
@@ -60,6 +66,5 @@ def test_an_update_of_several_processes_takes_what_one_takes(world, generations)
     )
 
 
-def test_microbatches_and_everyones_order():
-    assert microbatches([[4, 2, 0, 1, 3, 5], range(2)], config()) == [[4, 2, 0, 1, 3], [5], range(2)]
+def test_everyones_order():
     assert everyones(process(), 3, config(), ["a", "b", "c", "d", "e", "f"]) == ["a", "b", "c", "d", "e", "f"]

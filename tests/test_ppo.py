@@ -12,7 +12,7 @@ from fused_rlhf.objectives.reductions import combine
 from fused_rlhf.trainers import cli, ppo, value
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.data import Task
-from fused_rlhf.trainers.minibatches import chunks, microbatches
+from fused_rlhf.trainers.minibatches import chunks, forwards
 from fused_rlhf.trainers.ppo import Config, KLController
 from fused_rlhf.trainers.value import ScalarModel
 from tests import launch, tiny, tiny_vision
@@ -267,7 +267,7 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(train
     config = dataclasses.replace(trainer.config, num_ppo_epochs=2)
     trainer = dataclasses.replace(trainer, config=config)
     batch = one(trainer)
-    turns = batch.updates
+    turns = [turn.rows for turn in batch.turns]
     assert [sorted([*turns[i], *turns[i + 1]]) for i in (0, 2)] == [list(range(24))] * 2
     assert turns[0] != turns[2]
     module = copy.deepcopy(trainer.engine.module)
@@ -288,7 +288,7 @@ def test_an_update_is_adamw_on_those_gradients_mini_batch_after_mini_batch(train
 
 def test_before_the_first_update_the_ratio_is_exactly_one(trainer):
     batch = one(trainer)
-    for rows in microbatches(batch.updates[:2], trainer.config):
+    for rows in forwards(batch.turns[:2]):
         _, metrics = ppo.ppo_loss(trainer.engine.module, trainer.config, batch[rows], batch.mask[rows].sum())
         assert metrics["val/ratio"].item() == 1.0
         assert metrics["policy/approxkl_avg"].item() == 0.0

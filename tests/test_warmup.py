@@ -25,7 +25,7 @@ def test_encode_marks_the_answer_and_its_eos(tmp_path):
 def test_the_loss_is_the_mean_over_answer_tokens(tmp_path):
     _, loaded = tiny.build(tmp_path)
     some = warmup.encode(loaded, SAMPLES)
-    loss, _ = warmup.answer_loss(loaded.model, some, some.completion_mask.sum(), "auto")
+    loss, _ = warmup.answer_loss(loaded.model, some, some.completion_mask.sum(), "auto", True)
     labels = torch.where(some.completion_mask, some.input_ids, -100)
     want = loaded.model(some.input_ids, some.attention_mask.long(), labels=labels).loss
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)

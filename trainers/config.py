@@ -87,6 +87,9 @@ class TrainConfig:
     # Precision, memory, devices
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Dtype of the computation (autocast); the weights stay what they are."""
+    micro_batch_tokens: int = 0
+    """Tokens in one forward and backward, in the place of micro_batch_size: sequences go into as few micro-batches as
+    hold them, and to the processes so that all have about as many; 0: by sequences. Leaves the result as it is."""
     layout: Literal["auto", "padded", "packed", "shared"] = "auto"
     """How the sequences of a micro-batch lie in the body's rows. padded: one in each; packed: end to end, without padding;
     shared: a prompt that several begin with only once, too. auto: the cheapest that the model is proven to support, by a
@@ -126,7 +129,11 @@ class TrainConfig:
         require_choices(self)
         require_at_least(self, 1, "micro_batch_size", "keep_checkpoints", "hidden_size", "num_layers")
         require_at_least(self, 0, "steps", "lr_warmup_updates", "threads", "eval_samples", "eval_steps", "save_steps")
-        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps")
+        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps", "micro_batch_tokens")
+        by_count = type(self).micro_batch_size
+        both = self.micro_batch_tokens > 0 and self.micro_batch_size != by_count
+        words = f"{by_count}, for it changes nothing beside micro_batch_tokens"
+        require(not both, "micro_batch_size", self.micro_batch_size, words)
         require_positive(self, "learning_rate", "warmup_learning_rate", "max_grad_norm", "adam_epsilon")
         require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "more than 0, or None")
         for name in ("adam_beta1", "adam_beta2"):

@@ -34,9 +34,11 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.dpo_reference import Precomputed, logprobs, reference_model, sums
+from fused_rlhf.trainers.engine import shared
 from fused_rlhf.trainers.inputs import Encoded
-from fused_rlhf.trainers.layout_trial import settle
-from fused_rlhf.trainers.minibatches import chunks
+from fused_rlhf.trainers.layout import Layout, tokens_in
+from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.minibatches import balanced, split
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Preference, Totals
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.run import Logged, Run
@@ -76,7 +78,7 @@ class DPOTrainer(Trainer):
 
         def pieces(number: int) -> list[tuple[Any, ...]]:
             some, totals = taken(self, number, self.config.warmup_batch_size)
-            return [(self.config, assemble(self, own), totals) for own, _ in rounds(self, some)]
+            return [(self.config, assemble(self, own), totals, live) for own, live in rounds(self, some)]
 
         warmup.supervise(self.run, completion_loss, pieces, decay=True)
 
@@ -94,7 +96,9 @@ class DPOTrainer(Trainer):
     def step(self, number: int) -> Logged:
         """One update."""
         some, totals = taken(self, number, self.config.batch_size)
-        pieces = [(self.config, with_reference(self, assemble(self, own)), totals) for own, _ in rounds(self, some)]
+        pieces = [
+            (self.config, with_reference(self, assemble(self, own)), totals, live) for own, live in rounds(self, some)
+        ]
         metrics = self.engine.update(preference_loss, pieces)
         metrics["num_tokens"] += next((r["num_tokens"] for r in reversed(self.run.metrics) if "num_tokens" in r), 0)
         if self.samples_due(number):
@@ -106,10 +110,10 @@ class DPOTrainer(Trainer):
         """Loss and metrics."""
         some, parts = self.test[: self.config.eval_samples or None], []
         totals = Totals.of(some)
-        for own, counts in rounds(self, some):
+        for own, live in rounds(self, some):
             batch = with_reference(self, assemble(self, own))
-            loss, metrics = self.engine.measure(preference_loss, self.config, batch, totals)
-            parts.append(Metrics(metrics.parts | {"loss": reductions.total(loss)}).weighted(counts))
+            loss, metrics = self.engine.measure(preference_loss, self.config, batch, totals, live)
+            parts.append(Metrics(metrics.parts | {"loss": reductions.total(loss)}))
         found = self.engine.combine(parts)
         return {f"eval_{name}": value for name, value in found.items() if name != "num_tokens"}
 
@@ -178,6 +182,8 @@ def prepare(
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
     layout = settle(config, accelerator.device, loaded, length, [] if frozen is None else [frozen])
     loaded = replace(loaded, layout=layout)
+    largest = max(tokens_of([pair], layout) for pair in (*train, *test))
+    check_budget(config, largest, "the longest pair's two sequences")
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = ready(placed, loaded, any(pair.images for pair in (*train, *test)))
     trainer = DPOTrainer(
@@ -224,11 +230,26 @@ def rounds(trainer: DPOTrainer, some: Sequence[Pair]) -> Iterator[tuple[list[Pai
 
     As many on every process: False marks one that is there for its calls alone, which all must make.
     """
-    own = sorted(trainer.engine.mine(some), key=lambda pair: pair.length)
-    most = math.ceil(len(some) / trainer.engine.world)
-    for rows in chunks(range(most), trainer.config.micro_batch_size // 2):
-        mine = [own[row] for row in rows if row < len(own)]
-        yield mine or list(some[:1]), bool(mine)
+    engine, config = trainer.engine, trainer.config
+
+    def tokens(rows: Sequence[int]) -> int:
+        return tokens_of([some[i] for i in rows], trainer.loaded.layout)
+
+    if config.micro_batch_tokens:
+        shares: Sequence[Sequence[int]] = balanced([tokens([i]) for i in range(len(some))], engine.world)
+    else:
+        shares = [shared(range(len(some)), rank, engine.world) for rank in range(engine.world)]
+    micro = [split(sorted(rows, key=lambda i: some[i].length), tokens, config, each=2) for rows in shares]
+    for number in range(max(map(len, micro))):
+        own = micro[engine.rank][number] if number < len(micro[engine.rank]) else ()
+        yield [some[i] for i in own] or list(some[:1]), bool(own)
+
+
+def tokens_of(some: Sequence[Pair], layout: Layout) -> int:
+    """That a forward of some pairs reads."""
+    lengths = [len(pair.prompt) + pair.unloaded + len(ids) for pair in some for ids in (pair.chosen, pair.rejected)]
+    prompts = [tuple(pair.prompt) for pair in some for _ in range(2)]
+    return tokens_in(lengths, prompts, [len(ids) for ids in prompts], layout)
 
 
 def assemble(trainer: DPOTrainer, own: Sequence[Pair]) -> PairBatch:
@@ -252,18 +273,17 @@ def reference_sums(trainer: DPOTrainer, batch: PairBatch) -> Tensor:
 
 def precompute(trainer: DPOTrainer, some: Sequence[Pair]) -> None:
     """Give each pair the reference's log-probs, on every process."""
-    for own, _ in rounds(trainer, some):
+    number, found = {id(pair): i for i, pair in enumerate(some)}, []
+    for own, live in rounds(trainer, some):
         values = reference_sums(trainer, assemble(trainer, own)).view(2, -1).T.tolist()
-        for pair, (chosen, rejected) in zip(own, values, strict=True):
-            pair.ref = chosen, rejected
-    everyone = trainer.engine.gather([pair.ref for pair in trainer.engine.mine(some)])
-    for pair, ref in zip(some, everyone, strict=True):
-        pair.ref = ref
+        found += [(number[id(pair)], tuple(both)) for pair, both in zip(own, values, strict=True) if live]
+    for i, ref in trainer.engine.gather(found):
+        some[i].ref = ref
 
 
-def completion_loss(model: Any, config: Config, batch: PairBatch, totals: Totals) -> tuple[Tensor, Metrics]:
-    """The share of a micro-batch in minus the mean log-prob of all the tokens counted."""
-    return -logprobs(model, config, batch).sum() / (totals.chosen + totals.rejected), Metrics({})
+def completion_loss(model: Any, config: Config, batch: PairBatch, totals: Totals, live: bool) -> tuple[Tensor, Metrics]:
+    """The share of a micro-batch in minus the mean log-prob of all the tokens counted; none where it is not live."""
+    return -logprobs(model, config, batch).sum() / (totals.chosen + totals.rejected) * live, Metrics({})
 
 
 def head_inputs(model: Any, config: Config, batch: PairBatch) -> fr.lm_head.HeadInputs:
@@ -271,8 +291,11 @@ def head_inputs(model: Any, config: Config, batch: PairBatch) -> fr.lm_head.Head
     return batch.batch().head_inputs(model, **more)
 
 
-def preference_loss(model: Any, config: Config, batch: PairBatch, totals: Totals) -> tuple[Tensor, Metrics]:
-    """The share of a micro-batch in the loss of all the pairs counted, and its metrics."""
+def preference_loss(
+    model: Any, config: Config, batch: PairBatch, totals: Totals, live: bool = True
+) -> tuple[Tensor, Metrics]:
+    """The share of a micro-batch in the loss of all the pairs counted, and its metrics; none where it is not live, and there
+    for its calls alone."""
     objective, laid = config.loss(), batch.batch()
     inputs, targets = head_inputs(model, config, batch), laid.targets
     loss, found = fr.linear_preference_loss(
@@ -291,7 +314,7 @@ def preference_loss(model: Any, config: Config, batch: PairBatch, totals: Totals
     if inputs.aux_loss is not None:
         metrics["aux_loss"] = reductions.mean(inputs.aux_loss.detach(), batch.num_pairs)
         loss = loss + config.router_aux_loss_coef * batch.num_pairs / totals.pairs * inputs.aux_loss
-    return loss, Metrics(metrics)
+    return (loss, Metrics(metrics)) if live else (0.0 * loss, Metrics(metrics).weighted(0))
 
 
 def show_samples(trainer: DPOTrainer, number: int) -> None:

@@ -126,6 +126,9 @@ class Config(TrainConfig):
         whole = not joint or micro >= 2 * self.batch_size
         words = "at least 2 x batch_size for an NLL with use_weighting: the weights of all pairs meet it"
         require(whole, "micro_batch_size", micro, words)
+        one = self.micro_batch_tokens == 0 or not self.compares_pairs
+        words = f"0 for {self.loss_type}, which compare all pairs"
+        require(one, "micro_batch_tokens", self.micro_batch_tokens, words)
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "more than 0, or None")
         both = self.epochs is not None and self.steps != type(self).steps
         require(not both, "steps, epochs", (self.steps, self.epochs), "one of them")

@@ -131,6 +131,13 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
         mine.copy_(its)
 
 
+def shared(rows: Sequence[T], rank: int, world: int) -> Sequence[T]:
+    """A process's contiguous part; the first ones may hold one more."""
+    share, rest = divmod(len(rows), world)
+    begin = rank * share + min(rank, rest)
+    return rows[begin : begin + share + (rank < rest)]
+
+
 class Placed:
     """A module where the engine wants it; `placed(function, *args)` is `function(module, *args)` inside its forward.
 
@@ -219,9 +226,7 @@ class Placed:
 
     def mine(self, rows: Sequence[T]) -> Sequence[T]:
         """This process's share of rows that all of them have: a contiguous part; the first ones may hold one more."""
-        share, rest = divmod(len(rows), self.world)
-        begin = self.rank * share + min(self.rank, rest)
-        return rows[begin : begin + share + (self.rank < rest)]
+        return shared(rows, self.rank, self.world)
 
     def agree(self, error: Exception | None) -> None:
         """Raise `error` if there is one; where another process has one, raise its message, so that none waits."""
@@ -335,6 +340,10 @@ class Engine(Placed):
         self.updates += 1
         self.stepping = False
         return combined | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def unmoved(self) -> dict[str, float]:
+        """What an update that is not made has to say: nothing had a gradient."""
+        return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     @contextmanager
     def _without_sync(self) -> Iterator[None]:

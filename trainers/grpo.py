@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,21 +23,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import fused_rlhf as fr
-from fused_rlhf import advantages
 from fused_rlhf.objectives import PolicyLoss
 from fused_rlhf.objectives.reductions import Metrics
-from fused_rlhf.trainers import data, engine, evaluation, rewards, warmup
+from fused_rlhf.objectives.surrogates import Count
+from fused_rlhf.trainers import collation, data, engine, evaluation, rewards, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import rollout as rollouts
-from fused_rlhf.trainers.collation import ready
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.grpo_config import COMPARING, Config
-from fused_rlhf.trainers.layout_trial import settle
-from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
-from fused_rlhf.trainers.rollout import Completions
+from fused_rlhf.trainers.grpo_rollout import (
+    ANY,
+    Rollout,
+    collect,
+    differences,
+    named,
+    ready,
+    summary,
+)
+from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.minibatches import everyones
 from fused_rlhf.trainers.run import Logged, Run
-from fused_rlhf.trainers.sampler import Sampler, sampled, takes
+from fused_rlhf.trainers.sampler import Sampler, takes
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
 
 __all__ = ["Config", "GRPOTrainer", "Result", "fit", "plan", "prepare", "train"]
@@ -53,10 +60,10 @@ class GRPOTrainer(Trainer):
     sampler: Sampler | None  # None: the model itself
 
     name = "GRPO"
-    shown = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "accuracy")
+    shown = ("reward", "reward_std", "kl", "clip_ratio/region_mean", "live/clip_ratio/region_mean", "accuracy")
     plotted = (
-        *("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "grad_norm"),
-        *("entropy", "completion_length", "score"),
+        *("accuracy", "reward", "reward_std", "loss", "kl", "clip_ratio/region_mean", "live/clip_ratio/region_mean"),
+        *("grad_norm", "entropy", "live/entropy", "dead_sequences", "completion_length", "score"),
     )
 
     def objective(self) -> PolicyLoss:
@@ -67,18 +74,21 @@ class GRPOTrainer(Trainer):
 
     def step(self, number: int) -> Logged:
         """One rollout and its updates."""
-        n = self.config.prompts_per_step
-        rollout = collect(self, number, data.batch_at(self.task.train, self.config.seed, (number - 1) * n, n))
+        rollout = collect(self, number)
         metrics = summary(self, rollout)
         for name in rewards.names_of(self.rewards):
             if math.isnan(metrics[f"rewards/{name}"]):
                 what = f"the reward {name!r} scored no completion (None or NaN for all of them)"
                 self.run.warn(what, number, "it teaches nothing so")
-        metrics = metrics | update(self, rollout)
         if self.samples_due(number):
             rows = zip(rollout.samples, rollout.completions.texts, rollout.rewards.tolist())
             mine = [{**sample, "completion": text, "reward": reward} for sample, text, reward in rows]
-            self.run.samples(number, everyones(self.engine, n, self.config, mine))
+            self.run.samples(number, everyones(self.engine, self.config.prompts_per_step, self.config, mine))
+        rollout = ready(self, number, rollout)
+        metrics = metrics | differences(self, rollout) | update(self, rollout)
+        if metrics["skipped_updates"]:
+            what = f"{metrics['skipped_updates']:.0f} updates had no sequence with an advantage"
+            self.run.warn(what, number, "weights, optimiser and schedule stay as they are")
         return metrics
 
     def evaluate(self) -> Logged:
@@ -90,32 +100,6 @@ class GRPOTrainer(Trainer):
 
     def describe(self, metrics: Logged) -> str:
         return evaluation.describe(metrics)
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """This process's B completions of one step, those of a prompt side by side, T tokens at most."""
-
-    samples: Sequence[Sample]
-    completions: Completions
-    scores: Tensor  # (B, number of rewards) fp32, NaN where unscorable
-    rewards: Tensor  # (B,) fp32, their weighted sum
-    lengths: Tensor  # (B,) tokens of each completion
-    advantages: Tensor  # (B,) fp32
-    old_logprobs: Tensor | None  # (B, T - 1) fp32; None where the only update is on-policy
-    ref_logprobs: Tensor | None  # (B, T - 1) fp32; None where beta is 0
-    updates: Sequence[Rows]  # those of each update that it is for, in their order
-
-    def __getitem__(self, rows: Rows) -> Rollout:
-        """Some of the completions, cut to the longest of them."""
-        some = self.completions[rows]
-        old, ref = (
-            None if x is None else x[rows, : some.input_ids.shape[1] - 1]
-            for x in (self.old_logprobs, self.ref_logprobs)
-        )
-        scores, rewards, lengths = self.scores[rows], self.rewards[rows], self.lengths[rows]
-        samples, values = [self.samples[row] for row in rows], self.advantages[rows]
-        return Rollout(samples, some, scores, rewards, lengths, values, old, ref, ())
 
 
 def train(
@@ -180,9 +164,10 @@ def prepare(
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
     layout = settle(config, accelerator.device, loaded, work.length, [] if frozen is None else [frozen])
+    check_budget(config, work.length, "the longest prompt with max_new_tokens")
     loaded = replace(loaded, layout=layout)
     placed, reference = place(config, accelerator, loaded, work, frozen)
-    loaded = ready(placed, loaded, task.pictures)
+    loaded = collation.ready(placed, loaded, task.pictures)
     sees = sampler is None or not task.pictures or takes(sampler, "images")
     require(sees, "sampler", sampler, "one that takes images=, for samples have pictures")
     return GRPOTrainer(
@@ -200,89 +185,45 @@ def prepare(
     )
 
 
-@torch.no_grad()
-def collect(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample]) -> Rollout:
-    """Sample `num_generations` completions of this process's prompts, score them, take old and reference log-probs."""
-    G, own = trainer.config.num_generations, own_prompts(trainer.engine, len(prompts), trainer.config)
-    samples = [prompts[i] for i in own for _ in range(G)]
-    completions = sample_completions(trainer, number, prompts, own)
-    config = trainer.config.with_sampler(completions.sampling_logprobs is not None)
-    scores = evaluation.score_together(trainer.engine, trainer.rewards, completions, samples, config.reward_timeout)
-    lengths = completions.completion_mask.sum(dim=1)
-    weights = config.reward_weights or [1.0] * len(trainer.rewards)
-    values = relative_rewards(trainer, scores, weights, lengths)
-    if config.mask_truncated:
-        completions = completions.without_truncated()
-    turns = deal(trainer.engine, len(samples), config, number, config.num_iterations)
-    first = turns[: config.num_minibatches]
-    old = logprobs(config, trainer.engine, completions, first) if config.off_policy else None
-    ref = logprobs(config, trainer.by_reference, completions, first) if config.beta else None
-    rewarded = advantages.weighted_sum(scores, weights)
-    return Rollout(samples, completions, scores, rewarded, lengths, values, old, ref, turns)
-
-
-def sample_completions(trainer: GRPOTrainer, number: int, prompts: Sequence[Sample], own: Sequence[int]) -> Completions:
-    """`num_generations` for each of the prompts `own`, by the model or the external sampler."""
-    config, loaded, G = trainer.config, trainer.loaded, trainer.config.num_generations
-    grouped = [prompt for prompt in rollouts.encoded(loaded, [prompts[i] for i in own], config) for _ in range(G)]
-    if trainer.sampler is not None:
-        return sampled(trainer.engine, loaded, trainer.sampler, grouped, config)
-    drawn = rollouts.uniforms(config.seed, number, len(prompts) * G, config.max_new_tokens)
-    drawn = drawn.view(len(prompts), G, -1)[list(own)].flatten(0, 1)
-    return rollouts.complete(trainer.engine, loaded, grouped, config, drawn)
-
-
-def relative_rewards(trainer: GRPOTrainer, scores: Tensor, weights: Sequence[float], lengths: Tensor) -> Tensor:
-    """(B,) advantages; statistics of the batch are those of all processes."""
-    config, G, B = trainer.config, trainer.config.num_generations, len(scores)
-    if config.baseline == "leave_one_out":
-        return advantages.rloo_advantages(advantages.weighted_sum(scores, weights), G)
-    if config.baseline == "length_weighted":
-        return advantages.opo_advantages(advantages.weighted_sum(scores, weights), lengths, G)
-    everyone = trainer.engine.accelerator.gather(scores) if trainer.engine.world > 1 else scores
-    values = advantages.combine_rewards(everyone, weights, G, config.combine_rewards, config.scale_rewards)
-    return values[trainer.engine.rank * B : (trainer.engine.rank + 1) * B]
-
-
-def logprobs(
-    config: Config, call: Callable[..., Tensor], completions: Completions, minibatches: Sequence[Rows]
-) -> Tensor:
-    """Log-probs of the completions, (B, T - 1), 0 elsewhere, by `call(function, *args)` with a model before them.
-
-    Over the very micro-batches of the updates: a matrix product's last bits may depend on its number of rows, and with
-    the same rows the ratio is 1 on-policy.
-    """
-    B, T = completions.input_ids.shape
-    result = torch.zeros(B, T - 1, device=completions.input_ids.device)
-    for rows in microbatches(minibatches, config):
-        some = completions[rows]
-        found = call(rollouts.completion_logprobs, some, config.temperature, config.backend)
-        result[rows, : some.input_ids.shape[1] - 1] = found
-    return result
-
-
 def update(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
-    """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
+    """`num_iterations` passes of `num_minibatches` updates each; -> metrics, means over the updates.
+
+    An update that no process has a live sequence for is not made. Where dead ones are passed over, metrics of tokens are
+    of the live ones alone, and called `live/...`.
+    """
     own, mask, done = trainer.engine, rollout.completions.completion_mask, []
     config = trainer.config.with_sampler(rollout.completions.sampling_logprobs is not None)
-    for mini in rollout.updates:
-        rows, num_sequences = chunks(mini, config.micro_batch_size), len(mini) * own.world
+    for turn in rollout.turns:
+        tokens = mask[turn.rows].sum()
+        num_sequences, num_tokens = own.sum(torch.stack([tokens.new_tensor(len(turn.rows)), tokens])).clamp(min=1)
+        if not turn.live:
+            continue
         if config.objective == "bnpo":  # a mean over each micro-batch's own tokens
-            counts = [mask[micro].sum().clamp(min=1) * len(rows) * own.world for micro in rows]
+            counts = [mask[micro].sum().clamp(min=1) * len(turn.micro) * own.world for micro in turn.micro]
         else:
-            counts = [own.sum(mask[mini].sum()).clamp(min=1)] * len(rows)
-        pieces = [(config, rollout[micro], num_sequences, count) for micro, count in zip(rows, counts, strict=True)]
+            counts = [num_tokens] * len(turn.micro)
+        pieces = [
+            (config, rollout[micro or ANY], num_sequences, count, bool(micro))
+            for micro, count in zip(turn.micro, counts, strict=True)
+        ]
         done.append(own.update(policy_loss, pieces))
-    result = means(done)
+    live = rollout.live(config)
+    count, total = own.sum(torch.stack([live.sum(), live.new_tensor(len(live), dtype=torch.int64)])).tolist()
+    result = {"dead_sequences": 1 - count / total}
+    result["skipped_updates"] = len(rollout.turns) - len(done)
+    if not done:
+        return result | own.unmoved()
+    found = means(done)
     # Over the tokens of all updates: between them, too.
-    result["ratio_var"] += statistics.pvariance([metrics["ratio_mean"] for metrics in done])
-    return result
+    found["ratio_var"] += statistics.pvariance([metrics["ratio_mean"] for metrics in done])
+    return result | named(config, found)
 
 
 def policy_loss(
-    model: Any, config: Config, rollout: Rollout, num_sequences: int, num_tokens: Tensor
+    model: Any, config: Config, rollout: Rollout, num_sequences: Count, num_tokens: Count, live: bool = True
 ) -> tuple[Tensor, Metrics]:
-    """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics."""
+    """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics; none where it is not live,
+    and there for its calls alone."""
     some = rollout.completions
     batch = some.batch()
     more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
@@ -309,35 +250,4 @@ def policy_loss(
     )
     if inputs.aux_loss is not None and config.router_aux_loss_coef:
         loss = loss + config.router_aux_loss_coef * len(some.texts) / num_sequences * inputs.aux_loss
-    return loss, metrics
-
-
-def summary(trainer: GRPOTrainer, rollout: Rollout) -> Logged:
-    """Rewards and lengths of a rollout, over all processes; NaN where nothing could be scored."""
-    some, one = rollout.completions, trainer.engine.world == 1
-    table = torch.cat(
-        [rollout.rewards[:, None], rollout.lengths[:, None].float(), some.truncated[:, None].float(), rollout.scores],
-        dim=1,
-    )
-    table = table if one else trainer.engine.accelerator.gather(table)
-    total, lengths, truncated, *scores = table.unbind(dim=1)
-    spread = advantages.std(total.view(-1, trainer.config.num_generations))
-    metrics = {
-        "reward": total.nanmean(),
-        "reward_std": spread.mean(),
-        "frac_reward_zero_std": (spread == 0).float().mean(),
-        "frac_unscorable": total.isnan().float().mean(),
-        "completion_length": lengths.mean(),
-        "completion_length/min": lengths.min(),
-        "completion_length/max": lengths.max(),
-        "truncated": truncated.mean(),
-    }
-    for name, column in zip(rewards.names_of(trainer.rewards), scores):
-        metrics[f"rewards/{name}"] = column.nanmean()
-        metrics[f"rewards/{name}/std"] = advantages.std(column[None])[0]
-    if some.sampling_logprobs is not None and rollout.old_logprobs is not None:
-        mask = some.completion_mask[:, 1:]
-        difference = (rollout.old_logprobs - some.sampling_logprobs).abs().nan_to_num(0.0) * mask
-        sums = trainer.engine.sum(torch.stack([difference.sum(), mask.sum()]))
-        metrics["sampling/logprob_difference"] = sums[0] / sums[1].clamp(min=1)
-    return {name: value.item() for name, value in metrics.items()}
+    return (loss, metrics) if live else (0.0 * loss, metrics.weighted(0))

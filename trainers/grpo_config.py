@@ -42,6 +42,9 @@ class Config(RolloutConfig):
     # Rollouts
     num_generations: int = 8
     """Completions of each prompt: the group."""
+    resample_dead: int = 0
+    """Further rollouts of a step, at most, whose groups take the place of those without an advantage (DAPO's dynamic
+    sampling); 0: none."""
     # Objective
     mask_truncated: bool = False
     """Leave completions that reached max_new_tokens without an EOS out of the loss."""
@@ -93,7 +96,10 @@ class Config(RolloutConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "num_iterations")
-        require_at_least(self, 0, "router_aux_loss_coef")
+        require_at_least(self, 0, "router_aux_loss_coef", "resample_dead")
+        alone = self.micro_batch_tokens == 0 or not self.compares_tokens
+        words = "0: top_entropy_quantile and *_cov compare all of a mini-batch's tokens"
+        require(alone, "micro_batch_tokens", self.micro_batch_tokens, words)
         require(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2, to compare")
         rows = self.prompts_per_step * self.num_generations
         whole = f"a divisor of prompts_per_step x num_generations = {rows}"
@@ -115,6 +121,12 @@ class Config(RolloutConfig):
     def compares_tokens(self) -> bool:
         """Whether a token's part in the loss depends on all of the call's."""
         return self.top_entropy_quantile < 1 or self.objective in COMPARING
+
+    @property
+    def skips_dead(self) -> bool:
+        """Whether a sequence whose advantage is 0 has no part in the loss but in its divisors."""
+        silent = self.beta == 0 and self.entropy_coef == 0 and self.router_aux_loss_coef == 0
+        return silent and not self.compares_tokens and self.objective != "bnpo"  # a mean over each micro-batch's tokens
 
     @property
     def corrects(self) -> bool:

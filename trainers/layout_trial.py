@@ -87,6 +87,12 @@ def settle(config: TrainConfig, device: torch.device, loaded: Loaded, longest: i
     return found
 
 
+def check_budget(config: TrainConfig, tokens: int, what: str) -> None:
+    """Raises ValueError where micro_batch_tokens holds less than the `tokens` of the largest item."""
+    budget = config.micro_batch_tokens
+    require(budget == 0 or budget >= tokens, "micro_batch_tokens", budget, f"at least {tokens}, those of {what}, or 0")
+
+
 def of_policy(model: Any) -> Model:
     """A causal model, and the states before its head."""
 

@@ -38,8 +38,19 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
 from fused_rlhf.trainers.kl_control import KLController
-from fused_rlhf.trainers.layout_trial import settle
-from fused_rlhf.trainers.minibatches import Rows, chunks, deal, everyones, microbatches, own_prompts
+from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.minibatches import (
+    Rows,
+    Turn,
+    chunks,
+    columns_of,
+    deal,
+    everyones,
+    exchanged,
+    forwards,
+    own_prompts,
+    turns_of,
+)
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions
 from fused_rlhf.trainers.run import Logged, Run
@@ -48,6 +59,7 @@ from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, logprobs_and_
 
 __all__ = ["Config", "KLController", "PPOTrainer", "Result", "fit", "plan", "prepare", "train"]
 
+ANY = (0,)  # a row for a forward that is there for its calls alone
 VALUE_RATE = 1e-5  # at least that of the values, by default
 
 # PPO's names for metrics of the objective.
@@ -100,10 +112,6 @@ class PPOTrainer(Trainer):
             self.run.warn(what, number, "nothing is learned from such a step")
         metrics = metrics | update(self, experience)
         self.kl.update(metrics["objective/kl"], n)
-        if self.samples_due(number):
-            rows = zip(experience.samples, experience.completions.texts, experience.scores.tolist())
-            mine = [{**sample, "completion": text, "score": score} for sample, text, score in rows]
-            self.run.samples(number, everyones(self.engine, n, self.config, mine))
         return metrics | {"episode": number * n}
 
     def save_model(self, metrics: Logged) -> None:
@@ -140,7 +148,6 @@ class PPOTrainer(Trainer):
 class Experience:
     """This process's B completions of one step, T tokens at most. [:, t] of a (B, T - 1) belongs to token t + 1."""
 
-    samples: Sequence[Sample]
     completions: Completions
     scores: Tensor  # (B,) fp32, the penalty for a missing EOS included; NaN where unscorable
     mask: Tensor  # (B, T - 1) bool: the tokens of completions that have a score
@@ -149,16 +156,15 @@ class Experience:
     values: Tensor  # before each token
     advantages: Tensor
     returns: Tensor
-    updates: Sequence[Rows]  # those of each update that it is for, in their order
+    turns: Sequence[Turn]  # the updates that it is for, in their order
 
     def __getitem__(self, rows: Rows) -> Experience:
         """Some of the completions, cut to the longest of them."""
         some = self.completions[rows]
         width = some.input_ids.shape[1] - 1
-        samples = [self.samples[row] for row in rows]
         of_tokens = (self.mask, self.old_logprobs, self.kl, self.values, self.advantages, self.returns)
         mask, old, kl, values, advantages, returns = (x[rows, :width] for x in of_tokens)
-        return Experience(samples, some, self.scores[rows], mask, old, kl, values, advantages, returns, ())
+        return Experience(some, self.scores[rows], mask, old, kl, values, advantages, returns, ())
 
 
 def train(
@@ -214,6 +220,7 @@ def prepare(
     value = value_of(config, loaded, value_model)
     others = [it for it in (frozen, value) if it is not None and not isinstance(it, torch.nn.Linear)]
     layout = settle(config, accelerator.device, loaded, work.length, others)
+    check_budget(config, work.length, "the longest prompt with max_new_tokens")
     loaded = replace(loaded, layout=layout)
     both = PolicyAndValue(loaded.model, value).eval()
     rate = config.value_learning_rate or max(config.learning_rate, VALUE_RATE)
@@ -235,9 +242,11 @@ def prepare(
     )
 
 
-def answer_loss(module: PolicyAndValue, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
+def answer_loss(
+    module: PolicyAndValue, some: Completions, num_tokens: Tensor, backend: str, live: bool
+) -> tuple[Tensor, Metrics]:
     """The share of some rows in the loss of a batch with this many answer tokens."""
-    loss, metrics = warmup.answer_loss(module.policy, some, num_tokens, backend)
+    loss, metrics = warmup.answer_loss(module.policy, some, num_tokens, backend, live)
     # DDP waits for the gradient of every parameter, those of the values too.
     return loss + 0.0 * module(some[range(1)].batch())[1].sum(), metrics
 
@@ -253,17 +262,29 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
         trainer, samples, rollouts.uniforms(config.seed, number, n, config.max_new_tokens)[mine]
     )
     scores = score(trainer, completions, samples) - config.missing_eos_penalty * completions.truncated
+    if trainer.samples_due(number):
+        scored = zip(samples, completions.texts, scores.tolist())
+        shown = [{**sample, "completion": text, "score": score} for sample, text, score in scored]
+        trainer.run.samples(number, everyones(own, n, config, shown))
+    columns: Sequence[int] = columns_of(own, len(mine), config)
+    if config.micro_batch_tokens and own.world > 1 and trainer.loaded.processor is None:
+        taken, columns = exchanged(own, completions.sizes().lengths, 1, config)
+        completions = rollouts.everywhere(own, completions)[taken]
+        scores = own.accelerator.gather(scores)[taken]
     mask = completions.completion_mask[:, 1:] & ~scores.isnan().unsqueeze(1)
     old_logprobs, kl, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
-    turns = deal(own, len(mine), config, number, config.num_ppo_epochs)
+    dealt = deal(columns, n // config.num_minibatches, config, number, config.num_ppo_epochs)
+    turns = turns_of(own, dealt, mask.any(dim=1).tolist(), completions.sizes(), config)
     # Micro-batches as in the updates: the same shapes give the same bits, and a ratio of 1 before the first update.
-    for rows in microbatches(turns[: config.num_minibatches], config):
-        some = completions[rows]
+    for rows in forwards(turns[: config.num_minibatches]):
+        some = completions[rows or ANY]
         width = some.input_ids.shape[1] - 1
-        logprobs, values[rows, :width] = own(logprobs_and_values, some, config.temperature, config.backend)
-        old_logprobs[rows, :width] = logprobs
+        logprobs, found = own(logprobs_and_values, some, config.temperature, config.backend)
         if config.kl_coef:
             ref = trainer.by_reference(rollouts.completion_logprobs, some, config.temperature, config.backend)
+        if rows:
+            old_logprobs[rows, :width], values[rows, :width] = logprobs, found
+        if rows and config.kl_coef:
             kl[rows, :width] = KL_ESTIMATORS[config.kl_estimator](logprobs, ref)
     token_rewards = at_last_token(scores, mask) - trainer.kl.coef * kl
     if config.whiten_rewards:
@@ -271,7 +292,7 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
     advantages, returns = gae(token_rewards, values, mask, gamma=config.gamma, lam=config.lam)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask, total=own.sum)
-    return Experience(samples, completions, scores, mask, old_logprobs, kl, values, advantages, returns, turns)
+    return Experience(completions, scores, mask, old_logprobs, kl, values, advantages, returns, turns)
 
 
 def sample_completions(trainer: PPOTrainer, samples: Sequence[Sample], uniforms: Tensor | None) -> Completions:
@@ -295,24 +316,30 @@ def score(trainer: PPOTrainer, completions: Completions, samples: Sequence[Sampl
 
 
 def update(trainer: PPOTrainer, experience: Experience) -> Logged:
-    """`num_ppo_epochs` passes of `num_minibatches` updates each; -> metrics, means over the updates."""
+    """`num_ppo_epochs` passes of `num_minibatches` updates each; -> metrics, means over the updates.
+
+    An update that no process has a scored completion for is not made.
+    """
     config, done = trainer.config, []
-    for mini in experience.updates:
-        num_tokens = trainer.engine.sum(experience.mask[mini].sum()).clamp(min=1)
-        pieces = [(config, experience[rows], num_tokens) for rows in chunks(mini, config.micro_batch_size)]
-        done.append(trainer.engine.update(ppo_loss, pieces))
-    result = means(done)
+    for turn in experience.turns:
+        num_tokens = trainer.engine.sum(experience.mask[turn.rows].sum()).clamp(min=1)
+        if turn.live:
+            pieces = [(config, experience[micro or ANY], num_tokens, bool(micro)) for micro in turn.micro]
+            done.append(trainer.engine.update(ppo_loss, pieces))
+    result: Logged = {"skipped_updates": len(experience.turns) - len(done)}
+    result |= means(done) if done else trainer.engine.unmoved()
     return result | {"lr": result.pop("learning_rate")}
 
 
 def ppo_loss(
-    module: PolicyAndValue, config: Config, experience: Experience, num_tokens: Tensor
+    module: PolicyAndValue, config: Config, experience: Experience, num_tokens: Tensor, live: bool = True
 ) -> tuple[Tensor, Metrics]:
-    """The share of a micro-batch in the loss of a mini-batch with this many tokens, and its metrics."""
+    """The share of a micro-batch in the loss of a mini-batch with this many tokens, and its metrics; none where it is not
+    live, and there for its calls alone."""
     batch = experience.completions.batch()
     inputs, values = module(batch)
     with inputs.autocast():
-        policy, found = fr.linear_policy_loss(
+        policy, of_tokens = fr.linear_policy_loss(
             inputs.hidden,
             inputs.head,
             batch.targets,
@@ -330,12 +357,13 @@ def ppo_loss(
     value = value_loss(values, *targets, cliprange_value=config.cliprange_value, num_tokens=num_tokens)
     clipped = value_metrics(values.detach(), *targets, cliprange_value=config.cliprange_value)["value_clip_fraction"]
     count = experience.mask.sum()
-    bonus = config.entropy_coef * found["entropy"] * count / num_tokens
-    metrics = {name: found.parts[its] for name, its in POLICY_METRICS.items()}
+    bonus = config.entropy_coef * of_tokens["entropy"] * count / num_tokens
+    metrics = {name: of_tokens.parts[its] for name, its in POLICY_METRICS.items()}
     metrics["loss/policy_avg"] = reductions.total(policy.detach() + bonus)
     metrics["loss/value_avg"] = reductions.total(value.detach())
     metrics["val/clipfrac_avg"] = reductions.mean(clipped, count)
-    return policy + config.vf_coef * value, Metrics(metrics)
+    loss, found = policy + config.vf_coef * value, Metrics(metrics)
+    return (loss, found) if live else (0.0 * loss, found.weighted(0))
 
 
 def summary(trainer: PPOTrainer, experience: Experience) -> Logged:

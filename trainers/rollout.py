@@ -42,7 +42,7 @@ from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.layout import PADDED, Layout
 from fused_rlhf.trainers.minibatches import Rows as Numbers
-from fused_rlhf.trainers.minibatches import chunks
+from fused_rlhf.trainers.minibatches import Sizes, chunks
 from fused_rlhf.trainers.model import Loaded, max_positions
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rollout_config import RolloutConfig
@@ -77,6 +77,10 @@ class Completions:
             self.layout,
         )
 
+    def to(self, device: torch.device | str) -> Completions:
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
     def without_truncated(self) -> Completions:
         """The same rows, with an empty completion mask where a completion did not end."""
         return replace(self, completion_mask=self.completion_mask & ~self.truncated.unsqueeze(1))
@@ -84,6 +88,12 @@ class Completions:
     def batch(self) -> Batch:
         """For a forward whose states before the completions' tokens are wanted."""
         return Batch(self.rows(), self.completion_mask, self.layout)
+
+    def sizes(self) -> Sizes:
+        """What they cost a body."""
+        lengths = self.attention_mask.sum(dim=1).tolist()
+        prompts = [prompt.ids for prompt in self.prompts]
+        return Sizes(lengths, [tuple(ids) for ids in prompts], [len(ids) for ids in prompts], self.layout)
 
     def rows(self) -> Rows:
         """For a forward of padded ones."""
@@ -278,6 +288,32 @@ def complete(
             **cut,
         )
     return replace(found, layout=loaded.layout)
+
+
+def joined(parts: Sequence[Completions]) -> Completions:
+    """The rows of all of them, one after the other."""
+    length, first = max(part.input_ids.shape[1] for part in parts), parts[0]
+    reported = all(part.sampling_logprobs is not None for part in parts)
+
+    def wide(name: str, width: int = length) -> Tensor:
+        some = [getattr(part, name) for part in parts]
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in some])
+
+    return replace(
+        first,
+        input_ids=wide("input_ids"),
+        attention_mask=wide("attention_mask"),
+        completion_mask=wide("completion_mask"),
+        truncated=torch.cat([part.truncated for part in parts]),
+        texts=[text for part in parts for text in part.texts],
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        sampling_logprobs=wide("sampling_logprobs", length - 1) if reported else None,
+    )
+
+
+def everywhere(engine: Placed, some: Completions) -> Completions:
+    """The rows of all processes, on each of them. Padding is 0 where it goes beyond a process's own rows."""
+    return joined(engine.gather([some.to("cpu")])).to(engine.device)
 
 
 def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:

@@ -15,7 +15,7 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import conversation
 from fused_rlhf.trainers.data import Sample, Task, batch_at
 from fused_rlhf.trainers.evaluation import correct
-from fused_rlhf.trainers.minibatches import chunks
+from fused_rlhf.trainers.minibatches import turns_of
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs
 from fused_rlhf.trainers.rollout_config import RolloutConfig
@@ -41,9 +41,9 @@ def encode(loaded: Loaded, samples: Sequence[Sample], chat_template: bool = Fals
     return replace(together, layout=loaded.layout)
 
 
-def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str) -> tuple[Tensor, Metrics]:
-    """The share of some rows in the loss of a batch with this many answer tokens."""
-    return -completion_logprobs(model, some, 1.0, backend).sum() / num_tokens, Metrics({})
+def answer_loss(model: Any, some: Completions, num_tokens: Tensor, backend: str, live: bool) -> tuple[Tensor, Metrics]:
+    """The share of some rows in the loss of a batch with this many answer tokens; none where they are not live."""
+    return -completion_logprobs(model, some, 1.0, backend).sum() / num_tokens * live, Metrics({})
 
 
 def on_answers(
@@ -57,8 +57,9 @@ def on_answers(
         mine = engine.mine(batch_at(task.train, config.seed, (step - 1) * size, size))
         batch = encode(loaded, mine, config.chat_template)
         num_tokens = engine.sum(batch.completion_mask.sum())
-        rows = chunks(range(len(batch.texts)), config.micro_batch_size)
-        return [(batch[micro], num_tokens, config.backend) for micro in rows]
+        rows = range(len(batch.texts))
+        (turn,) = turns_of(engine, [rows], [True] * len(rows), batch.sizes(), config)
+        return [(batch[micro or [0]], num_tokens, config.backend, bool(micro)) for micro in turn.micro]
 
     def accuracy() -> float:
         return correct(engine, loaded, task, config, some).mean().item()
