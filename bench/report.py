@@ -54,7 +54,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "dx": ("dX err", _error("dhidden_rel")),
     "dw": ("dW err", _error("dweight_rel")),
     "cpu": ("CPU share", lambda r: share(r.get("cpu_share"))),
-    # Of whole updates
+    # Of whole updates: `bench.step`
     "tokens": ("tokens", lambda r: str(r["tokens"])),
     "update": ("update", _median("update_s")),
     "faster": ("times as fast", lambda r: times(r["speedup"])),
@@ -66,7 +66,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
 }
 TIMES = ("both", "spread", "forward", "backward")
 STANDARD = (*TIMES, "peak", "predicted", "scratch", "dense", "share", "rate", "value", "dx", "dw")
-WHOLE = ("tokens", "update", "faster", "activations", "less", "loss", "gradient", "norm", "cpu")  # updates
+# Of whole updates
+WHOLE = ("tokens", "update", "faster", "activations", "predicted", "less", "loss", "gradient", "norm", "cpu")
 
 
 def times(ratio: Record | None) -> str:

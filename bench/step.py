@@ -84,9 +84,7 @@ def measured(plan: Plan, args: argparse.Namespace, command: str) -> int:
     from fused_rlhf.bench import plots, report
     from fused_rlhf.bench.step_run import run
 
-    result = run(
-        plan, rounds=args.rounds, device=args.device, threads=args.threads, command=command, out=args.out
-    )
+    result = run(plan, rounds=args.rounds, device=args.device, threads=args.threads, command=command, out=args.out)
     print(report.render(result))
     if args.plots:
         print("\n".join(str(path) for path in plots.draw(result, args.plots)))

@@ -8,7 +8,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -131,7 +131,7 @@ class Target:
 @dataclass(frozen=True)
 class Plan:
     cases: dict[str, Case]
-    ways: dict[str, Sequence[Way]]  # of each case, the one that others are compared with first
+    ways: Mapping[str, Sequence[Way]]  # of each case, the one that others are compared with first
     targets: Sequence[Target] = field(default=())
 
 
@@ -150,7 +150,7 @@ def full() -> Plan:
         "dpo": Case(trainer="dpo", completions=(256, 256), micro_batch=2),
         "qwen3": Case(body="qwen3", prompt=512, completions=(64,) * 4, micro_batch=4),
     }
-    ways: dict[str, Sequence[Way]] = {name: ALL for name in cases}
+    ways: dict[str, Sequence[Way]] = dict.fromkeys(cases, ALL)
     ways["80 % dead"] = [*DEAD, TRL]
     ways["qwen3"] = [PADDED, SHARED, TRL, DENSE]
     for name in ("prompt-heavy", "dpo"):

@@ -73,7 +73,10 @@ class Measured:
         with PeakMemory(self.device) as memory:
             loss, norm = self.update.run(self.pieces)
         hook.remove()
-        return {"peak_bytes": memory.extra, "loss": loss, "grad_norm": norm, "errors": self.errors(loss, norm, seen)}
+        found = {"loss": loss, "grad_norm": norm, "errors": self.errors(loss, norm, seen)}
+        fused = bool(self.update.optimizer.defaults.get("fused"))
+        memories = {"peak_bytes": memory.extra, "predicted_bytes": self.update.predicted_bytes}
+        return found | memories | {"fused_optimizer": fused}
 
     def errors(self, loss: float, norm: float, gradients: list[Tensor]) -> dict[str, float]:
         """Relative, against each sequence by itself."""

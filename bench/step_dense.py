@@ -1,7 +1,7 @@
 """Updates by dense logits: the rows padded, as anybody would write it; and each sequence by itself, as the truth.
 
-    GRPO   mean over sequences of mean over tokens of  -min(r A, clip(r, 0.8, 1.2) A),   r = exp(logprob - old)
-    DPO    -mean over pairs of log sigmoid(0.1 (lr_chosen - lr_rejected)),               lr = sum of logprob - ref
+GRPO   mean over sequences of mean over tokens of  -min(r A, clip(r, 0.8, 1.2) A),   r = exp(logprob - old)
+DPO    -mean over pairs of log sigmoid(0.1 (lr_chosen - lr_rejected)),               lr = sum of logprob - ref
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from fused_rlhf.bench import step_ours
 from fused_rlhf.bench.step_batch import Batch
-from fused_rlhf.bench.step_cases import Case, Way
+from fused_rlhf.bench.step_cases import Case, Trainer, Way
 from fused_rlhf.bench.step_update import Update
 from fused_rlhf.objectives.reductions import Metrics
 
@@ -40,15 +40,15 @@ def dpo(sums: Tensor, ref: Tensor, pairs: int) -> Tensor:
     return -logsigmoid(rewards[0::2] - rewards[1::2]).sum() / pairs
 
 
-def loss_of(model: Any, case: Case, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The share of a micro-batch in the loss of the case's batch."""
+def loss_of(model: Any, trainer: Trainer, sequences: int, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The share of a micro-batch in the loss of a batch of so many sequences."""
     found = logprobs(model, batch.input_ids, batch.attention_mask, batch.prompt)
     mask = batch.completion_mask[:, batch.prompt :]
-    if case.trainer == "dpo":
+    if trainer == "dpo":
         sums = (found * mask).sum(dim=1)
-        return dpo(sums, torch.zeros_like(sums) if batch.ref is None else batch.ref, case.groups), Metrics({})
+        return dpo(sums, torch.zeros_like(sums) if batch.ref is None else batch.ref, sequences // 2), Metrics({})
     old = found.detach() if batch.old is None else batch.old[:, batch.prompt - 1 :]
-    return grpo(found, old, batch.advantages, mask, case.sequences), Metrics({})
+    return grpo(found, old, batch.advantages, mask, sequences), Metrics({})
 
 
 def build(case: Case, way: Way, model: Any, folder: str) -> Update:
@@ -57,8 +57,7 @@ def build(case: Case, way: Way, model: Any, folder: str) -> Update:
     whole = trainer.loaded.model
 
     def prepare(batch: Batch) -> list[tuple[Any, ...]]:
-        own = replace(case, groups=len(batch.input_ids) // len(case.completions)) if len(batch.input_ids) else case
-        return [(own, some) for some in batch.chunks(case.micro_batch)]
+        return [(case.trainer, len(batch.input_ids), some) for some in batch.chunks(case.micro_batch)]
 
     def run(pieces: list[tuple[Any, ...]]) -> tuple[float, float]:
         found = trainer.engine.update(loss_of, pieces)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fused_rlhf.bench.step_batch import Batch
-from fused_rlhf.bench.step_cases import Case, Way
+from fused_rlhf.bench.step_cases import BODIES, Case, Way
 from fused_rlhf.bench.step_update import LEARNING_RATE, MAX_GRAD_NORM, Update
-from fused_rlhf.trainers import dpo, grpo
+from fused_rlhf.trainers import dpo, grpo, planning
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.grpo_rollout import Rollout
 from fused_rlhf.trainers.inputs import Encoded
-from fused_rlhf.trainers.minibatches import chunks
+from fused_rlhf.trainers.minibatches import turns_of
 from fused_rlhf.trainers.pairs import Pair, Totals
 from fused_rlhf.trainers.rollout import Completions
 
@@ -37,20 +39,37 @@ def trainer_of(case: Case, way: Way, model: Any, folder: str) -> Any:
 
 def build(case: Case, way: Way, model: Any, folder: str) -> Update:
     trainer = trainer_of(case, way, model, folder)
-    loss = grpo.policy_loss if case.trainer == "grpo" else dpo.preference_loss
 
-    def prepare(batch: Batch) -> list[tuple[Any, ...]]:
-        return (policy_pieces if case.trainer == "grpo" else preference_pieces)(case, way, trainer, batch)
+    def rollout(batch: Batch) -> Rollout:
+        return rollout_of(way, trainer, batch)
 
-    def run(pieces: list[tuple[Any, ...]]) -> tuple[float, float]:
-        found = trainer.engine.update(loss, pieces)
+    def policy(rollout: Rollout) -> tuple[float, float]:
+        found = grpo.update(trainer, rollout)
         return found["loss"], found["grad_norm"]
 
-    return Update(trainer.loaded.model, trainer.engine.optimizer.optimizer, prepare, run)
+    def pieces(batch: Batch) -> list[tuple[Any, ...]]:
+        return pieces_of(trainer, batch)
+
+    def preference(pieces: list[tuple[Any, ...]]) -> tuple[float, float]:
+        found = trainer.engine.update(dpo.preference_loss, pieces)
+        return found["loss"], found["grad_norm"]
+
+    prepare, run = (rollout, policy) if case.trainer == "grpo" else (pieces, preference)
+    formula = predicted_bytes(case, way, trainer)
+    return Update(trainer.loaded.model, trainer.engine.optimizer.optimizer, prepare, run, formula)
 
 
-def policy_pieces(case: Case, way: Way, trainer: Any, batch: Batch) -> list[tuple[Any, ...]]:
-    """The arguments of `grpo.policy_loss`, by micro-batches."""
+def predicted_bytes(case: Case, way: Way, trainer: Any) -> float | None:
+    """A hidden state of each layer and token, and what the head takes; without checkpointing there is no formula."""
+    if not way.checkpointing:
+        return None
+    body, tokens = BODIES[case.body], case.tokens(way) * case.micro_batch // case.sequences
+    head = planning.memory(trainer.engine, tokens, body.vocabulary, body.hidden, reference=False)["head"]
+    return head + 4 * body.layers * tokens * body.hidden
+
+
+def rollout_of(way: Way, trainer: Any, batch: Batch) -> Rollout:
+    """What `grpo.update` takes."""
     B, ids = len(batch.input_ids), batch.input_ids.tolist()
     completions = Completions(
         batch.input_ids,
@@ -61,16 +80,13 @@ def policy_pieces(case: Case, way: Way, trainer: Any, batch: Batch) -> list[tupl
         [Encoded(row[: batch.prompt]) for row in ids],
         layout=trainer.loaded.layout,
     )
-    nothing, lengths = torch.zeros(B, 1), batch.completion_mask.sum(dim=1)
-    rollout = grpo.Rollout(
-        [{}] * B, completions, nothing, nothing[:, 0], lengths, batch.advantages, batch.old, None, ()
-    )
-    live = [i for i, advantage in enumerate(batch.advantages.tolist()) if advantage or not way.skips]
-    some = [rollout[rows] for rows in chunks(live, case.micro_batch)]
-    return [(trainer.config, part, B, batch.completion_mask.sum()) for part in some]
+    rewards, lengths = torch.zeros(B, 1), batch.completion_mask.sum(dim=1)
+    whole = Rollout([{}] * B, completions, rewards, rewards[:, 0], lengths, batch.advantages, batch.old)
+    live = whole.live(trainer.config).tolist() if way.skips else [True] * B
+    return replace(whole, turns=turns_of(trainer.engine, [range(B)], live, completions.sizes(), trainer.config))
 
 
-def preference_pieces(case: Case, way: Way, trainer: Any, batch: Batch) -> list[tuple[Any, ...]]:
+def pieces_of(trainer: Any, batch: Batch) -> list[tuple[Any, ...]]:
     """The arguments of `dpo.preference_loss`, by micro-batches."""
     lengths = batch.attention_mask.sum(dim=1).tolist()
     rows = [ids[:length] for ids, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
@@ -80,5 +96,4 @@ def preference_pieces(case: Case, way: Way, trainer: Any, batch: Batch) -> list[
         chosen, rejected = (row[batch.prompt :] for row in rows[i : i + 2])
         pairs.append(Pair("", "", rows[i][: batch.prompt], chosen, rejected, ref=(refs[i], refs[i + 1])))
     totals = Totals.of(pairs)
-    made = [dpo.assemble(trainer, some) for some in chunks(pairs, case.micro_batch // 2)]
-    return [(trainer.config, part, totals) for part in made]
+    return [(trainer.config, dpo.assemble(trainer, own), totals) for own, _ in dpo.rounds(trainer, pairs)]

@@ -1,8 +1,8 @@
 """A run of `bench.step`: a process for each row of a case, which take turns, round by round; and the result.
 
-    ratio      of two rows, by rounds, in which they follow each other: the mean of its logarithm over the rounds, with Student's
-               95 % interval
-    wrong      beyond what a row must agree to with each sequence by itself (`TOLERANCE`)
+    ratio      of two rows' times, in each round, where they follow each other: the mean of its logarithm over the rounds, and
+               Student's 95 % interval of that
+    wrong      further from each sequence by itself than a row may be (`TOLERANCE`)
 
 The processes of a case stay, each with its model, while the others are measured.
 """
@@ -33,6 +33,7 @@ TOLERANCE = {
 }
 # Student's 97.5 % quantile, by the rounds less one; beyond them it changes little.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+CHECKED = ("loss", "grad_norm", "peak_bytes", "predicted_bytes", "fused_optimizer")  # of a process's first update
 Record = dict[str, Any]
 
 
@@ -61,7 +62,8 @@ class Child:
 
     def ask(self, what: str) -> Record:
         """Raises Failed where it has ended."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             print(what, file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
@@ -147,9 +149,7 @@ def record(name: str, case: Case, way: Way, found: Record) -> Record:
         "errors": errors,
         "tolerance": limits,
         "wrong": any(not errors.get(key, 0.0) <= limit for key, limit in limits.items()),
-        "loss": check.get("loss"),
-        "grad_norm": check.get("grad_norm"),
-        "peak_bytes": check.get("peak_bytes"),
+        **{key: check.get(key) for key in CHECKED},
         "samples": samples,
     }
     if found["error"] is None and samples:
@@ -161,7 +161,7 @@ def record(name: str, case: Case, way: Way, found: Record) -> Record:
 def relate(r: Record, base: Record) -> None:
     """How much faster than the case's first row it is, and how much less memory it takes."""
     r["base"] = base["provider"]
-    r["speedup"] = ratio(base, r)
+    r["speedup"] = {"value": 1.0, "low": None, "high": None} if r is base and not r["error"] else ratio(base, r)
     r["less_memory"] = less(base, r)
 
 

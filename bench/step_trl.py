@@ -34,6 +34,7 @@ def trainer_of(case: Case, way: Way, model: Any, folder: str) -> Any:
         "gradient_checkpointing": way.checkpointing,
         "learning_rate": LEARNING_RATE,
         "max_grad_norm": MAX_GRAD_NORM,
+        "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "optim": "adamw_torch",
         "bf16": False,
@@ -44,22 +45,23 @@ def trainer_of(case: Case, way: Way, model: Any, folder: str) -> Any:
     }
     tokenizer, rows = models.char_tokenizer(), [{"prompt": "a", "chosen": "b", "rejected": "c"}] * case.micro_batch
     data = datasets.Dataset.from_list(rows)
+    given: dict[str, Any] = {"model": model, "train_dataset": data, "processing_class": tokenizer}
     if case.trainer == "dpo":
-        args = trl.DPOConfig(**options, precompute_ref_log_probs=True)
-        return trl.DPOTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        return trl.DPOTrainer(args=trl.DPOConfig(**options, precompute_ref_log_probs=True), **given)
     args = trl.GRPOConfig(**options, num_generations=2, loss_type="grpo", beta=0.0)
-    return PreparedGRPOTrainer(
-        model=model, reward_funcs=_no_reward, args=args, train_dataset=data, processing_class=tokenizer
-    )
+    return PreparedGRPOTrainer(args=args, reward_funcs=_no_reward, **given)
 
 
-def _no_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+def _no_reward(completions: Sequence[Any], **_: Any) -> list[float | None]:
     return [0.0] * len(completions)
 
 
 def build(case: Case, way: Way, model: Any, folder: str) -> Update:
     trainer = trainer_of(case, way, model, folder)
     trainer.create_optimizer_and_scheduler(1000)
+    if way.checkpointing:  # as its `train` does
+        kwargs = trainer.args.gradient_checkpointing_kwargs
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def prepare(batch: Batch) -> list[Inputs]:
         make = policy_inputs if case.trainer == "grpo" else preference_inputs

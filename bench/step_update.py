@@ -21,3 +21,4 @@ class Update:
     optimizer: torch.optim.Optimizer
     prepare: Callable[[Batch], Any]
     run: Callable[[Any], tuple[float, float]]  # what `prepare` made -> loss and norm of the gradient
+    predicted_bytes: float | None = None  # its activations by `trainers.planning`, where that knows them
