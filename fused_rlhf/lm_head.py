@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_rlhf import model_inputs as model_inputs_of
 from fused_rlhf import private, reading
 from fused_rlhf.checks import dtensor
 from fused_rlhf.functional import LogProbs, linear_logprobs
@@ -221,7 +222,9 @@ def forward(
         TypeError: `model` is no transformers model.
         ValueError: the head is not one that `Head` can say; the model is not causal, what it makes of a token depends on
             later ones; padding is on the left, and the model cannot be told to pass over it; `decoder_input_ids` for a
-            model without a decoder of its own; PEFT's `adapter_names` where they concern the head. The message tells why.
+            model without a decoder of its own; PEFT's `adapter_names` where they concern the head; a mask of another shape
+            than the ids (but 4-D ones of integers, which an attention of one's own may read); a keyword that the model would
+            ignore and that is nearly one of its own (`positionids`). The message tells why.
     """
     if model_inputs.get("labels") is not None:
         raise ValueError("labels must not be given: the logits are never computed, and so no loss")
@@ -235,6 +238,7 @@ def forward(
         model_inputs["input_ids"] = input_ids
     if attention_mask is not None:
         model_inputs["attention_mask"] = attention_mask
+    model_inputs_of.check(found.chain, model_inputs)
     if _takes(found.base, "use_cache"):
         model_inputs.setdefault("use_cache", False)
     _check_adapter_names(embeddings, model_inputs.get("adapter_names"))

@@ -16,3 +16,11 @@ def _no_curves(request):
         if run is not None and request.node.get_closest_marker("curves") is None:
             patch.setattr(run.curves, "figure", lambda rows, names: None)
         yield
+
+
+@pytest.fixture
+def group():
+    """A group of processes of this one alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -37,6 +37,21 @@ def test_what_is_loaded_goes_on_to_the_bit(tmp_path, options):
         assert torch.equal(mine, its)
 
 
+def test_one_of_an_optimiser_without_the_fused_step_is_loaded_into_one_with_it(tmp_path):
+    own, _ = tiny.build(tmp_path, learning_rate=1e-2)
+    for group in own.optimizer.optimizer.param_groups:
+        group["fused"] = None
+    train(own, 3)
+    path = checkpoint.save(tmp_path / "c", 3, own, {}, keep=1)
+    other, _ = tiny.build(tmp_path, learning_rate=1e-2)
+    checkpoint.load(path, other)
+    assert {group["fused"] for group in other.optimizer.optimizer.param_groups} == {True}
+    for mine, its in zip(other.module.parameters(), own.module.parameters(), strict=True):
+        ours, theirs = other.optimizer.optimizer.state[mine], own.optimizer.optimizer.state[its]
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    assert train(other, 2)[-1]["loss"] == pytest.approx(train(own, 2)[-1]["loss"], rel=1e-6)
+
+
 def test_the_last_ones_are_kept_and_a_half_written_one_is_never_found(tmp_path):
     own, _ = tiny.build(tmp_path)
     folder = tmp_path / "c"

@@ -61,8 +61,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (["--rewards", "nowhere:f"], "cannot load 'nowhere:f'"),
         (["--backend", "cuda"], "--backend: expected one of ['auto', 'triton', 'chunked', 'reference'], got 'cuda'"),
         (["--backend", "triton"], 'backend="triton" needs'),
-        (["--report-to", "notebook"], "report_to: expected one of"),
-        (["--liger-layers"], "liger_layers: expected false without a GPU"),
+        (["--report-to", "notebook"], "--report-to: expected one of"),
+        (["--liger-layers"], "--liger-layers: expected false without a GPU"),
         (["--max-new-tokens", "1100"], "exceed the model's context of 1024"),
     ):
         output = tmp_path / "run"

@@ -1,4 +1,7 @@
+import gc
+
 import pytest
+from matplotlib.figure import Figure
 
 from fused_rlhf.trainers import curves
 from fused_rlhf.trainers.dpo import DPOTrainer
@@ -44,7 +47,7 @@ def test_noise_and_constants_are_named_and_not_drawn():
 
 @pytest.mark.curves
 def test_an_svg_stands_in_a_page_and_names_are_no_formulas():
-    text = curves.svg(curves.figure(rows("test", **{"cost in $ & $x_": [1.0, 2.0]}), ("cost in $ & $x_",)))
+    text = curves.svg(rows("test", **{"cost in $ & $x_": [1.0, 2.0]}), ("cost in $ & $x_",))
     assert text.startswith("<svg")
     assert text.rstrip().endswith("</svg>")
     assert "<script" not in text
@@ -62,3 +65,17 @@ def test_every_trainer_draws_its_entropy_and_what_has_a_title():
         assert any("entropy" in name for name in trainer.plotted)
     drawn = {name for trainer in (GRPOTrainer, PPOTrainer, DPOTrainer) for name in trainer.plotted}
     assert set(curves.TITLES) - drawn == set()
+
+
+@pytest.mark.curves
+def test_nothing_is_left_of_a_figure_that_is_written(tmp_path):
+    assert curves.svg(rows("grpo", reward=[0.5]), ("reward",)) == ""
+    curves.png(ROWS, NAMES, tmp_path / "curves.png")  # fonts and styles stay
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    gc.disable()
+    try:
+        curves.png(ROWS, NAMES, tmp_path / "curves.png")
+        curves.svg(ROWS, NAMES)
+        assert not [it for it in gc.get_objects() if isinstance(it, Figure)]
+    finally:
+        gc.enable()

@@ -77,6 +77,22 @@ def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_balanced_tokens_in_two_processes_equal_one_row_at_a_time(tmp_path, single, layout):
+    """And dead sequences, which one process may have more of."""
+    flags = " ".join(single[0]).replace("--beta 0.05 ", "").split()
+    at = flags.index("--micro-batch-size")
+    flags = flags[:at] + flags[at + 2 :]
+    one = run([*flags, "--micro-batch-size", "1", "--layout", "padded"], tmp_path / "one")
+    two = run([*flags, "--micro-batch-tokens", "40", "--layout", layout, "--fsdp"], tmp_path / "two", processes=2)
+    found = worst(two, one)
+    assert {"loss", "reward", "grad_norm", "live/entropy", "accuracy", "dead_sequences"} <= set(found)
+    assert any(row.get("dead_sequences", 0) > 0 for row in one)
+    assert found["loss"] < 1e-5
+    assert max(found.values()) < 1e-3, found
+
+
+@pytest.mark.slow
 def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
     text = " ".join([*of_model(tmp_path / "base"), "--lora-r 2"])
     flags = text.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()

@@ -182,6 +182,8 @@ def test_neither_micro_batches_nor_the_layout_change_a_step(tmp_path, losses):
         {"layout": "packed"},
         {"layout": "packed", "micro_batch_size": 6},
         {"layout": "padded"},
+        {"micro_batch_size": 32, "micro_batch_tokens": 40},
+        {"micro_batch_size": 32, "micro_batch_tokens": 80, "layout": "packed"},
     ]
     for i, change in enumerate(changes):
         changed = dataclasses.replace(config, output=str(tmp_path / f"b{i}"), **change)
@@ -379,8 +381,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, monkeypatch
 def test_a_loss_that_is_not_finite_names_the_batch_and_leaves_a_checkpoint(tmp_path, monkeypatch):
     trainer = dpo.prepare(small(tmp_path, save_steps=1), ROWS)
 
-    def broken(model, config, batch, totals):
-        loss, metrics = share(model, config, batch, totals)
+    def broken(model, config, batch, totals, live):
+        loss, metrics = share(model, config, batch, totals, live)
         return (loss * math.nan if trainer.engine.updates == 1 else loss), metrics
 
     share = dpo.preference_loss
@@ -417,9 +419,13 @@ SHORT += ["--learning-rate", "3e-3", "--num-test", "11", "--eval-steps", "2", "-
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--fsdp"], ["--precompute-ref", "--warmup-steps", "2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--fsdp"], ["--precompute-ref", "--warmup-steps", "2"], ["--micro-batch-tokens", "48", "--fsdp"]]
+)
 def test_two_processes_do_what_one_does(tmp_path, file, options):
     arguments = [*SHORT, "--data", str(file)]
+    if "--micro-batch-tokens" in options:
+        arguments[arguments.index("--micro-batch-size") + 1] = "32"
     more = [option for option in options if option != "--fsdp"]
     one = launch.run([*arguments, *more], tmp_path / "one")
     two = launch.run([*arguments, *options], tmp_path / "two", processes=2)

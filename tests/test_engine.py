@@ -161,13 +161,6 @@ def test_a_frozen_copy_takes_over_parameters(tmp_path):
     assert not torch.equal(first, next(iter(reference.module.parameters())))
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("tied", [False, True])
 def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
@@ -255,3 +248,57 @@ def test_adams_numbers_and_the_rates_of_parts(tmp_path):
     for name, value in (("adam_beta1", 1.0), ("adam_beta2", -0.1), ("adam_epsilon", 0.0)):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             tiny.config(tmp_path, **{name: value})
+
+
+def test_the_step_is_torchs_fused_one_where_it_has_one(tmp_path):
+    own, _ = tiny.build(tmp_path)
+    warming = own.apart(1e-3, lambda update: 1.0)
+    for made in (own, warming):
+        assert {group["fused"] for group in made.optimizer.param_groups} == {True}
+    values = torch.randn(4, 6)
+    assert engine.steps_in_one_kernel([nn.Parameter(values), nn.Parameter(values.bfloat16())])
+    assert not engine.steps_in_one_kernel(
+        [nn.Parameter(values), nn.Parameter(values.t())]
+    )  # its strides are passed over
+    assert not engine.steps_in_one_kernel([nn.Parameter(values, False), nn.Parameter(values.to("meta"))])
+    assert not engine.steps_in_one_kernel([nn.Parameter(values.to(torch.complex64))])
+
+
+def test_the_fused_step_goes_with_a_loss_scale(tmp_path):
+    plain, _ = tiny.build(tmp_path, learning_rate=1e-2)
+    config = tiny.config(tmp_path, learning_rate=1e-2, mixed_precision="fp16")
+    accelerator = engine.start(config)
+    accelerator.native_amp = True  # as on a GPU
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    own = Engine(config, accelerator, models.load_for(config).model, 10)
+    for _ in range(2):
+        want, got = plain.update(tiny.logprob_loss, pieces(4, 2)), own.update(tiny.logprob_loss, pieces(4, 2))
+        assert got == pytest.approx(want, rel=2e-3)
+
+    def steep(model, ids, count):
+        loss, metrics = tiny.logprob_loss(model, ids, count)
+        return loss + 0.0 * (model.lm_head.weight.sum() * 0.0).sqrt(), metrics  # 0, with a gradient of NaN
+
+    before = [p.clone() for p in own.module.parameters()]
+    own.update(steep, pieces(6))  # stepped over
+    assert all(torch.equal(a, b) for a, b in zip(before, own.module.parameters(), strict=True))
+    assert accelerator.scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_step_is_the_plain_one(dtype):
+    """Gradients as autograd leaves them, of weights used as they lie, transposed and in part."""
+    steps = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(5, 7).to(dtype)) for _ in range(3)]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.1, fused=fused)
+        for _ in range(4):
+            a, b, c = weights
+            (a.square() + b.t().reshape(5, 7).exp() + (c[:, ::2] @ torch.randn(4, 7).to(dtype))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        steps.append(weights)
+    eps = torch.finfo(dtype).eps
+    for plain, fused in zip(*steps, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=4 * eps, atol=4 * eps)

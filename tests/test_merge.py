@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fused_rlhf.trainers import cli
+from fused_rlhf.trainers import adapters, cli
 from fused_rlhf.trainers import model as models
 
 
@@ -32,7 +32,7 @@ def test_the_merged_model_loads_and_is_the_adapted_one(run, tmp_path, capsys, in
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("12").input_ids
-    assert not (tmp_path / "out" / models.ADAPTERS).exists()
+    assert not (tmp_path / "out" / adapters.FILE).exists()
     assert cli.main(["merge", str(source), "--output", str(tmp_path / "out")]) == 2  # nothing is written over
     assert "--output: expected a folder that is new or empty" in capsys.readouterr().err
 
@@ -47,12 +47,12 @@ def test_what_holds_no_adapters_is_refused(tmp_path, capsys):
     (tmp_path / "whole" / "model" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "lost").mkdir()
-    (tmp_path / "lost" / models.ADAPTERS).write_text('{"base_model_name_or_path": "/nowhere/base"}')
+    (tmp_path / "lost" / adapters.FILE).write_text('{"base_model_name_or_path": "/nowhere/base"}')
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / models.ADAPTERS).write_text("{}")
+    (tmp_path / "broken" / adapters.FILE).write_text("{}")
     for name, message in (
         ("gone", "RUN: there is no folder"),
-        ("empty", f"no {models.ADAPTERS} in it or in its model/"),
+        ("empty", f"no {adapters.FILE} in it or in its model/"),
         ("whole", "model' is a whole model already"),
         ("lost", "the base of the adapters in"),
         ("broken", "whose adapter_config.json names their base"),

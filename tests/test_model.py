@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fused_rlhf.trainers import engine
+from fused_rlhf.trainers import adapters, engine, sources
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.engine import Engine
 from tests import tiny
-from tests.vision_families import FAMILIES
 
 
 def test_character_tokenizer_round_trips():
@@ -106,7 +105,7 @@ def test_adapters_are_on_all_linear_layers_but_the_head(tmp_path):
     layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {layer for layer in layers if any(f"{layer}.lora_" in name for name in trained)} == layers
     assert not any("lm_head" in name or "embed" in name for name in trained)
-    assert models.base_of(loaded.model).get_output_embeddings() is loaded.model.get_output_embeddings()
+    assert adapters.base_of(loaded.model).get_output_embeddings() is loaded.model.get_output_embeddings()
     ids = torch.tensor([[5, 6, 7, 8]])
     base, _ = models.load(config.model)
     with torch.no_grad():
@@ -114,7 +113,7 @@ def test_adapters_are_on_all_linear_layers_but_the_head(tmp_path):
             if p.requires_grad:
                 p.add_(0.1)
         assert not torch.equal(loaded.model(ids).logits, base(ids).logits)
-        with models.without_adapters(loaded.model):
+        with adapters.without_adapters(loaded.model):
             assert torch.equal(loaded.model(ids).logits, base(ids).logits)
     one = models.load_for(dataclasses.replace(config, lora_target_modules=("q_proj",)))
     assert all("q_proj" in name for name, p in one.model.named_parameters() if p.requires_grad)
@@ -210,8 +209,8 @@ def test_a_folder_of_adapters_is_their_base_with_them_merged(tmp_path):
     with pytest.raises(ValueError, match="lora_r: expected 0 for a folder of adapters"):
         models.load_for(dataclasses.replace(config, lora_r=4))
     with pytest.raises(FileNotFoundError, match=r"value_model: the folder .* holds adapters; merge them"):
-        models.locate("value_model", str(folder))
-    path = folder / models.ADAPTERS
+        sources.locate("value_model", str(folder))
+    path = folder / adapters.FILE
     values = json.loads(path.read_text())
     for base, message in (
         (str(tmp_path / "gone"), "the base of the adapters in .* cannot be loaded: .*gone"),
@@ -226,7 +225,7 @@ def test_adapters_are_written_the_same_every_time(tmp_path):
     loaded = models.load_for(options(tmp_path, lora_r=3))
     own = Engine(options(tmp_path), engine.start(options(tmp_path)), loaded.model, 1)
     models.save(own, loaded, tmp_path / "out")
-    layers = json.loads((tmp_path / "out" / models.ADAPTERS).read_text())["target_modules"]
+    layers = json.loads((tmp_path / "out" / adapters.FILE).read_text())["target_modules"]
     assert layers == sorted(layers)
     assert len(layers) == 14
 
@@ -258,40 +257,3 @@ def test_a_tokenizer_larger_than_the_embeddings_is_named(tmp_path):
         models.load_for(options(tmp_path, model=None), model, tokenizer)
     model.resize_token_embeddings(rows + 8)
     models.load_for(options(tmp_path, model=None), model, tokenizer)
-
-
-@pytest.mark.parametrize("family", ["gemma3", "qwen2.5-vl", "mllama"])
-def test_adapters_of_an_image_text_model_lie_in_its_language_model(tmp_path, family):
-    def adapted(**changes):
-        model, _ = FAMILIES[family]()
-        made = models.with_adapters(options(tmp_path, lora_r=2, **changes), model)
-        names = {name.split(".lora_A")[0] for name, _ in made.named_parameters() if ".lora_A." in name}
-        vision = {name for name in names if "vision" in name or "visual" in name or "projector" in name}
-        return len(names - vision), len(vision), models.adapters(made)
-
-    for names in ((), ("q_proj", "v_proj"), (r".*layers\.0\..*_proj",)):
-        language, vision, words = adapted(lora_target_modules=names)
-        assert (language > 0, vision) == (True, 0)
-        assert words == f"LoRA adapters on {language} layers of the language model, 0 of what reads pictures"
-    language, vision, words = adapted(lora_language_only=False)
-    assert vision > 0
-    assert words == f"LoRA adapters on {language} layers of the language model, {vision} of what reads pictures"
-
-
-def test_a_pattern_of_layers_matches_whole_names(tmp_path):
-    model, _ = models.build(32, 2)
-    made = models.with_adapters(options(tmp_path, lora_r=2, lora_target_modules=(r".*layers\.1\.mlp\..*_proj",)), model)
-    assert models.adapters(made) == "LoRA adapters on 3 layers of the language model"
-    names = {
-        name.split(".lora_A")[0].split("model.", 2)[-1] for name, _ in made.named_parameters() if ".lora_A." in name
-    }
-    assert names == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
-    for wrong, words in (
-        ((".*mlp.*", "q_proj"), "names, or one pattern alone"),
-        (("(",), r"'\(' is no pattern"),
-        (("nowhere",), "nowhere"),
-    ):
-        with pytest.raises(ValueError, match=f"lora_target_modules: .*{words}"):
-            models.with_adapters(options(tmp_path, lora_r=2, lora_target_modules=wrong), models.build(32, 1)[0])
-    with pytest.raises(ValueError, match="lora_language_only: expected True, for it changes nothing without lora_r"):
-        options(tmp_path, lora_language_only=False)

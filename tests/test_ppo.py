@@ -55,6 +55,11 @@ def one(trainer, number=1):
     return ppo.collect(trainer, number)
 
 
+def samples_of(trainer):
+    """The prompts of step 1."""
+    return ppo.data.batch_at(trainer.task.train, trainer.config.seed, 0, trainer.config.prompts_per_step)
+
+
 # ---------------------------------------------------------------------------------------------------------- learning
 
 
@@ -329,7 +334,7 @@ def test_the_sampler_is_cut_by_top_k_and_top_p_and_the_log_probs_are_not(tmp_pat
     for cut in ({"top_k": 1}, {"top_p": 1e-6}):
         trainer = ppo.prepare(small(tmp_path, temperature=0.7, **cut), TASK, [digits])
         batch = one(trainer)
-        greedy = ppo.sample_completions(trainer, batch.samples, uniforms=None)
+        greedy = ppo.sample_completions(trainer, samples_of(trainer), uniforms=None)
         assert batch.completions.texts == greedy.texts
         want = expected(trainer, dataclasses.replace(batch))["old_logprobs"]
         torch.testing.assert_close(
@@ -460,8 +465,8 @@ def test_several_weighted_rewards_and_a_reward_model_add_up(tmp_path):
         ppo.prepare(small(tmp_path, reward_weights=(2.0,)), TASK, reward_model=judge)
     assert alone.rewards == []
     batch = one(both)
-    functions = ppo.rewards.score(both.rewards, batch.completions.texts, batch.samples)
-    model = ppo.score(alone, batch.completions, batch.samples)
+    functions = ppo.rewards.score(both.rewards, batch.completions.texts, samples_of(both))
+    model = ppo.score(alone, batch.completions, samples_of(both))
     torch.testing.assert_close(batch.scores, functions @ torch.tensor([2.0, 0.5]) + model)
     assert model.std() > 1e-3
 

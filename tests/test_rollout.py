@@ -1,10 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 import fused_rlhf as fr
+from fused_rlhf.trainers import engine, generation, rollout
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers import rollout
+from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.inputs import Encoded, encode
 
 
@@ -145,3 +148,58 @@ def test_a_prompt_beyond_the_context_or_without_tokens_is_named(pair):
         rollout.check_lengths(["test sample 0", "test sample 1"], [short, long], model, max_new_tokens=17)
     with pytest.raises(ValueError, match="train sample 0: the prompt has no tokens"):
         rollout.check_lengths(["train sample 0"], [Encoded([])], model, max_new_tokens=1)
+
+
+def drawn(scores, uniforms, warpers=()):
+    """As a whole, in the plainest way."""
+    for warper in warpers:
+        scores = warper(None, scores)
+    cdf = scores.float().double().softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+
+
+@pytest.mark.parametrize("block", [1, 3 * 1003, 1 << 22])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_drawn_in_blocks_to_the_bit(monkeypatch, block, dtype):
+    monkeypatch.setattr(rollout, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    scores = (9 * torch.randn(7, 1003, generator=generator)).to(dtype)
+    uniforms = torch.rand(7, 2, generator=generator, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1.0 - 2.0**-53
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(40)])
+    want = drawn(scores.float(), uniforms[:, 1:], warpers)
+    ids = torch.zeros(7, 6, dtype=torch.int64)
+    left = rollout._InverseCDF(uniforms, 5, warpers)(ids, scores.clone())
+    assert left.dtype is dtype
+    assert torch.equal(left.argmax(dim=1, keepdim=True), want)
+    assert (left.isfinite().sum(dim=1) == 1).all()
+
+
+def test_how_many_are_sampled_together_is_bounded_and_changes_nothing(pair, monkeypatch, tmp_path):
+    model, tokenizer = pair
+    config = Config(output=str(tmp_path / "run"), hidden_size=32, num_layers=2, max_new_tokens=5)
+    loaded = models.Loaded(model, tokenizer, None)
+    placed = engine.Placed(engine.start(config), model, fsdp=False)
+    prompts = encoded(tokenizer, "1+1=", "12345+67890=", "7", "8-3=")
+    longest = len("12345+67890=") + 5
+    row = 2 * 2 * 32 * longest * 4 + 2 * 4 * model.config.vocab_size  # keys and values of 2 layers; logits
+    assert generation.row_bytes(model, longest) == row
+    sizes: list[int] = []
+    generate = type(model).generate
+
+    def counted(self, input_ids, **more):
+        sizes.append(len(input_ids))
+        return generate(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(type(model), "generate", counted)
+    uniforms = rollout.uniforms(0, 1, 4, 5)
+    want = rollout.complete(placed, loaded, prompts, config, uniforms)
+    for together, expected in ((3.9 * row, [3, 1]), (1.0, [1, 1, 1, 1])):
+        sizes.clear()
+        monkeypatch.setattr(generation, "TOGETHER", together)
+        got = rollout.complete(placed, loaded, prompts, config, uniforms)
+        assert sizes == expected
+        assert torch.equal(got.input_ids, want.input_ids)
+    sizes.clear()
+    rollout.complete(placed, loaded, prompts, dataclasses.replace(config, rollout_batch_size=2), uniforms)
+    assert sizes == [2, 2]

@@ -1,5 +1,7 @@
 """What is not promised to us: which of our features ends where one of these changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,6 +10,9 @@ from torch import nn
 
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers import private
+from tests import tiny
+from tests.test_activations import B, T, saved_bytes
+from tests.tiny import pieces
 
 
 def accelerator(precision="no"):
@@ -48,3 +53,19 @@ def test_the_blocks_of_a_model_are_found():
     model, _ = models.build(32, 2)
     assert private.blocks_of(nn.ModuleList([model])) == {type(model.model.layers[0]).__name__} == {"Qwen3DecoderLayer"}
     assert private.blocks_of(nn.Linear(2, 2)) == set()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_inputs_of_checkpointed_blocks_are_kept_elsewhere(tmp_path, precision):
+    """An outer hook sees what stays on the device: no block's input; the update is the same to the bit."""
+    options = {"gradient_checkpointing": True, "mixed_precision": precision, "num_layers": 3}
+    found: dict[bool, int] = {}
+    results = []
+    for offload in (False, True):
+        own, _ = tiny.build(tmp_path, offload_activations=offload, **options)
+        results.append(own.update(tiny.logprob_loss, pieces(6)))
+        module: Any = own.module
+        found[offload] = saved_bytes(module.train(), precision == "bf16")
+    assert results[0] == results[1]
+    block = B * T * 32 * 4
+    assert found[False] - found[True] == 3 * block

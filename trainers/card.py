@@ -11,6 +11,7 @@ import yaml
 
 import fused_rlhf
 from fused_rlhf.trainers.config import TrainConfig, to_dict
+from fused_rlhf.trainers.sources import PACKAGED
 
 
 def chosen(config: TrainConfig) -> dict[str, Any]:
@@ -20,11 +21,18 @@ def chosen(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in values if name not in ("resume", "overwrite") and value != default[name]}
 
 
+def hub_id(config: TrainConfig) -> str | None:
+    """The hub's name for the model that a run began with; it knows no folder of ours."""
+    if config.model is None or Path(config.model).expanduser().exists():
+        return None
+    return PACKAGED[config.model].hub if config.model in PACKAGED else config.model
+
+
 def model_card(config: TrainConfig, metrics: dict[str, float], adapters: bool = False) -> str:
     """Markdown with the front matter that the hub reads."""
     algorithm = type(config).__module__.rpartition(".")[2].removesuffix("_config")
-    local = config.model is None or Path(config.model).expanduser().exists()  # the hub knows no folder of ours
-    base = [] if local else [f"base_model: {config.model}"]
+    name = hub_id(config)
+    base = [f"base_model: {name}"] if name else []
     adapters = adapters or config.lora_r > 0
     kind = ["library_name: peft"] if adapters else ["library_name: transformers"]
     head = "\n".join(["---", *base, *kind, f"tags: [fused-rlhf, {algorithm}]", "---"])

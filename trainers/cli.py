@@ -41,7 +41,7 @@ USAGE = """usage: fused-rlhf COMMAND [--flag value ...]
 # What every run imports (the curves at its end), and the extra that brings an optional package.
 NEEDED = ("transformers", "accelerate", "tyro", "yaml", "tqdm", "matplotlib")
 EXTRAS = dict.fromkeys((*NEEDED, "datasets", "peft", "tokenizers", "safetensors"), "train")
-EXTRAS |= {"liger_kernel": "liger", "triton": "gpu"}
+EXTRAS |= {"liger_kernel": "liger", "triton": "gpu", "gguf": "real"}
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ def command(name: str) -> Command:
 def carry_out(found: Command, config: Any, dry_run: bool) -> int:
     import transformers
 
+    from fused_rlhf.trainers import flags
     from fused_rlhf.trainers.checkpoint import CheckpointError
     from fused_rlhf.trainers.engine import NonFiniteLoss, leave
     from fused_rlhf.trainers.rewards import RewardError
@@ -145,7 +146,7 @@ def carry_out(found: Command, config: Any, dry_run: bool) -> int:
         try:
             state = found.prepare(config)
         except (ValueError, TypeError, OSError) as error:
-            return refuse(error, 2)
+            return refuse(ValueError(flags.in_flags(str(error), config)), 2)
         text = found.plan(state) if dry_run else found.closing(config, found.fit(state))
     except (RewardError, NonFiniteLoss, CheckpointError) as error:
         return refuse(error, 1)

@@ -28,12 +28,13 @@ from transformers import (
 )
 
 from fused_rlhf.trainers import inputs
+from fused_rlhf.trainers.adapters import base_of
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.forwards import Extras, Rows
 from fused_rlhf.trainers.generation import eos_ids, only, placeholders
 from fused_rlhf.trainers.inputs import Encoded, processed
-from fused_rlhf.trainers.model import Loaded, base_of
+from fused_rlhf.trainers.model import Loaded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

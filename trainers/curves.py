@@ -6,10 +6,12 @@ was measured on held-out samples (`eval_loss` beside `loss`) is a dashed line. M
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -131,8 +133,26 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.grid(alpha=0.3)
 
 
-def svg(made: Figure) -> str:
-    """For the body of a page."""
-    text = io.StringIO()
+def png(rows: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Write the curves to a file, where there are some."""
+    made = figure(rows, names)
+    if made is not None:
+        made.savefig(path, dpi=100)
+    del made
+    _release()
+
+
+def svg(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """For the body of a page; empty where there are no curves."""
+    made, text = figure(rows, names), io.StringIO()
+    if made is None:
+        return ""
     made.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    del made
+    _release()
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _release() -> None:
+    """A figure's parts refer to each other: 10,000 objects each, which Python would leave for hundreds of steps."""
+    gc.collect()

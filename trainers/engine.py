@@ -113,15 +113,17 @@ def _shard(wrapper: nn.Module, mixed_precision: str) -> None:
 
 def _tables(module: nn.Module) -> list[nn.Module]:
     """Embeddings and heads."""
-    both = [table for m in _models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())]
+    both = [
+        table for m in transformers_models(module) for table in (m.get_input_embeddings(), m.get_output_embeddings())
+    ]
     return [table for table in both if table is not None]
 
 
-def _models(module: nn.Module) -> list[PreTrainedModel]:
+def transformers_models(module: nn.Module) -> list[PreTrainedModel]:
     """The transformers models below that are no part of another."""
     if isinstance(module, PreTrainedModel):
         return [module]
-    return [model for child in module.children() for model in _models(child)]
+    return [model for child in module.children() for model in transformers_models(child)]
 
 
 @torch.no_grad()
@@ -136,6 +138,21 @@ def shared(rows: Sequence[T], rank: int, world: int) -> Sequence[T]:
     share, rest = divmod(len(rows), world)
     begin = rank * share + min(rank, rest)
     return rows[begin : begin + share + (rank < rest)]
+
+
+def steps_in_one_kernel(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether torch's fused AdamW takes them all: tried with a step of one number for each device and dtype."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    if not all(p.is_contiguous() for p in local):  # the kernel for CPUs passes over strides
+        return False
+    for device, dtype in {(p.device, p.dtype) for p in local}:
+        number = torch.zeros(1, device=device, dtype=dtype, requires_grad=True)
+        number.grad = torch.zeros_like(number)
+        try:
+            torch.optim.AdamW([number], fused=True).step()
+        except (RuntimeError, NotImplementedError):
+            return False
+    return True
 
 
 class Placed:
@@ -269,9 +286,9 @@ class Engine(Placed):
                 alike = rates.get(p, learning_rate), weight_decay if p.dim() > 1 else 0.0
                 groups.setdefault(alike, []).append(p)
         made = [{"params": some, "lr": rate, "weight_decay": decay} for (rate, decay), some in groups.items()]
-        return torch.optim.AdamW(
-            made, lr=learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon
-        )
+        betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+        fused = steps_in_one_kernel([p for some in groups.values() for p in some])
+        return torch.optim.AdamW(made, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
     def apart(self, learning_rate: float, shape: Callable[[int], float]) -> Engine:
         """The same placed module with an optimiser of its own, its learning rate `shape(update)` times the given."""
@@ -388,7 +405,9 @@ class Engine(Placed):
         options = dcp.StateDictOptions(full_state_dict=True, strict=False)
         dcp.set_model_state_dict(self.module, state["module"], options=options)
         optimizer = self.optimizer.optimizer
-        dcp.set_optimizer_state_dict(self.module, optimizer, state["optimizer"], options=options)
+        saved, fused = state["optimizer"], optimizer.defaults["fused"]  # a matter of this machine, not of the run
+        saved = saved | {"param_groups": [group | {"fused": fused} for group in saved["param_groups"]]}
+        dcp.set_optimizer_state_dict(self.module, optimizer, saved, options=options)
         self.scheduler.load_state_dict(state["scheduler"])
         # What the next update takes, by the schedule of this run, which may be longer than that of the saved one.
         rates = [

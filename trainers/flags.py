@@ -47,7 +47,18 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     rest, file = take_config(arguments)
     base = default(name)
     base = from_file(file, base) if file is not None else base
-    return dataclasses.replace(base, **dict(read_flags(rest, type(base))))
+    given = dict(read_flags(rest, type(base)))
+    try:
+        return dataclasses.replace(base, **given)
+    except ValueError as error:
+        raise ValueError(in_flags(str(error), base)) from error
+
+
+def in_flags(message: str, config: TrainConfig) -> str:
+    """A message that begins with the fields it is about, with their flags in their place."""
+    names, colon, rest = message.partition(":")
+    fields, asked = {field.name for field in dataclasses.fields(config)}, names.split(", ")
+    return ", ".join(map(flag_of, asked)) + colon + rest if colon and fields.issuperset(asked) else message
 
 
 def take_switch(arguments: Sequence[str], switch: str) -> tuple[list[str], bool]:
@@ -127,7 +138,11 @@ def from_file(file: str, start: TrainConfig) -> Any:
         raise ValueError(f"--config: the recipe {file!r} is one of `fused-rlhf {command_of(file)}`")
     hints = field_hints(type(start))
     values = read_yaml(path, type(start))
-    return dataclasses.replace(start, **{key: read_as(hints[key], values[key], f"{path}: {key}") for key in values})
+    read = {key: read_as(hints[key], values[key], f"{path}: {key}") for key in values}
+    try:
+        return dataclasses.replace(start, **read)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_as(hint: Any, value: Any, where: str) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fused_rlhf.trainers.model import base_of
+from fused_rlhf.trainers.adapters import base_of
+
+TOGETHER = 4e9  # bytes; on any machine the same, so that the same run has the same products
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[int] = ()) -> list[int]:
@@ -37,3 +39,17 @@ def only(model: Any, config: GenerationConfig) -> Iterator[None]:
     finally:
         for holder, configuration in zip(holders, own, strict=True):
             holder.generation_config = configuration
+
+
+def rows_together(model: PreTrainedModel, length: int) -> int:
+    """Sequences of `length` tokens that are sampled together: as many as TOGETHER holds, one at least."""
+    return max(int(TOGETHER // row_bytes(model, length)), 1)
+
+
+def row_bytes(model: PreTrainedModel, length: int) -> int:
+    """What sampling one sequence of `length` tokens takes: keys and values of all layers, and two fp32 rows of logits."""
+    text: Any = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * text.num_hidden_layers * heads * width * length * model.dtype.itemsize
+    return cache + 2 * 4 * text.vocab_size

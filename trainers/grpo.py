@@ -33,7 +33,6 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.grpo_config import COMPARING, Config
 from fused_rlhf.trainers.grpo_rollout import (
-    ANY,
     Rollout,
     collect,
     differences,
@@ -42,7 +41,7 @@ from fused_rlhf.trainers.grpo_rollout import (
     summary,
 )
 from fused_rlhf.trainers.layout_trial import check_budget, settle
-from fused_rlhf.trainers.minibatches import everyones
+from fused_rlhf.trainers.minibatches import ANY, everyones
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.sampler import Sampler, takes
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan

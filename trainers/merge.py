@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
+from fused_rlhf.trainers import adapters
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.config import require
+from fused_rlhf.trainers.sources import locate
 
 
 def places(source: str, output: str) -> tuple[Path, Path]:
@@ -20,10 +21,10 @@ def places(source: str, output: str) -> tuple[Path, Path]:
     run, target = Path(source).expanduser(), Path(output).expanduser()
     if not run.is_dir():
         raise FileNotFoundError(f"RUN: there is no folder {source!r}")
-    found = [folder for folder in (run, run / "model") if models.holds_adapters(folder)]
+    found = [folder for folder in (run, run / "model") if adapters.held_in(folder)]
     if not found:
         whole = next((folder for folder in (run, run / "model") if (folder / "config.json").is_file()), None)
-        words = f"{str(whole)!r} is a whole model already" if whole else f"no {models.ADAPTERS} in it or in its model/"
+        words = f"{str(whole)!r} is a whole model already" if whole else f"no {adapters.FILE} in it or in its model/"
         raise FileNotFoundError(f"RUN: expected a folder with adapters, got {source!r}: {words}")
     free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     require(free, "--output", output, "a folder that is new or empty")
@@ -43,6 +44,6 @@ def merge(source: Path, output: Path, dtype: str | None = None) -> str:
     return f"{source} merged into its base: {count:,} parameters ({model.dtype}) in {output}"
 
 
-def base_dtype(adapters: Path) -> torch.dtype:
-    base = json.loads((adapters / models.ADAPTERS).read_text())["base_model_name_or_path"]
-    return AutoConfig.from_pretrained(base).dtype or torch.float32
+def base_dtype(folder: Path) -> torch.dtype:
+    base = json.loads((folder / adapters.FILE).read_text())["base_model_name_or_path"]
+    return locate("RUN", base).config.dtype or torch.float32

@@ -24,6 +24,7 @@ from fused_rlhf.trainers.rollout_config import RolloutConfig
 T = TypeVar("T")
 
 Rows = Sequence[int]  # of a process's own completions
+ANY: Rows = range(1)  # for a forward that is there for its calls alone
 
 
 @dataclass(frozen=True)

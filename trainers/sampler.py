@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fused_rlhf.trainers.adapters import base_of
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.inputs import Encoded
-from fused_rlhf.trainers.model import Loaded, base_of
+from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rollout import Completions, assemble, ends_of
 
 Sampler = Callable[..., tuple[list[list[int]], list[list[float]] | None]]

@@ -29,7 +29,7 @@ from fused_rlhf import notices
 from fused_rlhf.objectives import PolicyLoss
 from fused_rlhf.op.execute import serves_one_pass
 from fused_rlhf.preferences import PreferenceLoss
-from fused_rlhf.trainers import checkpoint, planning
+from fused_rlhf.trainers import adapters, checkpoint, planning
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.checkpoint import CheckpointError
 from fused_rlhf.trainers.config import TrainConfig, require
@@ -117,7 +117,7 @@ class Trainer(ABC):
         """`function(model, *args)` of the reference; where none is kept, of the model itself, LoRA's adapters off."""
         if self.reference is not None:
             return self.reference(function, *args)
-        with models.without_adapters(self.loaded.model) if self.config.lora_r else nullcontext():
+        with adapters.without_adapters(self.loaded.model) if self.config.lora_r else nullcontext():
             return self.engine(lambda module: function(self.loaded.model, *args))
 
     def save_model(self, metrics: Logged) -> None:
@@ -257,7 +257,7 @@ def fit(trainer: Trainer) -> Result:
         run.report(trainer.name, state, trainer.plotted, before, {} if latest is before else latest, made_of)
 
     made_of = [f"{planning.parameters(engine, trainer.loaded)}; {workload.samples}", runs(trainer)]
-    made_of += [models.adapters(trainer.loaded.model)] if config.lora_r else []
+    made_of += [adapters.in_words(trainer.loaded.model)] if config.lora_r else []
     made_of += [workload.note] if workload.note else []
     for line in made_of:
         run.say(line)

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fused_rlhf.lm_head import HeadInputs
+from fused_rlhf.trainers.adapters import base_of
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.forwards import Batch
-from fused_rlhf.trainers.model import Loaded, base_of, locate, prepare_body, require_embeddings, tokenizer_of
+from fused_rlhf.trainers.model import Loaded, prepare_body, require_embeddings
 from fused_rlhf.trainers.ppo_config import Config
 from fused_rlhf.trainers.rollout import Completions, logprobs_of
+from fused_rlhf.trainers.sources import locate
 
 BIAS = "score.bias"
 
@@ -142,7 +144,7 @@ def reward_of(config: Config, source: str | nn.Module, loaded: Loaded) -> Scalar
     elif isinstance(source, str):
         model, head = load("reward_model", source, getattr(torch, config.dtype))
         require(head is not None, "reward_model", source, "a model with a trained head called `score`")
-        its = tokenizer_of("reward_model", *locate("reward_model", source)).get_vocab()
+        its = locate("reward_model", source).tokenizer("reward_model").get_vocab()
         words = "the policy's own vocabulary (a model of another reads texts: rewards: model=FOLDER_OR_ID)"
         require(its == loaded.tokenizer.get_vocab(), "reward_model", source, words)
         made = ScalarModel(model, head)
@@ -171,17 +173,16 @@ def probe(argument: str, model: ScalarModel, tokenizer: PreTrainedTokenizerBase)
 
 def load(argument: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """The model of a folder or hub id, and its head, None where that is not of a trained `score`."""
-    path, local = locate(argument, source)
+    found = locate(argument, source)
+    found.config.num_labels = 1
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, num_labels=1, local_files_only=local, output_loading_info=True
-        )
+        model, info = found.model(AutoModelForSequenceClassification, dtype)
     except RuntimeError as error:  # the word of transformers for a head of another size
         raise ValueError(f"{argument}: expected a head with one output; that of {source!r} has another size") from error
     fresh = any(name.startswith("score.") for name in info["missing_keys"])
     head = None if fresh else getattr(model, "score", None)
-    if local and isinstance(head, nn.Linear) and BIAS in info["unexpected_keys"]:
-        head.bias = nn.Parameter(bias_in(Path(path)).to(head.weight))
+    if found.local and isinstance(head, nn.Linear) and BIAS in info["unexpected_keys"]:
+        head.bias = nn.Parameter(bias_in(Path(found.path)).to(head.weight))
     return model, head
 
 

@@ -15,7 +15,7 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers import conversation
 from fused_rlhf.trainers.data import Sample, Task, batch_at
 from fused_rlhf.trainers.evaluation import correct
-from fused_rlhf.trainers.minibatches import turns_of
+from fused_rlhf.trainers.minibatches import ANY, turns_of
 from fused_rlhf.trainers.model import Loaded
 from fused_rlhf.trainers.rollout import Completions, assemble, completion_logprobs
 from fused_rlhf.trainers.rollout_config import RolloutConfig
@@ -59,7 +59,7 @@ def on_answers(
         num_tokens = engine.sum(batch.completion_mask.sum())
         rows = range(len(batch.texts))
         (turn,) = turns_of(engine, [rows], [True] * len(rows), batch.sizes(), config)
-        return [(batch[micro or [0]], num_tokens, config.backend, bool(micro)) for micro in turn.micro]
+        return [(batch[micro or ANY], num_tokens, config.backend, bool(micro)) for micro in turn.micro]
 
     def accuracy() -> float:
         return correct(engine, loaded, task, config, some).mean().item()
