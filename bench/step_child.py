@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rlhf.bench.measure import Clock, PeakMemory
+from fused_rlhf.bench.measure import Clock, PeakMemory, release
 from fused_rlhf.bench.step_batch import Batch, build, short, synthetic
 from fused_rlhf.bench.step_cases import BODIES, Case, Way
 from fused_rlhf.bench.step_update import Update
@@ -109,7 +109,9 @@ def main(spec: dict[str, Any]) -> None:
         return
     row = Measured(case, Way(**spec["way"]), spec["device"], folder)
     for line in sys.stdin:
-        print(json.dumps({"check": row.check, "time": row.time}[line.strip()]()), file=answers, flush=True)
+        answer = {"check": row.check, "time": row.time}[line.strip()]()
+        release()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def spec_of(case: Case, way: Way | None, device: str, threads: int, folder: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fused_rlhf.bench.step_batch import Batch
-from fused_rlhf.bench.step_cases import BODIES, Case, Way
+from fused_rlhf.bench.step_cases import Case, Way
 from fused_rlhf.bench.step_update import LEARNING_RATE, MAX_GRAD_NORM, Update
 from fused_rlhf.trainers import dpo, grpo, planning
 from fused_rlhf.trainers import model as models
@@ -60,12 +60,16 @@ def build(case: Case, way: Way, model: Any, folder: str) -> Update:
 
 
 def predicted_bytes(case: Case, way: Way, trainer: Any) -> float | None:
-    """A hidden state of each layer and token, and what the head takes; without checkpointing there is no formula."""
-    if not way.checkpointing:
+    """The peak over weights, gradients and optimiser, by the plan of a run of one micro-batch; None where prompts are shared or
+    lengths differ in a row, which a plan does not know."""
+    if way.layout == "shared" or (way.layout == "packed" and len(set(case.completions)) > 1):
         return None
-    body, tokens = BODIES[case.body], case.tokens(way) * case.micro_batch // case.sequences
-    head = planning.memory(trainer.engine, tokens, body.vocabulary, body.hidden, reference=False)["head"]
-    return head + 4 * body.layers * tokens * body.hidden
+    length = case.prompt + max(case.completions)
+    batch = replace(trainer.workload, sequences=case.micro_batch, length=length, updates=1)
+    need = planning.memory(trainer.engine, trainer.loaded, batch, reference=False)
+    need = planning.with_activations(need, trainer.engine, case.micro_batch, length, trainer.loaded.layout)
+    # The gradients are there before the update: beside them the head's and the embedding's new one.
+    return max(need.kept + need.head, need.activations + need.hidden) + need.early
 
 
 def rollout_of(way: Way, trainer: Any, batch: Batch) -> Rollout:

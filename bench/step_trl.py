@@ -15,6 +15,7 @@ from fused_rlhf.bench.step_batch import Batch
 from fused_rlhf.bench.step_cases import Case, Way
 from fused_rlhf.bench.step_update import LEARNING_RATE, MAX_GRAD_NORM, Update
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.engine import steps_in_one_kernel
 
 Inputs = dict[str, Tensor]
 
@@ -36,7 +37,7 @@ def trainer_of(case: Case, way: Way, model: Any, folder: str) -> Any:
         "max_grad_norm": MAX_GRAD_NORM,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused" if steps_in_one_kernel(list(model.parameters())) else "adamw_torch",  # as ours
         "bf16": False,
         "use_cpu": model.device.type == "cpu",
         "report_to": [],
