@@ -210,6 +210,15 @@ def judge(target: Target, records: Sequence[Record]) -> Record:
     return made | ({"holds": False, "why": f"{', '.join(wrong)} disagrees"} if wrong else {})
 
 
+def busy(records: Sequence[Record], least: float = 0.8) -> list[str]:
+    """What is to be said where something else ran meanwhile."""
+    shares = {f"{r['case']}/{r['provider']}": r["cpu_share"] for r in records if r.get("cpu_share", 1.0) < least}
+    if not shares:
+        return []
+    rows = ", ".join(f"{name} {value:.0%}" for name, value in shares.items())
+    return [f"Less than {least:.0%} of their threads' time, as something else ran or one thread worked alone: {rows}."]
+
+
 def run(plan: Plan, *, rounds: int, device: str, threads: int, command: str, out: Path | None) -> Record:
     """All cases, one after the other; `out` is written after each."""
     result: Record = {
@@ -229,6 +238,7 @@ def run(plan: Plan, *, rounds: int, device: str, threads: int, command: str, out
         with tempfile.TemporaryDirectory() as folder:
             result["rows"] += measured(name, case, plan.ways[name], rounds, device, threads, Path(folder))
         result["targets"] = [judge(target, result["rows"]) for target in plan.targets]
+        result["notes"] = busy(result["rows"])
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(result, indent=1) + "\n")
