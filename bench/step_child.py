@@ -49,10 +49,9 @@ class Measured:
 
     def __init__(self, case: Case, way: Way, device: str, folder: Path) -> None:
         body = BODIES[case.body]
-        kept = torch.load(folder / REFERENCE, mmap=True, map_location=device)
-        self.device, self.kept = device, kept
+        self.device, self.reference = device, folder / REFERENCE
         self.update = update_of(case, way, build(body).to(device), str(folder / "out"))
-        self.pieces = self.update.prepare(Batch(**kept["batch"]))
+        self.pieces = self.update.prepare(Batch(**torch.load(self.reference)["batch"]).to(device))
         self.warm_up(case, body.vocabulary)
 
     def warm_up(self, case: Case, vocabulary: int) -> None:
@@ -80,12 +79,13 @@ class Measured:
 
     def errors(self, loss: float, norm: float, gradients: list[Tensor]) -> dict[str, float]:
         """Relative, against each sequence by itself."""
-        truth = self.kept["gradients"]
-        squares = sum((mine - its).double().square().sum().item() for mine, its in zip(gradients, truth, strict=True))
+        truth = torch.load(self.reference, map_location=self.device)  # let go again: other processes need the room
+        pairs = zip(gradients, truth["gradients"], strict=True)
+        squares = sum((mine - its).double().square().sum().item() for mine, its in pairs)
         return {
-            "loss_rel": abs(loss / self.kept["loss"] - 1),
-            "norm_rel": abs(norm / self.kept["grad_norm"] - 1),
-            "gradient_rel": squares**0.5 / self.kept["grad_norm"],
+            "loss_rel": abs(loss / truth["loss"] - 1),
+            "norm_rel": abs(norm / truth["grad_norm"] - 1),
+            "gradient_rel": squares**0.5 / truth["grad_norm"],
         }
 
     def time(self) -> dict[str, Any]:
