@@ -1,4 +1,5 @@
-"""Updates by dense logits: the rows padded, as anybody would write it; and each sequence by itself, as the truth.
+"""Updates by dense logits: the rows padded, as anybody would write it; and each sequence by itself, as the truth, with fp64
+after the logits.
 
 GRPO   mean over sequences of mean over tokens of  -min(r A, clip(r, 0.8, 1.2) A),   r = exp(logprob - old)
 DPO    -mean over pairs of log sigmoid(0.1 (lr_chosen - lr_rejected)),               lr = sum of logprob - ref
@@ -20,11 +21,13 @@ from fused_rlhf.bench.step_update import Update
 from fused_rlhf.objectives.reductions import Metrics
 
 
-def logprobs(model: Any, input_ids: Tensor, attention_mask: Tensor | None, prompt: int) -> Tensor:
-    """(B, T) tokens -> (B, T - prompt) log-probs of the completions, by their logits."""
+def logprobs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, prompt: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(B, T) tokens -> (B, T - prompt) log-probs of the completions, by their logits, which are converted first."""
     kept = input_ids.shape[1] - prompt + 1
     logits = model(input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
-    return logits.log_softmax(dim=-1).gather(-1, input_ids[:, prompt:, None]).squeeze(-1)
+    return logits.log_softmax(dim=-1, dtype=dtype).gather(-1, input_ids[:, prompt:, None]).squeeze(-1)
 
 
 def grpo(found: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, sequences: int) -> Tensor:
@@ -75,10 +78,10 @@ def separate(case: Case, model: Any, batch: Batch) -> tuple[Batch, dict[str, Any
     ref = torch.zeros(len(batch.input_ids), dtype=torch.float64, device=batch.input_ids.device)
     total, kept = 0.0, []
     for i, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
-        found = logprobs(model, batch.input_ids[i : i + 1, :length], None, batch.prompt)
+        found = logprobs(model, batch.input_ids[i : i + 1, :length], None, batch.prompt, torch.float64)
         mask = batch.completion_mask[i : i + 1, batch.prompt : length]
         if case.trainer == "grpo":
-            own = found.detach() + noise[i : i + 1, batch.prompt : length].to(found.device)
+            own = found.detach().float() + noise[i : i + 1, batch.prompt : length].to(found.device)
             old[i, batch.prompt - 1 : length - 1] = own[0]
             loss = grpo(found, own, batch.advantages[i : i + 1], mask, case.sequences)
         else:
