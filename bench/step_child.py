@@ -95,7 +95,8 @@ class Measured:
         clock.mark()
         (seconds,) = clock.spans()
         busy = (time.process_time() - cpu) / (seconds * torch.get_num_threads())
-        return {"seconds": seconds, "loss": loss, "grad_norm": norm, "cpu_share": busy, "load": os.getloadavg()[0]}
+        share = busy if self.device == "cpu" else 1.0
+        return {"seconds": seconds, "loss": loss, "grad_norm": norm, "cpu_share": share, "load": os.getloadavg()[0]}
 
 
 def main(spec: dict[str, Any]) -> None:

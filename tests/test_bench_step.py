@@ -29,7 +29,7 @@ from fused_rlhf.bench.step_cases import (
     tiny,
 )
 from fused_rlhf.bench.step_child import REFERENCE, Measured, refer, spec_of
-from fused_rlhf.bench.step_run import TOLERANCE, Child, Failed, interval, judge, measured, record, relate
+from fused_rlhf.bench.step_run import TOLERANCE, Child, Failed, ask, busy, interval, judge, measured, record, relate
 
 PLAN = tiny()
 ROWS = [(name, way) for name in PLAN.cases for way in PLAN.ways[name]]
@@ -151,6 +151,25 @@ def test_a_row_that_failed_stands_in_the_tables():
     text = report.rows(rows, report.WHOLE)
     assert "no room" in text
     assert rows[1]["speedup"] is None
+
+
+def test_a_disturbed_sample_is_taken_twice():
+    class Busy(Child):
+        def __init__(self):
+            self.shares = [0.4, 0.7, 0.9]
+
+        def ask(self, what):
+            return {"seconds": 1.0, "cpu_share": self.shares.pop(0)}
+
+    row: dict[str, Any] = {"samples": [], "error": None}
+    child = Busy()
+    ask(child, "time", row)
+    ask(child, "time", row)
+    assert [s["cpu_share"] for s in row["samples"]] == [0.7, 0.9]
+    assert [s.get("taken_twice", False) for s in row["samples"]] == [True, False]
+    notes = busy([{"case": "dpo", "provider": "trl", "cpu_share": 0.7}, {"case": "dpo", "provider": "dense"}])
+    assert len(notes) == 1
+    assert notes[0].endswith("dpo/trl 70%.")
 
 
 @pytest.mark.parametrize(
