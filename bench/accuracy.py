@@ -47,7 +47,10 @@ class _Truth:
 def errors(
     inputs: Inputs, reference: Reference, loss: Tensor | None, found: Values | None, samples: int = 64
 ) -> dict[str, float]:
-    """Gradients are read from `.grad` of the inputs: `samples` to 2 x `samples` rows of dX and 3 x `samples` of dW."""
+    """`ratio_off` is the share of tokens whose policy ratio, exp of the log-prob's error, is off by more than 1 %.
+
+    Gradients are read from `.grad` of the inputs: `samples` to 2 x `samples` rows of dX and 3 x `samples` of dW.
+    """
     case, device = inputs.case, inputs.hidden.device
     op, index = OPS[case.op], order(case, str(device))
     known = Reference(*(r[index] for r in reference))
@@ -57,6 +60,10 @@ def errors(
     if found is not None:
         name = "kl" if op.values == "kl" else "logprob"
         result[f"{name}_max_abs"] = _largest(found.values, values, inputs.mask)
+        if name == "logprob":
+            off = _differences(found.values, values, inputs.mask)
+            result["logprob_mean_abs"] = off.abs().mean().item()
+            result["ratio_off"] = (off.expm1().abs() > 0.01).double().mean().item()
         if found.entropy is not None and entropy is not None:
             result["entropy_max_abs"] = _largest(found.entropy, entropy, inputs.mask)
     loss_of = objectives.loss_of(case)
@@ -108,7 +115,11 @@ def _spread(count: int, samples: int, device: torch.device) -> Tensor:
 
 
 def _largest(found: Tensor, truth: Tensor, mask: Tensor) -> float:
-    return (found.detach().double() - truth.detach())[mask].abs().max().item()
+    return _differences(found, truth, mask).abs().max().item()
+
+
+def _differences(found: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    return (found.detach().double() - truth.detach())[mask]
 
 
 def _distance(name: str, grad: Tensor | None, rows: Tensor, truth: Tensor) -> dict[str, float]:

@@ -53,6 +53,8 @@ class Case:
     frozen_head: bool = False
     lengths: int = 1  # how many sequence lengths are met for the first time before the timed rounds
     seed: int = 0
+    inputs: str = ""  # a model, by its folder or name, whose hidden states and head they are; "": drawn at random
+    data: str = ""  # folder with the text that the model reads, GSM8K's test.jsonl
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
@@ -120,4 +122,5 @@ class Case:
         extra += [f"{self.zero_rows:.0%} zero gradients"] if self.zero_rows else []
         extra += ["frozen head"] if self.frozen_head else []
         extra += [f"{self.lengths} lengths"] if self.lengths > 1 else []
+        extra += [f"inputs of {self.inputs}"] if self.inputs else []
         return ", ".join([f"{self.objective or self.op} N={self.N} H={self.H} V={self.V} {self.dtype}", *extra])

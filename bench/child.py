@@ -7,6 +7,7 @@ that its parent can tell the time of imports from that of the work.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def carry_out(spec: dict[str, Any]) -> None:
     if spec["memory"] is not None and resource is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (spec["memory"], spec["memory"]))
     torch.set_num_threads(spec["threads"])
+    os.chdir(spec["folder"])  # to which a case's paths are relative
     case, device = Case(**spec["case"]), spec["device"]
     path = Path(spec["reference"])
     write({})

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,14 +114,18 @@ def parser(prog: str) -> Parser:
 def parse(prog: str, arguments: list[str]) -> argparse.Namespace:
     """Raises ValueError for arguments that do not fit, by themselves or with each other."""
     args = parser(prog).parse(arguments)
-    given = [f"--{f.name}" for f in fields(Case) if getattr(args, f.name) is not None]
+    of_suite = ("inputs", "data") if args.suite == "real" else ()
+    given = [f"--{f.name}" for f in fields(Case) if f.name not in of_suite and getattr(args, f.name) is not None]
     given += ["--model"] if args.model else []
     if given and not args.providers:
         raise ValueError(
             f"{given[0]} is of a case of your own, which needs --providers, such as --providers dense ours"
         )
-    if args.model and (args.H is not None or args.V is not None):
-        raise ValueError(f"--model {args.model} says H and V: leave out --H and --V")
+    for name in ("model", "inputs"):
+        if (value := getattr(args, name)) and (args.H is not None or args.V is not None):
+            raise ValueError(f"--{name} {value} says H and V: leave out --H and --V")
+    if args.model and args.inputs:
+        raise ValueError("--inputs says H and V: leave out --model")
     ready_to_write(args.out, args.plots)
     return args
 
@@ -157,14 +161,31 @@ def listing() -> str:
 def chosen_suite(args: argparse.Namespace) -> tuple[str, Suite]:
     if args.providers:
         given = {f.name: getattr(args, f.name) for f in fields(Case) if getattr(args, f.name) is not None}
-        case = Case(**given | _head(args.model))
+        case = prepared(Case(**given | _head(args.model)))
         for name in args.providers:
             if not PROVIDERS[name].takes(case):
                 able = ", ".join(other for other, provider in PROVIDERS.items() if provider.takes(case))
                 raise ValueError(f"--providers: {name} does not have the case {case.label}; {able} do")
         return "custom", Suite("", {"case": case}, [Row("case", p, 3) for p in args.providers])
     name = ("long" if args.device == "cpu" else "gpu-long") if args.long else args.suite or "quick"
-    return name, SUITES[name]()
+    suite = SUITES[name]()
+    if name == "real":
+        given = {key: value for key in ("inputs", "data") if (value := getattr(args, key)) is not None}
+        suite = replace(suite, cases={key: prepared(replace(case, **given)) for key, case in suite.cases.items()})
+    return name, suite
+
+
+def prepared(case: Case) -> Case:
+    """With H and V of the model whose inputs it has, if any. Raises ValueError, FileNotFoundError where that is not there."""
+    if not case.inputs:
+        if case.data:
+            raise ValueError("--data is what a model reads, and needs --inputs, such as --inputs smollm2")
+        return case
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("--inputs needs transformers: pip install 'fused-rlhf[train]'")
+    from fused_rlhf.bench import real
+
+    return real.prepared(case)
 
 
 def _head(model: str | None) -> dict[str, int]:

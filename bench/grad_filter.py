@@ -1,8 +1,9 @@
 """How much `grad_filter` skips on a trained model's distribution: python -m bench.grad_filter --data DIR_WITH_GSM8K
 
-Trains a small Qwen-style model with a BPE vocabulary on GSM8K's training text, then counts, on its test text, the
-(token, vocabulary block) pairs that the filter leaves out at several block widths, the error it makes of the gradients,
-and the time of the backward with and without it. Random logits would say nothing: they are flat, or peaked by chance.
+Counts, on GSM8K's test text, the (token, vocabulary block) pairs that the filter leaves out at several block widths, the
+error it makes of the gradients, and the time of the backward with and without it. Random logits would say nothing: they
+are flat, or peaked by chance. The model is the one of `--model`, such as smollm2, or a small Qwen-style one with a BPE
+vocabulary that is trained on GSM8K's training text before.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import fused_rlhf as fr
+from fused_rlhf.bench import real
+from fused_rlhf.bench.document import commit
 from fused_rlhf.kernels.interface import kept_blocks
 
 FILTERS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -110,9 +113,8 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def rows_of_own(args: argparse.Namespace, device: torch.device) -> tuple[real.Rows, dict[str, Any]]:
+    """Of a small model after its training, and how that went. Raises FileNotFoundError where there is no text."""
     corpus = texts(args.data / "train.jsonl")
     tokenizer = tokenizer_of(corpus, args.vocabulary)
     V = tokenizer.get_vocab_size()
@@ -129,6 +131,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     weight = model.get_output_embeddings().weight.detach()
     if device.type == "cuda":
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    about = {"hidden": args.hidden, "layers": 4, "steps": args.steps, "train_loss": loss, "seconds": seconds}
+    return real.Rows(hidden, weight, targets), about
+
+
+def rows_of_model(args: argparse.Namespace, device: torch.device) -> tuple[real.Rows, dict[str, Any]]:
+    """Of the model that is named. Raises as `real.rows`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = real.rows(args.model, args.data, args.tokens, dtype, device.type)
+    return found, {"name": args.model, "hidden": found.hidden.shape[1]}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (hidden, weight, targets), about = (rows_of_model if args.model else rows_of_own)(args, device)
     found = fr.linear_logprobs(hidden, weight, targets, outputs=("entropy",))
     assert found.entropy is not None
     rows = []
@@ -140,8 +157,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         errors = {"dX": relative(dx, exact_x), "dW": relative(dw, exact_w)}
         rows.append({"grad_filter": f, "relative_error": errors, "backward_time_ratio": filtered / exact_seconds})
     return {
-        "vocabulary": V,
-        "model": {"hidden": args.hidden, "layers": 4, "steps": args.steps, "train_loss": loss, "seconds": seconds},
+        "vocabulary": len(weight),
+        "model": about,
         "test": {
             "tokens": len(targets),
             "nll": -found.logprobs.mean().item(),
@@ -153,6 +170,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(hidden.dtype),
         "torch": torch.__version__,
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "seed": args.seed,
     }
@@ -161,13 +179,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.grad_filter", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with GSM8K's train.jsonl and test.jsonl")
+    parser.add_argument("--model", help="a folder, or a name that trainers take; the options of training are not read")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     for name, default in {"vocabulary": 32768, "hidden": 256, "steps": 400, "batch": 16, "length": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--tokens", type=int, default=8192, help="test tokens")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result = measure(args)
+    try:
+        result = measure(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"python -m bench.grad_filter: error: {error}") from None
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ rows of W, so that the candidates' logits are (to within the overlap of random r
 and, in every row, four more tokens at -25. Targets are drawn from the candidates' softmax. The reference model has the
 same head and hidden states that differ by noise which moves every logit by about 0.1. Rows beyond `BASE_ROWS` repeat
 earlier ones in random order, so that one fp64 reference serves every N. The entropy is recorded beside the figures.
+
+A case may name a model instead, whose own head, hidden states and targets are taken (real.py); all else is the same.
 """
 
 from __future__ import annotations
@@ -92,6 +94,23 @@ class Inputs:
 
 
 def base_rows(case: Case, device: str) -> Base:
+    return model_rows(case, device) if case.inputs else drawn_rows(case, device)
+
+
+def model_rows(case: Case, device: str) -> Base:
+    """Those of a model. Raises ValueError where the case has another head than the model."""
+    from fused_rlhf.bench import real  # transformers is slow to import, and drawn rows do without
+
+    dtype = DTYPES[case.dtype]
+    hidden, weight, targets = real.rows(case.inputs, case.data, min(case.N, BASE_ROWS), dtype, device)
+    if weight.shape != (case.V, case.H):
+        raise ValueError(f"V and H must be those of {case.inputs}, {tuple(weight.shape)}, got {(case.V, case.H)}")
+    rng = torch.Generator(device).manual_seed(case.seed)
+    noise = torch.randn(hidden.shape, generator=rng, device=device) / weight.float().square().sum(1).mean().sqrt()
+    return Base(weight, hidden, (hidden + 0.1 * noise).to(dtype), targets)
+
+
+def drawn_rows(case: Case, device: str) -> Base:
     """The recipe of the module docstring."""
     rng = torch.Generator(device).manual_seed(case.seed)
     randn = partial(torch.randn, generator=rng, device=device)

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 import fused_rlhf as fr
 from fused_rlhf.bench.picture_family import Family, apart
 from fused_rlhf.bench.picture_rows import MIXED, Chat, Sample, forms, placed, refusals, row_of, said, shot, user
-from fused_rlhf.trainers import data, dpo, generation, grpo, pairs, ppo, rollout
+from fused_rlhf.trainers import data, dpo, generation, grpo, pair_rows, pairs, ppo, rollout
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 BETA = 0.3
@@ -36,7 +36,7 @@ def through_pairs(family: Family, row: Sample) -> Any:
     """A row as DPO reads it."""
     answers = {"chosen": [said("assistant", "yes")], "rejected": [said("assistant", "no")]}
     encoder = pairs.Encoder(family.tokenizer, family.processor, None)
-    return encoder.with_images(encoder.pairs(pairs.check([answers | row], "row"))[0])
+    return encoder.with_images(encoder.pairs(pair_rows.check([answers | row], "row"))[0])
 
 
 def is_own(family: Family, got: Any, chat: Chat) -> bool:
@@ -218,11 +218,12 @@ def given_samples(family: Family) -> dict[str, Any]:
     return {"task": rows, "reward_functions": [reward], "ref_model": family.other(), **family.given()}
 
 
-def dense(family: Family, model: Any, found: Any) -> tuple[list[Tensor], list[Tensor]]:
+def dense(
+    family: Family, model: Any, some: rollout.Completions, samples: Sequence[Sample]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Log-probs of each row's completion alone, and what the head got before its tokens."""
-    some = found.completions
     tokens = [ids[mask].tolist() for ids, mask in zip(some.input_ids, some.completion_mask, strict=True)]
-    rows = [MIXED[sample["number"]] for sample in found.samples]
+    rows = [MIXED[sample["number"]] for sample in samples]
     alone = [family.alone(model, chat, own) for chat, own in zip(rows, tokens, strict=True)]
     return [x for x, _ in alone], [h[-len(own) - 1 : -1] for (_, h), own in zip(alone, tokens, strict=True)]
 
@@ -254,7 +255,10 @@ def grpo_step(family: Family) -> float:
     mask = found.completions.completion_mask[:, 1:]
     assert found.old_logprobs is not None and found.ref_logprobs is not None  # noqa: PT018 - for mypy
     with torch.no_grad():
-        old, ref = (torch.cat(dense(family, model, found)[0]) for model in (family.model, family.other()))
+        old, ref = (
+            torch.cat(dense(family, model, found.completions, found.samples)[0])
+            for model in (family.model, family.other())
+        )
     assert sampled_alone(family, found), "completions differ where they are sampled alone"
     metrics = grpo.update(trainer, dataclasses.replace(found, turns=found.turns[:1]))
     require_first_update(metrics, "ratio_mean", "ratio_var")
@@ -275,7 +279,8 @@ def ppo_of(family: Family, value_model: str) -> float:
     with torch.no_grad():
         head.weight.normal_(generator=torch.Generator().manual_seed(2))
         found = ppo.collect(trainer, 1)
-        old, hidden = map(torch.cat, dense(family, family.model, found))
+        samples = data.batch_at(trainer.task.train, config.seed, 0, config.prompts_per_step)
+        old, hidden = map(torch.cat, dense(family, family.model, found.completions, samples))
         values = (hidden.double() @ head.weight.double().T + head.bias.double())[:, 0]
     mask = found.completions.completion_mask[:, 1:]
     assert sampled_alone(family, found), "completions differ where they are sampled alone"

@@ -51,6 +51,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "share": ("GEMM share", lambda r: share(r["gemm_share"])),
     "rate": ("TFLOP/s", lambda r: number(r["gflops"] / 1e3)),
     "value": ("value err", _error("logprob_max_abs", "kl_max_abs", "loss_per_nat")),
+    "mean": ("mean value err", _error("logprob_mean_abs")),
+    "ratio": ("ratios off by 1 %", lambda r: share(r["errors"].get("ratio_off"))),
     "dx": ("dX err", _error("dhidden_rel")),
     "dw": ("dW err", _error("dweight_rel")),
     "cpu": ("CPU share", lambda r: share(r.get("cpu_share"))),

@@ -126,10 +126,11 @@ def _spawn(plan: Plan, scratch: Path, meter: Meter, task: Task, until: float, wa
     providers = [name for name in task.providers if name not in refused]
     if not providers:
         return refused
-    # Cases that differ in N, op or objective alone share their base rows.
-    key = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.dtype}-{case.seed}.pt"
+    # Cases that differ in N, op or objective alone share their base rows; only one model goes into a run.
+    key = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.dtype}-{case.seed}-{bool(case.inputs)}.pt"
     spec: dict[str, Any] = {
         "case": asdict(case),
+        "folder": os.getcwd(),
         "device": plan.device,
         "threads": plan.threads,
         "memory": memory,

@@ -204,6 +204,22 @@ def models() -> Suite:
     return Suite("heads of published models", cases, able(cases, "gemm-blocked dense ours-one_pass ours-two_phase", 1))
 
 
+# --------------------------------------------------------------------------------------------------------------- real
+
+
+def real() -> Suite:
+    """Operands in bf16, as a model is trained in; H and V are those of whichever model the command line names."""
+    update = Case(N=2048, H=576, V=49152, dtype="bf16", inputs="smollm2")
+    cases = {"log-probs": replace(update, op="logprobs_fwd"), "update": update}
+    return Suite(
+        "errors on the hidden states and the head of SmolLM2-135M-Instruct, reading GSM8K: needs --data DIR",
+        cases,
+        rows("log-probs", "dense trl trl-selective dense-fp32 ours", 1)
+        + rows("update", "dense trl liger dense-fp32 ours", 1),
+        together=True,
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- long
 
 
@@ -323,6 +339,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "objectives": objectives,
     "matrix": matrix,
     "models": models,
+    "real": real,
     "long": long,
     "gpu": gpu,
     "gpu-tiny": partial(gpu, 128),

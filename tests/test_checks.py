@@ -331,8 +331,8 @@ def test_ktos_kl(kl, error, message):
         (lambda: fr.GRPO(epsilon_high="0.2"), "epsilon_high must be a number, got str '0.2'"),  # type: ignore[arg-type]
         (lambda: fr.GRPO(beta="0.2"), "beta must be a number, got str"),  # type: ignore[arg-type]
         (lambda: fr.DPO(beta=None), "beta must be a number, got NoneType"),
-        (lambda: fr.GRPO(bta=0.1), r"bta is no option of ppo_clip .*mean beta\?"),  # type: ignore[call-arg]
-        (lambda: fr.DPO(label_smothing=0.1), r"label_smothing is .* mean label_smoothing\?"),  # type: ignore[call-arg]
+        (lambda: fr.GRPO(bta=0.1), r"bta is no option of ppo_clip .*mean 'beta'\?"),  # type: ignore[call-arg]
+        (lambda: fr.DPO(label_smothing=0.1), r"label_smothing is .* mean 'label_smoothing'\?"),  # type: ignore[call-arg]
     ],
 )
 def test_options_are_numbers_and_known(make, message):

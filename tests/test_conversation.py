@@ -11,7 +11,8 @@ from fused_rlhf.trainers import data, inputs, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.conversation import encode, following, render
 from fused_rlhf.trainers.data import Task
-from fused_rlhf.trainers.pairs import Encoder, check_row
+from fused_rlhf.trainers.pair_rows import check_row
+from fused_rlhf.trainers.pairs import Encoder
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 from tests import chats, tiny_vision
 from tests.chats import FAMILIES

@@ -51,6 +51,20 @@ def test_gsm8k_questions_of_the_real_files():
     assert all(float(s["answer"]) is not None for s in (*task.train, *task.test))
 
 
+def test_prompts_are_put_into_a_format():
+    rows: list[dict[str, Any]] = [{"prompt": f"{i}{{}}=", "answer": str(i)} for i in range(8)]
+    config = RolloutConfig(prompt_format="1=1\n{prompt} {x}")
+    task = data.load_for(config, Task(rows[:6], rows[6:], "exact_match"))
+    assert [s["prompt"] for s in task.train] == [f"1=1\n{i}{{}}= {{x}}" for i in range(6)]
+    assert [s["prompt"] for s in task.test] == ["1=1\n6{}= {x}", "1=1\n7{}= {x}"]
+    assert task.test[1]["answer"] == "7"
+    rows[7]["prompt"] = [{"role": "user", "content": "7"}]
+    with pytest.raises(ValueError, match=r"prompt_format: expected {prompt}, for test sample 1 has messages"):
+        data.load_for(config, Task(rows[:6], rows[6:], "exact_match"))
+    with pytest.raises(ValueError, match=r"prompt_format: expected a text with {prompt} in it; got 'What is it\?'"):
+        RolloutConfig(prompt_format="What is it?")
+
+
 def test_arithmetic_is_right_whole_and_held_out():
     task = data.arithmetic(max_operand=9, num_test=20)
     assert len(task.train) + len(task.test) == 100 + 55

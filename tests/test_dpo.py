@@ -218,7 +218,9 @@ def test_the_reference_may_be_a_folder_an_object_numbers_in_the_rows_or_taken_on
     trainer = dpo.prepare(changed("d"), ROWS, **given(other_model(2)))
     batch = dpo.assemble(trainer, trainer.train)
     sums = trainer.engine(dpo.sums, trainer.config, batch).detach().view(2, -1).T.tolist()
-    by_row = {pair.where: dict(zip(dpo.pairs.REFERENCE, ref)) for pair, ref in zip(trainer.train, sums, strict=True)}
+    by_row = {
+        pair.where: dict(zip(dpo.pair_rows.REFERENCE, ref)) for pair, ref in zip(trainer.train, sums, strict=True)
+    }
     rows = [row | by_row[f"row {i}"] for i, row in enumerate(ROWS, 1)]
     close(first_step(changed("e"), rows, **given(None)), expected)
 

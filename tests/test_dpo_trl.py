@@ -18,7 +18,7 @@ import peft
 import trl
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from fused_rlhf.trainers import dpo, pairs
+from fused_rlhf.trainers import dpo, pair_rows
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.dpo import Config
 from fused_rlhf.trainers.pairs import Encoder, collate
@@ -176,7 +176,7 @@ def set_adapters(policy: Any) -> None:
 @pytest.mark.parametrize("rows", [TEXTS, CHATS, IMPLICIT_CHATS], ids=["texts", "chats", "implicit"])
 def test_token_ids_and_batches_are_those_of_trl(tmp_path, rows):
     trainer = theirs(tmp_path, rows, model(1), model(2))
-    encoded = Encoder(tokenizer(), None, None).pairs(pairs.check(rows, "row"))
+    encoded = Encoder(tokenizer(), None, None).pairs(pair_rows.check(rows, "row"))
     for pair, row in zip(encoded, trainer.train_dataset, strict=True):
         assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
     pad = tokenizer().pad_token_id

@@ -738,6 +738,38 @@ def test_the_command_line_and_its_plan(tmp_path, capsys):
     assert "lam: expected between 0 and 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value_model", ["shared", "copy"])
+@pytest.mark.parametrize(
+    "changes", [{"layout": "packed"}, {"layout": "shared"}, {"layout": "shared", "gradient_checkpointing": True}]
+)
+def test_a_step_is_the_same_in_every_layout(tmp_path, value_model, changes):
+    """As of one row a forward in padded rows, values and their gradients among them."""
+    found = []
+    options = {"value_model": value_model, "num_minibatches": 2, "missing_eos_penalty": 1.0} | changes
+    for more in ({"layout": "padded", "micro_batch_size": 1}, {"micro_batch_tokens": 30}):
+        trainer = ppo.prepare(small(tmp_path, overwrite=True, **(options | more)), TASK, [digits])
+        with torch.no_grad():
+            head: Any = trainer.engine.module.value
+            for p in head.parameters():
+                p.add_(0.01)
+        batch = one(trainer)
+        grads: list[Any] = []
+        step = trainer.engine.optimizer.step
+
+        def keep(trainer=trainer, grads=grads, step=step):
+            grads.append([p.grad.clone() for p in trainer.engine.module.parameters() if p.grad is not None])
+            step()
+
+        trainer.engine.optimizer.step = keep
+        found.append((ppo.update(trainer, batch), grads[0], batch))
+    (its, want, rows), (mine, got, laid) = found
+    torch.testing.assert_close(laid.values, rows.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(laid.old_logprobs, rows.old_logprobs, atol=1e-5, rtol=0)
+    assert mine["loss"] == pytest.approx(its["loss"], abs=1e-6)
+    for one_way, other in zip(got, want, strict=True):
+        assert (one_way - other).norm() <= 1e-5 * other.norm() + 1e-8
+
+
 # -------------------------------------------------------------------------------------------------- several processes
 
 

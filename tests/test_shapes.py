@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fused_rlhf.trainers import data, pairs, shapes
+from fused_rlhf.trainers import data, pair_rows, shapes
 from fused_rlhf.trainers.pictures import read
 
 
@@ -47,5 +47,5 @@ def test_the_splits_share_no_picture_and_are_the_same_for_a_seed():
     assert len({*digests[0], *digests[1]}) == 300
     again = data.looking(seed=3, num_train=200, num_test=100)
     assert [read(sample["images"][0], "").digest for sample in again.train] == digests[0]
-    found = pairs.looking(seed=3, num_train=50, num_test=20)
+    found = pair_rows.looking(seed=3, num_train=50, num_test=20)
     assert (len(found.train), len(found.test)) == (50, 20)

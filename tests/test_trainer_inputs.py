@@ -25,8 +25,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fused_rlhf.trainers import dpo, grpo, pairs, ppo, rollout
+from fused_rlhf.trainers import dpo, grpo, ppo, rollout
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.pair_rows import REFERENCE
 from fused_rlhf.trainers.rewards import RewardError
 from fused_rlhf.trainers.trainer import fit
 from tests import chats
@@ -390,7 +391,7 @@ def run_pairs(
         if error is not None:
             assert not output.exists()
             if "in every row, or in none" in str(error):  # of the reference: then it is not one row's fault
-                assert len({reference in row for row in rows for reference in pairs.REFERENCE}) == 2
+                assert len({reference in row for row in rows for reference in REFERENCE}) == 2
                 return
             refused = row_named_by(error, "row") - 1
             assert refused == bad or not comparable(made, rows[refused], wholes[refused], chat), repr(error)
@@ -399,7 +400,7 @@ def run_pairs(
             number = int(pair.where.removeprefix("row ")) - 1
             assert number == bad or right_pair(made, rows[number], wholes[number], chat, pair), pair
             assert not any(rows[number].get(name) for name in ("images", "image"))
-            assert pair.ref is None or pair.ref == tuple(rows[number][name] for name in pairs.REFERENCE)
+            assert pair.ref is None or pair.ref == tuple(rows[number][name] for name in REFERENCE)
         if data.draw(st.integers(0, FITS)) == 0:
             finite(fit(trainer), unscored=False)
 
@@ -444,12 +445,12 @@ def test_pairs(data: st.DataObject) -> None:
     bad = draw(st.sampled_from([None, *range(len(rows))]))
     if draw(st.integers(0, 3)) == 0:
         for row in rows:
-            row |= {name: draw(st.sampled_from([-1.5, -2, np.float32(-0.5)])) for name in pairs.REFERENCE}
+            row |= {name: draw(st.sampled_from([-1.5, -2, np.float32(-0.5)])) for name in REFERENCE}
     if bad is not None and draw(st.integers(0, 9)):
         rows[bad] = broken(draw, rows[bad], ("prompt", "chosen", "rejected"))
     elif bad is not None:
         wrong = draw(st.sampled_from([None, math.nan, -math.inf, "-1.5", [-1.0], True]))
-        rows[bad] |= dict.fromkeys(pairs.REFERENCE, -1.0) | {draw(st.sampled_from(pairs.REFERENCE)): wrong}
+        rows[bad] |= dict.fromkeys(REFERENCE, -1.0) | {draw(st.sampled_from(REFERENCE)): wrong}
     run_pairs(data, rows, wholes, bad, draw(st.booleans()), made)
 
 

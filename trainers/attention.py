@@ -79,6 +79,14 @@ class Piece:
     mask: Tensor | None = None  # (queries, keys) bool: which keys are seen, where not all are
     more: bool = False  # these queries have met other keys before
 
+    def rows(self, each: int) -> tuple[Any, Any, Callable[[Tensor], Tensor]]:
+        """Where its queries are, and its keys; and what folds `each` heads that share keys into one with as many queries,
+        where all queries see all keys: that is faster."""
+        at, its = (..., self.queries, slice(None)), (..., self.keys, slice(None))
+        if each == 1 or self.causal or self.mask is not None:
+            return at, its, lambda x: x
+        return at, its, lambda x: x.unflatten(1, (-1, each)).flatten(2, 3)
+
 
 def pieces(groups: Sequence[Group], window: int = NO_WINDOW) -> list[Piece]:
     """Those of all queries; between them they hold what `seen` says."""
@@ -133,11 +141,11 @@ class _ByPieces(torch.autograd.Function):
         out = torch.empty(batch, length, heads, width, dtype=q.dtype).transpose(1, 2)
         lse = torch.empty(batch, length, heads, dtype=wide).transpose(1, 2)
         for piece in some:
-            at, its = (..., piece.queries, slice(None)), (..., piece.keys, slice(None))
-            mask = _additive(piece, q.dtype)
+            at, its, fold = piece.rows(heads // k.shape[1])
             made, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[at], k[its], v[its], 0.0, piece.causal, attn_mask=mask, scale=scale
+                *(fold(q[at]), k[its], v[its], 0.0, piece.causal), attn_mask=_additive(piece, q.dtype), scale=scale
             )
+            made, sums = made.reshape(q[at].shape), sums.reshape(q[at].shape[:-1])
             if piece.more:
                 before = lse[..., piece.queries]
                 both = torch.logaddexp(before, sums)
@@ -155,14 +163,15 @@ class _ByPieces(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for piece in ctx.pieces:
-            at, its = (..., piece.queries, slice(None)), (..., piece.keys, slice(None))
+            at, its, fold = piece.rows(q.shape[1] // k.shape[1])
+            queries = (fold(upstream[at]), fold(q[at])), (fold(out[at]), fold(lse[..., piece.queries]))
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *(upstream[at], q[at], k[its], v[its], out[at], lse[..., piece.queries], 0.0, piece.causal),
+                *(*queries[0], k[its], v[its], *queries[1], 0.0, piece.causal),
                 attn_mask=_additive(piece, q.dtype),
                 scale=ctx.scale,
             )
             for whole, where, part in zip((dq, dk, dv), (at, its, its), found, strict=True):
-                whole[where] += part
+                whole[where] += part.reshape(whole[where].shape)
         return dq, dk, dv, None, None
 
 

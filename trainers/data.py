@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fused_rlhf.trainers import pictures, shapes
 from fused_rlhf.trainers.config import require
-from fused_rlhf.trainers.rollout_config import RolloutConfig
+from fused_rlhf.trainers.rollout_config import PROMPT, RolloutConfig
 
 Sample = dict[str, Any]
 T = TypeVar("T")
@@ -70,7 +70,23 @@ def load_for(config: RolloutConfig, given: Task | Sequence[Sample] | None = None
         task = given if isinstance(given, Task) else in_memory(given, seed=config.split_seed, answers=answers)
         task = replace(task, train=list(task.train), test=list(task.test))  # a slice of a data set would be no list
     check(task, answers)
-    return replace(task, train=gathered("train", task.train), test=gathered("test", task.test))
+    train, test = (
+        formatted(name, gathered(name, samples), config.prompt_format)
+        for name, samples in (("train", task.train), ("test", task.test))
+    )
+    return replace(task, train=train, test=test)
+
+
+def formatted(name: str, samples: list[Sample], pattern: str) -> list[Sample]:
+    """The samples of a split with their prompts put into `pattern`. Raises ValueError for prompts that are messages."""
+    if pattern == PROMPT:
+        return samples
+    rows: list[Sample] = []
+    for index, sample in enumerate(samples):
+        where = where_of(sample, name, index)
+        require(isinstance(sample["prompt"], str), "prompt_format", pattern, f"{PROMPT}, for {where} has messages")
+        rows.append(Row({**sample, "prompt": pattern.replace(PROMPT, sample["prompt"])}, where))
+    return rows
 
 
 def gathered(name: str, samples: Sequence[Sample]) -> list[Sample]:

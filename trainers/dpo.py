@@ -26,7 +26,7 @@ import fused_rlhf as fr
 from fused_rlhf.objectives import reductions
 from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.preferences import PreferenceLoss
-from fused_rlhf.trainers import data, engine, pairs, rollout, warmup
+from fused_rlhf.trainers import data, engine, pair_rows, pairs, rollout, warmup
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.bpe import bpe_tokenizer
 from fused_rlhf.trainers.collation import ready
@@ -39,7 +39,8 @@ from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.layout import Layout, tokens_in
 from fused_rlhf.trainers.layout_trial import check_budget, settle
 from fused_rlhf.trainers.minibatches import balanced, split
-from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Preference, Totals
+from fused_rlhf.trainers.pair_rows import Preference
+from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Totals
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.trainer import Controller, Result, Trainer, fit, place, plan
@@ -159,7 +160,7 @@ def prepare(
     require(alone, "loss_type", config.loss_type, "another in several processes: it compares all pairs of a batch")
     if rows is not None:
         rows, test_rows = list(rows), list(test_rows)
-    preferences = pairs.load_for(config, rows, test_rows)
+    preferences = pair_rows.load_for(config, rows, test_rows)
     if model is None and config.model is None:
         models.require_chosen(config)
         sizes = config.hidden_size, config.num_layers

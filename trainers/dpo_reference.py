@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fused_rlhf.segments import Sequences
 from fused_rlhf.trainers import model as models
-from fused_rlhf.trainers import pairs
+from fused_rlhf.trainers import pair_rows
 from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.dpo_config import Config
 from fused_rlhf.trainers.pairs import Pair, PairBatch
@@ -28,8 +28,10 @@ def reference_model(
     own = given is None and config.ref_model is None
     unknown = [pair.where for pair in all_pairs if pair.ref is None]
     if len(unknown) < len(all_pairs):
-        require(not unknown, pairs.REFERENCE[0], None, f"a number in every row, or in none, but {unknown[:1]} has none")
-        given_twice, there = (config.ref_model, config.precompute_ref), f"where rows hold {pairs.REFERENCE}"
+        require(
+            not unknown, pair_rows.REFERENCE[0], None, f"a number in every row, or in none, but {unknown[:1]} has none"
+        )
+        given_twice, there = (config.ref_model, config.precompute_ref), f"where rows hold {pair_rows.REFERENCE}"
         require(own and not config.precompute_ref, "ref_model, precompute_ref", given_twice, f"none {there}")
         require(config.warmup_steps == 0, "warmup_steps", config.warmup_steps, f"0 {there}")
         return None

@@ -32,9 +32,7 @@ class Turn:
     """What a process brings to one update."""
 
     rows: Rows  # all of them, which the means of the loss are over
-    micro: Sequence[
-        Rows
-    ]  # those that reach the model, by forwards: as many on every process, the last ones maybe empty
+    micro: Sequence[Rows]  # those that reach the model, by forwards: as many on each process, the last maybe empty
     live: bool = True  # some process has one
 
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
 
+PROMPT = "{prompt}"  # its place in prompt_format
+
 
 @dataclass(frozen=True)
 class RolloutConfig(TrainConfig):
@@ -21,6 +23,8 @@ class RolloutConfig(TrainConfig):
     """Folder with GSM8K's train.jsonl and test.jsonl; for prompts also a .jsonl or .parquet file or a hub id."""
     max_operand: int = 99
     """Largest operand of an arithmetic prompt or a calculator step; steps beyond it are left out."""
+    prompt_format: str = PROMPT
+    """What the model reads in the place of a prompt that is a text, {prompt} in it: worked examples before, or words around."""
 
     # Rewards
     rewards: tuple[str, ...] = ()
@@ -70,6 +74,8 @@ class RolloutConfig(TrainConfig):
         require(not idle, "warmup_steps", 0, f"at least 1 when warmup_accuracy is given ({self.warmup_accuracy})")
         adapters = self.lora_r > 0 and self.warmup_steps > 0
         require(not adapters, "warmup_steps", self.warmup_steps, "0 with LoRA, whose reference is the model as loaded")
+        format_ = self.prompt_format
+        require(PROMPT in format_, "prompt_format", format_, f"a text with {PROMPT} in it")
         generated = self.task in ("arithmetic", "pictures")
         require(
             not (generated and self.data), "data", self.data, f"none for the task {self.task!r}, which is generated"

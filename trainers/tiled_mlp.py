@@ -76,12 +76,7 @@ def _is_tokenwise(module: nn.Module, width: int, like: Tensor) -> bool:
     x = torch.randn(1, TOKENS, width, generator=generator).to(like)
     try:
         whole, halves = module(x), [module(part) for part in x.split(TOKENS // 2, dim=1)]
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-    ):  # what wants more than a tensor, or one of another shape
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it wants more than a tensor, or another shape
         return False
     tensors = [whole, *halves]
     if not all(isinstance(made, Tensor) for made in tensors) or whole.shape != x.shape:

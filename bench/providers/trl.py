@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fused_rlhf.bench.cases import Case
 from fused_rlhf.bench.ops import OPS, Values
 from fused_rlhf.bench.provider import ROUNDED, Step, provider
+from fused_rlhf.bench.providers.plain import LOGPROB_OPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +53,17 @@ def trl(inputs: Inputs) -> Step:
         return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
 
     return run
+
+
+@provider("trl-selective", packages=("trl", "torch"), ops=LOGPROB_OPS, tolerance=ROUNDED)
+def selective(inputs: Inputs) -> Step:
+    """`selective_log_softmax` of the model's own logits, as some of its experimental trainers do."""
+    from trl.trainer.utils import selective_log_softmax
+
+    sequences = inputs.sequences
+    return lambda: selective_log_softmax(
+        sequences(inputs.hidden) @ inputs.weight.T, sequences(inputs.targets)
+    ).flatten()
 
 
 def divergence(inputs: Inputs) -> Step:
