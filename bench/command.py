@@ -32,6 +32,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Raises ValueError for arguments that do not fit, with the nearest name where one is unknown."""
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise ValueError(f"there is no argument {unknown[0]!r}{nearest(unknown[0], flags)}; see {self.prog} --help")
+        return args
+
 
 def one_of(known: Iterable[str]) -> Callable[[str], str]:
     names = sorted(known)
@@ -105,11 +113,7 @@ def parser(prog: str) -> Parser:
 
 def parse(prog: str, arguments: list[str]) -> argparse.Namespace:
     """Raises ValueError for arguments that do not fit, by themselves or with each other."""
-    p = parser(prog)
-    args, unknown = p.parse_known_args(arguments)
-    if unknown:
-        flags = [flag for action in p._actions for flag in action.option_strings]
-        raise ValueError(f"there is no argument {unknown[0]!r}{nearest(unknown[0], flags)}; see {prog} --help")
+    args = parser(prog).parse(arguments)
     of_suite = ("inputs", "data") if args.suite == "real" else ()
     given = [f"--{f.name}" for f in fields(Case) if f.name not in of_suite and getattr(args, f.name) is not None]
     given += ["--model"] if args.model else []
@@ -122,15 +126,20 @@ def parse(prog: str, arguments: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{name} {value} says H and V: leave out --H and --V")
     if args.model and args.inputs:
         raise ValueError("--inputs says H and V: leave out --model")
-    if args.out is not None:
-        writable("--out", args.out, args.out.parent)
-        if args.out.is_dir():
-            raise ValueError(f"--out: expected a file to write, got the folder {str(args.out)!r}")
-    if args.plots is not None:
-        writable("--plots", args.plots, args.plots)
+    ready_to_write(args.out, args.plots)
+    return args
+
+
+def ready_to_write(out: Path | None, plots: Path | None) -> None:
+    """Raises ValueError where --out or --plots cannot be written."""
+    if out is not None:
+        writable("--out", out, out.parent)
+        if out.is_dir():
+            raise ValueError(f"--out: expected a file to write, got the folder {str(out)!r}")
+    if plots is not None:
+        writable("--plots", plots, plots)
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plots needs matplotlib: pip install 'fused-rlhf[train]'")
-    return args
 
 
 def writable(name: str, path: Path, folder: Path) -> None:

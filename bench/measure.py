@@ -40,6 +40,13 @@ def _status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
+def release() -> None:
+    """Give freed heap back: while it is still resident it hides what comes next, and other processes lack it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """`with PeakMemory(device) as m: ...`, then `m.extra`: bytes over the level at entry; None if it cannot be read."""
 
@@ -49,14 +56,12 @@ class PeakMemory:
         self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
+        release()
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)  # freed heap that is still resident would hide what comes next
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts again from here
                 self._before = _status_bytes("VmRSS")

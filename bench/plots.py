@@ -261,6 +261,11 @@ def scaling(result: Record, axis: str) -> Iterator[tuple[str, Figure]]:
 
 def figures(result: Record) -> Iterator[tuple[str, Figure]]:
     """All of them, each with the name of its file."""
+    if result["suite"] == "step":
+        from fused_rlhf.bench import step_plots  # which draws with what is here
+
+        yield from step_plots.figures(result)
+        return
     yield from panels(result)
     for axis in AXES:
         yield from scaling(result, axis)

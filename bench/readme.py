@@ -6,7 +6,8 @@ A place for a table says what it shows, and everything between its two lines is 
     <!-- bench end -->
 
 The path is under bench/results; without cases or providers all are shown, without columns the usual ones
-(`report.COLUMNS`). Under the table stands where it ran, and what the result has to say of itself.
+(`report.COLUMNS`); with show=targets it is of what the run had to reach. Under the table stands where it ran, and what the
+result has to say of itself.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ def section(what: str, folder: str) -> str:
     """What stands between the two lines of a place."""
     path, *options = (word.strip() for word in what.split("|"))
     chosen = dict(option.split("=", 1) for option in options)
-    unknown = set(chosen) - {"cases", "providers", "columns"}
+    unknown = set(chosen) - {"cases", "providers", "columns", "show"}
     if unknown:
-        raise ValueError(f"a table takes cases, providers and columns, got {', '.join(sorted(unknown))} in {what!r}")
+        raise ValueError(
+            f"a table takes cases, providers, columns and show, got {', '.join(sorted(unknown))} in {what!r}"
+        )
     file = checkout.needed("a table") / "bench/results" / path
     if not file.exists():
         return f"\n{path} was not measured yet.\n\n"
     result = json.loads(file.read_text())
+    if chosen.get("show") == "targets":
+        return f"\n{report.targets(result['targets'])}\n\n"
     lists = {key: [word.strip() for word in value.split(",")] for key, value in chosen.items()}
     records = [
         r

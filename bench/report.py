@@ -56,9 +56,28 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "dx": ("dX err", _error("dhidden_rel")),
     "dw": ("dW err", _error("dweight_rel")),
     "cpu": ("CPU share", lambda r: share(r.get("cpu_share"))),
+    # Of whole updates: `bench.step`
+    "tokens": ("tokens", lambda r: str(r["tokens"])),
+    "update": ("update", _median("update_s")),
+    "faster": ("times as fast", lambda r: times(r["speedup"])),
+    "activations": ("activations", lambda r: gigabytes(r["peak_bytes"])),
+    "less": ("times less", lambda r: number(r["less_memory"])),
+    "loss": ("loss err", _error("loss_rel")),
+    "norm": ("norm err", _error("norm_rel")),
+    "gradient": ("gradient err", _error("gradient_rel")),
 }
 TIMES = ("both", "spread", "forward", "backward")
 STANDARD = (*TIMES, "peak", "predicted", "scratch", "dense", "share", "rate", "value", "dx", "dw")
+# Of whole updates
+WHOLE = ("tokens", "update", "faster", "activations", "predicted", "less", "loss", "gradient", "norm", "cpu")
+
+
+def times(ratio: Record | None) -> str:
+    """A ratio with its 95 % interval."""
+    if ratio is None:
+        return "-"
+    between = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio.get("low") is not None else ""
+    return f"{ratio['value']:.2f}{between}"
 
 
 def rows(records: Iterable[Record], columns: Sequence[str] = STANDARD) -> str:
@@ -91,7 +110,11 @@ def lengths(records: Iterable[Record]) -> str:
 
 def targets(judged: Sequence[Record]) -> str:
     words = {True: "yes", False: "NO", None: "not measured"}
-    lines = [[t["what"], f"<= {t['limit']:.3g}", number(t["value"]), words[t["holds"]], t["why"]] for t in judged]
+    lines = []
+    for t in judged:
+        limit = f">= {t['least']:.3g}" if "least" in t else f"<= {t['limit']:.3g}"
+        found = times(t) if "least" in t and t["value"] is not None else number(t["value"])
+        lines.append([t["what"], limit, found, words[t["holds"]], t["why"]])
     return table(["figure", "target", "measured", "holds", "why"], lines)
 
 
@@ -103,7 +126,7 @@ def device_name(result: Record) -> str:
 def conditions(result: Record) -> str:
     libraries = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     shapes = {r["case"]: r["label"] for r in result["rows"]}
-    entropy = {r["case"]: r["entropy_nats"] for r in result["rows"] if r["entropy_nats"]}
+    entropy = {r["case"]: r["entropy_nats"] for r in result["rows"] if r.get("entropy_nats")}
     lines = [f"{result['suite']} on {device_name(result)}", libraries]
     lines += [f"commit {result['commit']}, {result['date']}", result["command"]]
     for name, label in shapes.items():
@@ -114,7 +137,8 @@ def conditions(result: Record) -> str:
 
 
 def render(result: Record) -> str:
-    parts = [conditions(result), rows(result["rows"]), lengths(result["rows"])]
+    columns = WHOLE if result["suite"] == "step" else STANDARD
+    parts = [conditions(result), rows(result["rows"], columns), lengths(result["rows"])]
     if result.get("targets"):
         parts.append(targets(result["targets"]))
     return "\n\n".join(filter(None, parts))

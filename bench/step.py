@@ -1,145 +1,94 @@
-"""python -m bench.step: time and peak memory of one whole training step, with dense logits and with ours.
+"""python -m bench.step: whole updates (body, head, backward, clipping, optimiser) by our trainers, TRL's and dense logits.
 
-A step is the forward of a small Qwen3 body, a clipped objective with KL, the backward and AdamW, on one sequence of T
-tokens. Everything is the same on both sides but what follows the hidden states: `model(...).logits` and log_softmax, or
-`fr.lm_head.forward` and `fr.linear_policy_loss`. Each side is a process of its own, so that its peak is its own; memory is
-counted over what model and optimiser already hold.
+Rollouts are synthetic and there before the clock starts. bench/README.md says how to read the result.
 
-    python -m bench.step --tokens 8192 --out bench/results/cpu-2core/step.json
+    python -m bench.step --out bench/results/cpu-2core/step.json --plots bench/results/cpu-2core/plots/step
+    python -m bench.step --only prompt-heavy "dpo/ours-shared" --rounds 7
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
+import importlib
+import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
+from fused_rlhf.bench.command import DEVICES, Parser, number, one_of, ready_to_write
+from fused_rlhf.bench.step_cases import Plan, full, tiny
+from fused_rlhf.words import nearest
 
-from fused_rlhf.bench.checkout import HOME
-from fused_rlhf.bench.document import commit, device_info, versions
-from fused_rlhf.bench.measure import PeakMemory
-
-SIDES = ("dense", "ours")
+PROG = "python -m bench.step"
 
 
-@dataclass(frozen=True)
-class Shape:
-    tokens: int = 8192
-    vocabulary: int = 151936
-    hidden: int = 64
-    layers: int = 2
-    device: str = "cpu"
-    threads: int = 2
+def parser() -> Parser:
+    p = Parser(prog=PROG, description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    p.add_argument("--tiny", action="store_true", help="the cases at toy sizes, in seconds")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="only these: a case, a way or CASE/WAY; see --list")
+    p.add_argument("--rounds", type=number(int), default=5, metavar="COUNT", help="default: 5")
+    p.add_argument("--device", type=one_of(DEVICES), default="cpu", metavar="|".join(DEVICES))
+    p.add_argument("--threads", type=number(int), default=2, metavar="COUNT", help="default: 2")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the result here as JSON, after each case")
+    p.add_argument("--plots", type=Path, metavar="DIR", help="draw the result there (needs matplotlib)")
+    p.add_argument("--list", action="store_true", help="show cases and ways, and measure nothing")
+    return p
 
 
-def build(shape: Shape) -> tuple[Any, Any, dict[str, Tensor]]:
-    """-> model, optimiser with its state in place, batch of one sequence."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=3 * shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=max(shape.hidden // 2, 8),
-        max_position_embeddings=shape.tokens,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3ForCausalLM(config).to(shape.device)  # type: ignore[arg-type]  # as transformers wraps it
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()  # moments and gradients are there before anything is measured
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(shape.vocabulary, (1, shape.tokens), generator=generator)
-    noise = -12 + 0.1 * torch.randn(2, 1, shape.tokens - 1, generator=generator)
-    batch = {"input_ids": ids, "advantages": torch.ones(1), "old": noise[0], "ref": noise[1]}
-    return model, optimizer, {name: tensor.to(shape.device) for name, tensor in batch.items()}
+def chosen(plan: Plan, only: Sequence[str] | None) -> Plan:
+    """Raises ValueError for a name that no row has."""
+    if not only:
+        return plan
+    names = {(case, way): {case, way.name, f"{case}/{way.name}"} for case, ways in plan.ways.items() for way in ways}
+    known = sorted(set[str]().union(*names.values()))
+    for wanted in only:
+        if wanted not in known:
+            cases = ", ".join(plan.cases)
+            meant = nearest(wanted, known)
+            raise ValueError(f"--only: there is no row {wanted!r}{meant}; expected a way, CASE/WAY or one of {cases}")
+    ways = {case: [way for way in ways if names[case, way] & set(only)] for case, ways in plan.ways.items()}
+    ways = {case: some for case, some in ways.items() if some}
+    targets = [t for t in plan.targets if {t.slower, t.faster} <= set(ways.get(t.case, ()))]
+    return Plan({case: plan.cases[case] for case in ways}, ways, targets)
 
 
-def dense_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(batch["input_ids"], use_cache=False).logits[:, :-1]
-    targets = batch["input_ids"][:, 1:]
-    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
-    ratio, a = (logprobs - batch["old"]).exp(), batch["advantages"][:, None]
-    kl = torch.expm1(batch["ref"] - logprobs) - (batch["ref"] - logprobs)
-    return (-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) + 0.04 * kl).mean()
-
-
-def our_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    import fused_rlhf as fr
-
-    inputs = fr.lm_head.forward(model, batch["input_ids"])
-    loss, _ = fr.linear_policy_loss(
-        inputs.hidden[:, :-1],
-        inputs.head.weight,
-        batch["input_ids"][:, 1:],
-        advantages=batch["advantages"],
-        old_logprobs=batch["old"],
-        ref_logprobs=batch["ref"],
-        objective=fr.GRPO(beta=0.04),
-        **inputs.head.kwargs(),
-    )
-    return loss
-
-
-def measure(side: str, shape: Shape) -> dict[str, Any]:
-    torch.set_num_threads(shape.threads)
-    model, optimizer, batch = build(shape)
-    loss_of = {"dense": dense_loss, "ours": our_loss}[side]
-    loss_of(
-        model, {**batch, **{k: batch[k][:, :n] for k, n in (("input_ids", 17), ("old", 16), ("ref", 16))}}
-    ).backward()
-    start = time.perf_counter()
-    with PeakMemory(shape.device) as memory:
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
-    return {"side": side, "seconds": time.perf_counter() - start, "peak_extra_bytes": memory.extra, "loss": loss.item()}
+def listing(plan: Plan) -> str:
+    lines = []
+    for name, case in plan.cases.items():
+        lines += [f"{name}: {case.label}", "  " + ", ".join(way.name for way in plan.ways[name])]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench.step", description=(__doc__ or "").split("\n")[0])
-    for name, default in asdict(Shape()).items():
-        p.add_argument(f"--{name}", type=type(default), default=default)
-    p.add_argument("--out", type=Path, help="write the result here as JSON")
-    p.add_argument("--side", choices=SIDES, help="measure this side in this process and print it")
-    args = p.parse_args(arguments)
-    shape = Shape(**{name: getattr(args, name) for name in asdict(Shape())})
-    if args.side:
-        print(json.dumps(measure(args.side, shape)))
-        return 0
-    options = [part for name, value in asdict(shape).items() for part in (f"--{name}", str(value))]
-    rows = []
-    for side in SIDES:
-        command = [sys.executable, "-m", "fused_rlhf.bench.step", "--side", side, *options]
-        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
-        last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["killed: out of memory?"]
-        rows.append(json.loads(last[-1]) if done.returncode == 0 else {"side": side, "error": last[-1]})
-        print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "command": "python -m bench.step " + " ".join(options),
-        "commit": commit(),
-        "shape": asdict(shape),
-        "device": device_info(shape.device, shape.threads),
-        "versions": versions({"torch", "transformers"}),
-        "sides": rows,
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    """-> exit status: 0; 1 where a row of ours is wrong or failed; 2 for bad input."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        args = parser().parse(given)
+        plan = chosen(tiny() if args.tiny else full(), args.only)
+        if args.list:
+            print(listing(plan))
+            return 0
+        ready_to_write(args.out, args.plots)
+        if args.device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU here")
+    except (ValueError, OSError) as error:
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    try:
+        return measured(plan, args, shlex.join([*PROG.split(), *given]))
+    except KeyboardInterrupt:
+        return 130
+
+
+def measured(plan: Plan, args: argparse.Namespace, command: str) -> int:
+    from fused_rlhf.bench import plots, report
+    from fused_rlhf.bench.step_run import run
+
+    result = run(plan, rounds=args.rounds, device=args.device, threads=args.threads, command=command, out=args.out)
+    print(report.render(result))
+    if args.plots:
+        print("\n".join(str(path) for path in plots.draw(result, args.plots)))
+    return 1 if any(r["wrong"] or r["error"] for r in result["rows"] if r["provider"].startswith("ours")) else 0
 
 
 if __name__ == "__main__":

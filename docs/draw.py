@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURES = ROOT / "bench/results/cpu-2core", ROOT / "docs/pictures"
 SIDES = {"dense": ("dense logits", "#ef6c00"), "ours": ("fused-rlhf", "#3f51b5")}
+WAYS = {
+    "dense": SIDES["dense"],
+    "trl": ("TRL's trainer", "#8d6e63"),
+    "ours-padded": ("ours, padded rows", "#9fa8da"),
+    "ours-shared": ("ours, prompt once", "#3f51b5"),
+}
 
 
 def figure(height: float) -> Figure:
@@ -51,22 +57,35 @@ def memory(result: dict[str, Any], longest: int = 16384) -> Figure:
     return drawn
 
 
-def step(result: dict[str, Any]) -> Figure:
-    """Memory and time of a whole training step."""
-    drawn = figure(1.9)
-    columns = (("peak_extra_bytes", 1e9, "GB beyond model and optimiser"), ("seconds", 1, "seconds"))
-    for place, (key, unit, label) in enumerate(columns, 1):
-        axes = drawn.add_subplot(1, 2, place)
-        for row, side in enumerate(reversed(result["sides"])):
-            name, color = SIDES[side["side"]]
-            value = side[key] / unit
-            axes.barh(name, value, color=color, height=0.6)
-            axes.annotate(f"{value:.2g}", (value, row), (4, 0), textcoords="offset points", va="center")
-        axes.set(xlim=(0, 1.12 * max(side[key] for side in result["sides"]) / unit), xlabel=label)
-    shape = result["shape"]
-    what = f"A training step, {shape['layers']} layers, T={shape['tokens']} H={shape['hidden']} V={shape['vocabulary']} fp32"
-    drawn.suptitle(conditions(what, result), fontsize=8)
+def step(result: dict[str, Any], case: str = "prompt-heavy") -> Figure:
+    """Time and memory of a whole update; the interval is that of the time over padded rows'."""
+    rows = sorted((r for r in result["rows"] if r["case"] == case and r["provider"] in WAYS), key=order)
+    base = next(r["update_s"]["median"] for r in rows if r["provider"] == r["base"])
+    times = [[base / (r["speedup"][end] or r["speedup"]["value"]) for end in ("high", "value", "low")] for r in rows]
+    drawn = figure(0.9 + 0.27 * len(rows))
+    left, right = drawn.add_subplot(1, 2, 1), drawn.add_subplot(1, 2, 2)
+    bars(left, rows, times)
+    bars(right, rows, [[r["peak_bytes"] / 1e9] * 3 for r in rows])
+    left.set_yticks(range(len(rows)), [WAYS[r["provider"]][0] for r in rows])
+    left.set_xlabel("seconds")
+    right.set_yticks([])
+    right.set_xlabel("GB beyond model, gradients and optimiser")
+    drawn.suptitle(conditions(f"An update, {rows[0]['label']}", result), fontsize=8)
     return drawn
+
+
+def order(row: dict[str, Any]) -> int:
+    return list(WAYS).index(row["provider"])
+
+
+def bars(axes: Any, rows: list[dict[str, Any]], values: list[list[float]]) -> None:
+    """A bar from zero for each row, with its number; values: the ends of the interval around it."""
+    for y, (row, (low, value, high)) in enumerate(zip(rows, values, strict=True)):
+        axes.barh(y, value, color=WAYS[row["provider"]][1], height=0.6)
+        if high > low:
+            axes.errorbar(value, y, xerr=[[value - low], [high - value]], color="black", linewidth=1, capsize=2)
+        axes.annotate(f"{value:.3g}", (high, y), (4, 0), textcoords="offset points", va="center")
+    axes.set(xlim=(0, 1.15 * max(high for *_, high in values)), ylim=(len(rows) - 0.5, -0.5))
 
 
 def conditions(what: str, result: dict[str, Any]) -> str:
