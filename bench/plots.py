@@ -18,6 +18,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from fused_rlhf.bench import step_plots
+from fused_rlhf.bench.drawing import PANELS, TEXT, bar, color, lines, new_figure, verdict
 from fused_rlhf.bench.text import gigabytes, seconds
 
 if TYPE_CHECKING:
@@ -27,15 +29,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 AXES = ("N", "T", "V", "H", "density", "zero_rows")  # what a sweep may run over
-WAYS = ("gemm", "dense", "torch-lce", "trl", "liger", "cce", "verl")  # what a provider's name starts with: its colour
-PANELS = 6  # of a figure
 DECADES = 3  # that an axis of errors shows at least: less makes a few per cent look like a difference
-TEXT = 8  # points
-
-
-def color(provider: str) -> str:
-    place = next((i for i, way in enumerate(WAYS) if provider.startswith(way)), None)
-    return f"C{place + 2 if place is not None else 0 if 'two_phase' not in provider else 1}"
 
 
 def measured(result: Record) -> list[Record]:
@@ -70,19 +64,6 @@ def sweeps(records: list[Record], axis: str) -> Iterator[tuple[str, dict[str, li
             yield f"{dict(key)['op']} {dict(key)['dtype']}", known
 
 
-def new_figure(panels: int, lines: int = 6) -> tuple[Figure, list[Axes]]:
-    """`lines`: bars of the fullest panel."""
-    # The object-oriented interface: no window system, no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(4.6 * columns, (1.3 + 0.28 * lines) * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
-
-
 def logarithmic(axis: Axis) -> None:
     """1, 2, 5, 10 ... in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -98,26 +79,6 @@ def sizes(axis: Axis, values: list[int]) -> None:
 
     axis.set_minor_locator(NullLocator())
     axis.set_ticks(values, [f"{v // 1024}k" if v % 1024 == 0 else str(v) for v in values])
-
-
-def lines(ax: Axes, records: list[Record], notes: list[str]) -> None:
-    """A line of the panel for each record, from the top, with its name to the left and its note at the right end."""
-    ax.set_yticks(range(len(records)), [r["provider"] for r in records], fontsize=TEXT)
-    ax.set_ylim(len(records) - 0.5, -0.5)
-    right = ax.secondary_yaxis("right")
-    right.set_yticks(range(len(records)), notes, fontsize=TEXT)
-    right.tick_params(length=0)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    right.spines["right"].set_visible(False)
-
-
-def verdict(r: Record) -> str:
-    return ", WRONG" if r["wrong"] else ""
-
-
-def bar(ax: Axes, place: int, length: float, r: Record) -> None:
-    ax.barh(place, length, color=color(r["provider"]), hatch="///" if r["wrong"] else "", edgecolor="white")
 
 
 def memory(ax: Axes, records: list[Record]) -> None:
@@ -262,8 +223,6 @@ def scaling(result: Record, axis: str) -> Iterator[tuple[str, Figure]]:
 def figures(result: Record) -> Iterator[tuple[str, Figure]]:
     """All of them, each with the name of its file."""
     if result["suite"] == "step":
-        from fused_rlhf.bench import step_plots  # which draws with what is here
-
         yield from step_plots.figures(result)
         return
     yield from panels(result)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from fused_rlhf.bench.plots import PANELS, TEXT, bar, lines, new_figure, verdict
+from fused_rlhf.bench.drawing import PANELS, TEXT, bar, lines, new_figure, verdict
 from fused_rlhf.bench.text import gigabytes, seconds
 
 if TYPE_CHECKING:
