@@ -192,7 +192,8 @@ def test_a_new_objective_is_one_function_from_the_command_line_to_the_metrics(tm
         "--num-layers": 1,
         "--max-operand": 30,
         "--steps": 2,
-        "--prompts-per-step": 4,
+        "--prompts-per-step": 16,
+        "--rewards": "length=1",  # which an untrained model meets now and then
     }
     flags |= {"--num-generations": 4, "--max-new-tokens": 2, "--num-iterations": 2, "--learning-rate": 0.01}
     flags |= {"--eval-samples": 4, "--output": tmp_path / "run", "--threads": 1}
@@ -201,6 +202,6 @@ def test_a_new_objective_is_one_function_from_the_command_line_to_the_metrics(tm
     done, refused = tmp_path / "done.log", tmp_path / "refused.log"
     assert forks.start(chosen, tmp_path, {}, done).wait() == 0, done.read_text()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert sum("ratio_mean" in row for row in rows) == 2
+    assert sum("live/ratio_mean" in row for row in rows) == 2
     assert forks.start([*command, "--overwrite", "--objective", "square"], tmp_path, {}, refused).wait() == 2
     assert "triangle" in refused.read_text()

@@ -443,3 +443,25 @@ def test_the_entropy_threshold_is_that_of_all_ranks(tmp_path):
     found = torch.cat([torch.load(tmp_path / f"keep{rank}.pt") for rank in range(3)])
     assert torch.equal(found, objectives.high_entropy(whole, 0.3))
     assert 0 < found[:7].sum() < 7
+
+
+def test_which_surrogates_say_nothing_of_sequences_without_an_advantage():
+    """Tried, not listed: one of a user's may have a term that asks for no advantage, or compare sequences."""
+    from fused_rlhf.objectives.surrogates import SURROGATES, silent_at_zero
+
+    @fr.objectives.surrogate
+    def tethered(logprob, old, advantage):
+        return -(logprob - old).exp() * advantage + 0.1 * (logprob - old).square()
+
+    @fr.objectives.surrogate
+    def ranked(logprob, old, advantage, batch):
+        return -(logprob - old).exp() * advantage * (1 + (logprob - old).mean().detach())
+
+    try:
+        assert not silent_at_zero("tethered", {})
+        assert not silent_at_zero("ranked", {})
+    finally:
+        del SURROGATES["tethered"], SURROGATES["ranked"]
+    for name in ("grpo", "gspo", "cispo", "sapo", "vespo", "gmpo", "ppo", "reinforce"):
+        assert objectives.PRESETS[name]().silent_at_zero, name
+    assert not fr.GRPO(top_entropy_quantile=0.5).silent_at_zero

@@ -126,7 +126,9 @@ class Config(RolloutConfig):
     def skips_dead(self) -> bool:
         """Whether a sequence whose advantage is 0 has no part in the loss but in its divisors."""
         silent = self.beta == 0 and self.entropy_coef == 0 and self.router_aux_loss_coef == 0
-        return silent and not self.compares_tokens and self.objective != "bnpo"  # a mean over each micro-batch's tokens
+        if not silent or self.compares_tokens or self.objective == "bnpo":  # a mean over each micro-batch's tokens
+            return False
+        return self.loss().silent_at_zero
 
     @property
     def corrects(self) -> bool:

@@ -36,7 +36,15 @@ from fused_rlhf.objectives.registry import (
     registered,
     snake_case,
 )
-from fused_rlhf.objectives.surrogates import KL_ESTIMATORS, SURROGATES, TOKEN_WEIGHTS, Count, Surroundings, looks_beyond
+from fused_rlhf.objectives.surrogates import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    TOKEN_WEIGHTS,
+    Count,
+    Surroundings,
+    looks_beyond,
+    silent_at_zero,
+)
 from fused_rlhf.segments import Sequences
 
 LEVELS = ("token", "sequence", "sequence_sum", "sequence_token")
@@ -140,6 +148,12 @@ class PolicyLoss:
                 f"importance_sampling must be 'token_truncate' or 'token_mask' for vespo, got "
                 f"{self.importance_sampling!r}"
             )
+
+    @property
+    def silent_at_zero(self) -> bool:
+        """Whether a sequence whose advantage is 0 has no part in the loss but in its divisors, KL and entropy terms."""
+        options = options_of(SURROGATES[self.surrogate], self.options)
+        return self.top_entropy_quantile == 1 and silent_at_zero(self.surrogate, options)
 
     @property
     def tokenwise(self) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,30 @@ def token_weight(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def looks_beyond(surrogate: str) -> bool:
     return "batch" in inspect.signature(SURROGATES[surrogate]).parameters
+
+
+def silent_at_zero(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a sequence whose advantage is 0 has neither loss nor gradient under a surrogate, nor a part in others'.
+
+    By trial, so that it holds for any that is registered.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logprob, old = (-torch.rand(4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    advantage = torch.tensor([0.0, 1.3, 0.0, -0.7], dtype=torch.float64)
+
+    def tried(rows: list[int]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = logprob[rows].flatten().requires_grad_()
+            own = [Surroundings(Sequences.of(torch.arange(len(rows)).repeat_interleave(8), len(rows)), None)]
+            beyond = own if looks_beyond(name) else []
+            given = old[rows].flatten(), advantage[rows].repeat_interleave(8)
+            values = SURROGATES[name](x, *given, *beyond, **options)
+            (gradient,) = torch.autograd.grad(values.sum(), x)
+        return values.detach().view(-1, 8), gradient.view(-1, 8)
+
+    whole, live = tried([0, 1, 2, 3]), tried([1, 3])
+    zero = all(not x[[0, 2]].any() for x in whole)
+    return zero and all(torch.allclose(x[[1, 3]], y) for x, y in zip(whole, live, strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------- surrogates
