@@ -38,7 +38,7 @@ from fused_rlhf.trainers.engine import shared
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.layout import Layout, tokens_in
 from fused_rlhf.trainers.layout_trial import check_budget, settle
-from fused_rlhf.trainers.minibatches import balanced, split
+from fused_rlhf.trainers.minibatches import balanced, counted, split
 from fused_rlhf.trainers.pair_rows import Preference
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Totals
 from fused_rlhf.trainers.planning import Workload
@@ -315,7 +315,7 @@ def preference_loss(
     if inputs.aux_loss is not None:
         metrics["aux_loss"] = reductions.mean(inputs.aux_loss.detach(), batch.num_pairs)
         loss = loss + config.router_aux_loss_coef * batch.num_pairs / totals.pairs * inputs.aux_loss
-    return (loss, Metrics(metrics)) if live else (0.0 * loss, Metrics(metrics).weighted(0))
+    return counted(loss, Metrics(metrics), live)
 
 
 def show_samples(trainer: DPOTrainer, number: int) -> None:

@@ -41,7 +41,7 @@ from fused_rlhf.trainers.grpo_rollout import (
     summary,
 )
 from fused_rlhf.trainers.layout_trial import check_budget, settle
-from fused_rlhf.trainers.minibatches import ANY, everyones
+from fused_rlhf.trainers.minibatches import ANY, counted, everyones
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.sampler import Sampler, takes
 from fused_rlhf.trainers.trainer import Result, Trainer, fit, means, place, plan
@@ -249,4 +249,4 @@ def policy_loss(
     )
     if inputs.aux_loss is not None and config.router_aux_loss_coef:
         loss = loss + config.router_aux_loss_coef * len(some.texts) / num_sequences * inputs.aux_loss
-    return (loss, metrics) if live else (0.0 * loss, metrics.weighted(0))
+    return counted(loss, metrics, live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ class Config(RolloutConfig):
         """Whether a token's part in the loss depends on all of the call's."""
         return self.top_entropy_quantile < 1 or self.objective in COMPARING
 
-    @property
+    @functools.cached_property  # tried on the objective, and asked several times a step
     def skips_dead(self) -> bool:
         """Whether a sequence whose advantage is 0 has no part in the loss but in its divisors."""
         silent = self.beta == 0 and self.entropy_coef == 0 and self.router_aux_loss_coef == 0

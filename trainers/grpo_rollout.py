@@ -133,7 +133,7 @@ def ready(trainer: GRPOTrainer, number: int, rollout: Rollout) -> Rollout:
     columns: Sequence[int] = columns_of(own, len(rollout.samples), config)
     if config.mask_truncated:
         rollout = replace(rollout, completions=rollout.completions.without_truncated())
-    if config.micro_batch_tokens and own.world > 1 and trainer.loaded.processor is None:
+    if trainer.exchanges:
         costs = [
             length * alive for length, alive in zip(rollout.completions.sizes().lengths, rollout.live(config).tolist())
         ]

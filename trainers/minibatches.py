@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.engine import Placed
 from fused_rlhf.trainers.layout import Layout, tokens_in
@@ -110,6 +112,11 @@ def turns_of(
 def forwards(turns: Sequence[Turn]) -> list[Rows]:
     """The rows of each forward in some updates that there are; an empty one is there for its calls alone."""
     return [micro for turn in turns if turn.live for micro in turn.micro]
+
+
+def counted(loss: Tensor, metrics: Metrics, live: bool) -> tuple[Tensor, Metrics]:
+    """A micro-batch's share in a loss and its metrics: none of either where it is there for its calls alone."""
+    return (loss, metrics) if live else (0.0 * loss, metrics.weighted(0))
 
 
 def balanced(costs: Sequence[float], world: int) -> list[list[int]]:

@@ -45,6 +45,7 @@ from fused_rlhf.trainers.minibatches import (
     Turn,
     chunks,
     columns_of,
+    counted,
     deal,
     everyones,
     exchanged,
@@ -267,7 +268,7 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
         shown = [{**sample, "completion": text, "score": score} for sample, text, score in scored]
         trainer.run.samples(number, everyones(own, n, config, shown))
     columns: Sequence[int] = columns_of(own, len(mine), config)
-    if config.micro_batch_tokens and own.world > 1 and trainer.loaded.processor is None:
+    if trainer.exchanges:
         taken, columns = exchanged(own, completions.sizes().lengths, 1, config)
         completions = rollouts.everywhere(own, completions)[taken]
         scores = own.accelerator.gather(scores)[taken]
@@ -362,8 +363,7 @@ def ppo_loss(
     metrics["loss/policy_avg"] = reductions.total(policy.detach() + bonus)
     metrics["loss/value_avg"] = reductions.total(value.detach())
     metrics["val/clipfrac_avg"] = reductions.mean(clipped, count)
-    loss, found = policy + config.vf_coef * value, Metrics(metrics)
-    return (loss, found) if live else (0.0 * loss, found.weighted(0))
+    return counted(policy + config.vf_coef * value, Metrics(metrics), live)
 
 
 def summary(trainer: PPOTrainer, experience: Experience) -> Logged:

@@ -84,6 +84,11 @@ class Trainer(ABC):
     def objective(self) -> PolicyLoss | PreferenceLoss:
         """What its updates minimise."""
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether processes deal each other's sequences anew, so that all have about as many tokens; pictures stay."""
+        return self.config.micro_batch_tokens > 0 and self.engine.world > 1 and self.loaded.processor is None
+
     @abstractmethod
     def supervise(self) -> None:
         """The warm-up's own steps, where the configuration asks for some."""
