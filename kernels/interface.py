@@ -215,6 +215,8 @@ class Stats:
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # the other statistics that were asked for, by name
     # (N, mass_blocks), only under head.grad_filter > 0: probability mass of each vocabulary block of the backward.
     mass: Tensor | None = None
+    # What the backward's probabilities are relative to, in units of the backend's own, where that is not lse.
+    normaliser: Tensor | None = None
 
     @staticmethod
     def of(logprobs: Tensor, statistics: Mapping[str, Tensor], mass: Tensor | None = None) -> Stats:
@@ -230,9 +232,9 @@ class Stats:
         return self.extra.get("entropy")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Stats:
-        mass = None if self.mass is None else function(self.mass)
+        mass, normaliser = (v if v is None else function(v) for v in (self.mass, self.normaliser))
         extra = {name: function(value) for name, value in self.extra.items()}
-        return Stats(function(self.logprobs), function(self.lse), extra, mass)
+        return Stats(function(self.logprobs), function(self.lse), extra, mass, normaliser)
 
     def pick(self, rows: slice | Tensor | None) -> Stats:
         return self.map(lambda values: pick(values, rows))
@@ -242,11 +244,14 @@ class Stats:
         """Of rows one after the other."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0]
-        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in first.extra}
-        masses = [part.mass for part in parts if part.mass is not None]
+
+        def cat(name: str) -> Tensor | None:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
         logprobs, lse = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "lse"))
-        return Stats(logprobs, lse, extra, torch.cat(masses) if masses else None)
+        return Stats(logprobs, lse, extra, cat("mass"), cat("normaliser"))
 
 
 class TokenGrads(NamedTuple):
@@ -408,6 +413,7 @@ class Work:
     needs: Needs = field(default_factory=lambda: Needs(True, True, False))
     needs_entropy: bool = False  # by the objective
     multiprocessors: int = 132  # of a GPU: those of an H100 or H200
+    device_bytes: int = 80 << 30  # of a GPU: its memory
 
     @property
     def gradients(self) -> int:
@@ -445,6 +451,10 @@ class Backend(Protocol):
 
     def divergence_gradients(self, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
         """Of the policy's operands, with upstream (N,)."""
+        ...
+
+    def one_pass_pays(self, rows: Rows, head: Projection, needs: Needs) -> bool:
+        """Whether "auto" is to take one_pass where it serves: whether it is predicted to be the faster."""
         ...
 
     def has_divergence(self) -> bool:

@@ -1,10 +1,10 @@
 """The Triton backend: the functions of `interface.Backend`, and how they walk over rows and vocabulary.
 
     statistics rows outermost        scratch: ROWS x (tiles of the vocabulary) x statistics, fp32
-    gradients  vocabulary outermost  scratch: ROWS x (64 columns per multiprocessor) of dlogits; dX in fp32
-    one_pass   rows outermost        scratch: rows x V of E, at most ONE_PASS_BYTES together with what dW needs
+    gradients  vocabulary outermost  scratch: dlogits of ROWS rows and a block of the vocabulary; dX in fp32
+    one_pass   rows outermost        scratch: rows x V of E, and what dW needs
 
-Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes
+How large these are is said in `blocks.py`. Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes
 in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6.
 """
 
@@ -18,6 +18,16 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_rlhf.kernels.blocks import (
+    ROWS,
+    gradient_columns,
+    memory,
+    one_pass_is_faster,
+    one_pass_rows,
+    padded,
+    split_columns,
+    unit_columns,
+)
 from fused_rlhf.kernels.interface import (
     BlockGrads,
     BoundObjective,
@@ -51,7 +61,7 @@ from fused_rlhf.kernels.linear_logprobs import (
     matmul,
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
-from fused_rlhf.kernels.tiles import Tile, arch, multiprocessors, precision, tune
+from fused_rlhf.kernels.tiles import Tile, arch, device_bytes, multiprocessors, precision, tune
 
 __all__ = [
     "divergence",
@@ -62,13 +72,9 @@ __all__ = [
     "mass_blocks",
     "memory",
     "one_pass",
+    "one_pass_pays",
     "statistics",
 ]
-
-ROWS = 8192  # rows of one launch
-COLUMNS_PER_SM = 64  # columns of a vocabulary block of the backward, and of a head that is cast on the way
-SPLIT_COLUMNS = 1024  # columns of dW summed at a time in one_pass: the fp32 product stays in L2
-ONE_PASS_BYTES = 2_600_000_000  # scratch of one_pass: E, and the low halves of dW when there are several blocks of rows
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
@@ -85,9 +91,9 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
         some = _slice(tokens, at)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, some, block, head, partials)
-        stats = launch_finish(some, head.vocabulary, partials)[0]
+        stats = launch_finish(some, head, partials)[0]
         if head.grad_filter > 0:
-            stats = replace(stats, mass=_masses(tile, stats.lse, partials))
+            stats = replace(stats, mass=_masses(tile, stats, partials))
         found.append(stats)
     return Stats.joined(found)
 
@@ -106,6 +112,8 @@ def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, 
     tokens = _tokens(rows, head)
     tile = _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
+    if head.grad_filter == 0:  # else the blocks are those that the forward has summed masses of
+        columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
     row_grads, unscale = _row_grads(stats, upstream, tokens, head)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
     filtered = _filtered(stats, upstream, rows.targets, head.grad_filter, columns)
@@ -179,13 +187,11 @@ def one_pass(
     return replace(stats, extra=asked), contributions, grads
 
 
-def _one_pass_rows(N: int, V: int, H: int, dtype: torch.dtype, low_halves: bool) -> int:
-    """Rows that one_pass takes at a time: all N, or what ONE_PASS_BYTES leaves beside the low halves of dW."""
-    per_row = _padded(V) * dtype.itemsize
-    if N * per_row <= ONE_PASS_BYTES:
-        return N
-    low = V * H * dtype.itemsize if low_halves else 0
-    return min(N, max(1024, (ONE_PASS_BYTES - low) // per_row // 1024 * 1024))
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
+    """See `Backend`: where `one_pass` has a way of its own, by `blocks.one_pass_is_faster`."""
+    (N, H), device = rows.hidden.shape, rows.hidden.device
+    sizes = {"multiprocessors": multiprocessors(device), "device_bytes": device_bytes(device)}
+    return one_pass_is_faster(Work("one_pass", N, H, head.vocabulary, head.compute_dtype, needs, **sizes))
 
 
 def _one_pass(
@@ -195,7 +201,7 @@ def _one_pass(
     tile = _tile("stats", tokens, head)
     (N, H), V, device = rows.hidden.shape, head.vocabulary, rows.hidden.device
     halves = needs.weight and head.weight.dtype.itemsize == 2
-    capacity = _one_pass_rows(N, V, H, head.compute_dtype, halves)
+    capacity = one_pass_rows(N, V, H, head.compute_dtype.itemsize, halves, device_bytes(device))
     partials = Partials.empty(tile, capacity, V, outputs, device)
     scratch = _scratch(capacity, V, head.compute_dtype, device)
     dx = torch.zeros_like(rows.hidden) if needs.hidden else None
@@ -209,7 +215,7 @@ def _one_pass(
         row_max = torch.empty_like(reference)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, some, block, head, partials, exps[:, block.columns], reference)
-        stats, contributions, slope = launch_finish(some, V, partials, row_max, twin, at)
+        stats, contributions, slope = launch_finish(some, head, partials, row_max, twin, at)
         if contributions is None or slope is None:
             contributions, upstream = objective(at, stats.logprobs, stats.entropy)
             slope = torch.zeros_like(contributions) if upstream.logprobs is None else upstream.logprobs
@@ -256,23 +262,6 @@ def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: T
     raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
 
 
-def memory(work: Work) -> float:
-    """Statistics per tile, then dlogits of a block of columns and dX in fp32, or, in one pass, exponentials of a block of
-    rows and the low halves of a sum of dW over several blocks."""
-    N, H, V, itemsize = work.rows, work.hidden_size, work.vocabulary, work.dtype.itemsize
-    rows = min(N, ROWS)
-    of_tiles = 8.0 * rows * -(-V // 128)
-    if work.route == "forward":
-        return of_tiles + 64 * N
-    if work.route == "one_pass" and not work.needs_entropy:
-        halves = work.needs.weight and itemsize == 2
-        block = _one_pass_rows(N, V, H, work.dtype, halves)
-        low = V * H * itemsize if halves and block < N else 0
-        return block * (V * itemsize + 8 * H + 8 * -(-V // 128)) + low + work.gradients
-    columns = COLUMNS_PER_SM * work.multiprocessors
-    return max(of_tiles, rows * columns * itemsize + 4 * columns * H) + 4 * N * H + work.gradients
-
-
 class _SplitSink(HeadSink):
     """The gradient of a weight with the rows outermost, summed at fp32 precision without an fp32 copy of it.
 
@@ -282,8 +271,9 @@ class _SplitSink(HeadSink):
     def __init__(self, head: Projection, needs: Needs, several: bool) -> None:
         in_place = head.weight.dtype == torch.float32
         at_once = not several and head.weight.dtype == head.compute_dtype and _fills_the_device(head.weight)
-        super().__init__(head, needs, SPLIT_COLUMNS, direct=in_place or at_once)
-        self.width = head.vocabulary if self.direct else SPLIT_COLUMNS
+        columns = split_columns(head.weight.shape[1])
+        super().__init__(head, needs, columns, direct=in_place or at_once)
+        self.width = head.vocabulary if self.direct else columns
         self.low: Tensor | None = None
         if several and self.weight is not None and self.scratch is not None:
             self.weight.zero_()
@@ -307,12 +297,13 @@ class _SplitSink(HeadSink):
         return super().grads(hidden, scale)
 
 
-def _masses(tile: Tile, lse: Tensor, partials: Partials) -> Tensor:
+def _masses(tile: Tile, stats: Stats, partials: Partials) -> Tensor:
     """(n, blocks) probability mass of each vocabulary block of `backward`, from the forward's tiles."""
-    n, tiles = len(lse), partials.values.shape[2]
+    n, tiles = len(stats.lse), partials.values.shape[2]
     m, s = partials.values[0, :n], partials.values[1, :n]
-    mass = s * torch.exp(m - lse[:, None])
-    per_block = _columns(lse.device) // tile.block_v
+    assert stats.normaliser is not None
+    mass = s * torch.exp2(m - stats.normaliser[:, None])
+    per_block = _columns(stats.lse.device) // tile.block_v
     blocks = triton.cdiv(tiles, per_block)
     return torch.nn.functional.pad(mass, (0, blocks * per_block - tiles)).view(n, blocks, per_block).sum(2)
 
@@ -345,6 +336,8 @@ def _gradients_of_live_rows(rows: Rows, head: Projection, stats: Stats, upstream
 def _tokens(rows: Rows, head: Projection) -> RowBlock:
     arch(rows.hidden.device), precision(head.compute_dtype)  # raise before any work
     x = rows.hidden.to(head.compute_dtype)
+    if _misplaced(x):
+        x = x.clone()
     return RowBlock(x, rows.targets, rows.temperature.to(torch.float32).reciprocal())
 
 
@@ -373,22 +366,27 @@ def _tile(kernel: str, rows: RowBlock, head: Projection, entropy: bool = False) 
 def _blocks(head: Projection, columns: int) -> Iterator[ColumnBlock]:
     """The vocabulary, `columns` at a time, in the compute dtype."""
     for at in _ranges(head.vocabulary, columns):
-        yield ColumnBlock(at.start, head.rows(at), head.bias_of(at))
+        w = head.rows(at)
+        yield ColumnBlock(at.start, w.clone() if _misplaced(w) else w, head.bias_of(at))
 
 
 def _uncut(head: Projection) -> int:
-    """Columns of a block where only a cast or an adapter asks for blocks."""
+    """Columns of a block where only a cast, an adapter or a copy asks for blocks."""
     return head.weight.shape[0] if _whole(head) else _columns(head.weight.device)
 
 
 def _whole(head: Projection) -> bool:
     """Whether the kernels can read the weight where it lies."""
-    return head.weight.dtype == head.compute_dtype and head.lora_b is None
+    return head.weight.dtype == head.compute_dtype and head.lora_b is None and not _misplaced(head.weight)
+
+
+def _misplaced(operand: Tensor) -> bool:
+    """Whether tensor descriptors could address a copy of it, but not it: as a view into a flat buffer may lie anywhere."""
+    return operand.data_ptr() % 16 != 0 and operand.stride(0) * operand.element_size() % 16 == 0
 
 
 def _columns(device: torch.device) -> int:
-    """Columns of a vocabulary block: with ROWS rows its tiles make whole waves over the multiprocessors."""
-    return triton.cdiv(COLUMNS_PER_SM * multiprocessors(device), 256) * 256  # every tile's width divides 256
+    return unit_columns(multiprocessors(device))
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:
@@ -399,12 +397,8 @@ def _slice(rows: RowBlock, at: slice | Tensor) -> RowBlock:
     return RowBlock(rows.x[at], rows.targets[at], rows.inv_temperature[at])
 
 
-def _padded(columns: int) -> int:
-    return triton.cdiv(columns, 64) * 64  # whole 128-byte lines, as descriptors and cuBLAS like them
-
-
 def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((rows, _padded(columns)), dtype=dtype, device=device)
+    return torch.empty((rows, padded(columns)), dtype=dtype, device=device)
 
 
 def _move_to_front(scratch: Tensor, keep: Tensor) -> Tensor:
@@ -441,10 +435,11 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection
         g, h, l, unscale = g * scale, h * scale, l * scale, 1 / scale
     with_entropy = grads.entropy is not None
     entropy = stats.entropy if with_entropy else None
-    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.lse, stats.logprobs), unscale
+    assert stats.normaliser is not None
+    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.normaliser, stats.logprobs), unscale
 
 
 def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
     h = None if grads.h is None else grads.h[at]
     entropy = None if grads.entropy is None else grads.entropy[at]
-    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.lse[at], grads.logprobs[at])
+    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.normaliser[at], grads.logprobs[at])

@@ -7,6 +7,7 @@ products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -107,12 +108,12 @@ def slack_of(head: Projection) -> float:
     return 1e-5 + (torch.finfo(torch.float16).eps if head.compute_dtype == torch.float16 else 0.0)
 
 
-def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL) -> Stats:
-    """Forward and backward of all that `outputs` offers, against fp64."""
+def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL, step: float = 0.0) -> Stats:
+    """Forward and backward of all that `outputs` offers, against fp64; `step`: what an unfortunate rounding may cost."""
     stats = ops.statistics(*arguments, outputs)
     own, true = reference.statistics(*arguments, outputs), reference.statistics(*truth(*arguments), outputs)
     for triple in zip(listed(stats), listed(own), listed(true)):
-        assert_close(*triple)
+        assert_close(*triple, 1e-5 + step)
     g = torch.Generator().manual_seed(1)
     vectors = [torch.randn(arguments[0].count, generator=g) for _ in range(3)]
     upstream = TokenGrads(
@@ -123,7 +124,7 @@ def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL) ->
     own_grads = reference.gradients(*arguments, own, upstream, needs)
     true_grads = reference.gradients(*truth(*arguments), true, doubled(upstream), needs)
     for found, torchs, right in zip(grads, own_grads, true_grads):
-        assert_close(found, torchs, right, slack_of(arguments[1]))
+        assert_close(found, torchs, right, slack_of(arguments[1]) + step)
     again = ops.gradients(*arguments, stats, upstream, needs)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, again))
     return stats
@@ -199,7 +200,9 @@ def test_logits_far_from_zero(shift: float) -> None:
     rows, head = inputs(9, 24, 75, bias=True)
     assert head.bias is not None
     arguments = (replace(rows, temperature=torch.ones(9)), replace(head, bias=head.bias + shift))
-    check(arguments, ("entropy", "sum_sq"))
+    # The kernels' unit is ln 2, in which fp32 may be coarser than torch's: half the distance of two neighbours.
+    score = abs(shift) * math.log2(math.e)
+    check(arguments, ("entropy", "sum_sq"), step=math.ulp(score) * 2**29 / 2 * math.log(2))
 
 
 def test_padded_vocabulary() -> None:
@@ -335,7 +338,7 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
     rows, head = inputs(37, 24, 300)
     arguments = (rows, replace(head, weight=head.weight.to(dtype)))
     whole = check_one_pass(arguments)[2]
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     parts = check_one_pass(arguments)[2]
     assert whole.weight is not None
     assert parts.weight is not None
@@ -385,9 +388,10 @@ def test_flat_rows_leave_before_the_products(dead: str) -> None:
         return
     vectors = ("advantages", "old_logprobs", "ref_logprobs", "token_weights")
     fewer = replace(bound, **{name: getattr(bound, name)[~flat] for name in vectors})
-    _, _, expected = reference.one_pass(kept, arguments[1], (), fewer, Needs(True, True, False))
-    torch.testing.assert_close(grads.hidden[~flat], expected.hidden, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(grads.weight, expected.weight, rtol=1e-4, atol=1e-7)
+    _, _, own = reference.one_pass(kept, arguments[1], (), fewer, Needs(True, True, False))
+    _, _, true = reference.one_pass(*truth(kept, arguments[1]), (), fewer, Needs(True, True, False))
+    assert_close(grads.hidden[~flat], own.hidden, true.hidden)
+    assert_close(grads.weight, own.weight, true.weight)
 
 
 def test_an_objective_without_a_twin_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,13 +707,13 @@ def test_one_pass_of_every_twin(preset: Callable[..., PolicyLoss], options: dict
 
 
 def test_one_pass_of_a_tokenwise_objective_without_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=partial(DAPO, use_bias_correction_kl=True), beta=0.1)
 
 
 def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs all rows at once is never cut into blocks of rows."""
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=GSPO, beta=0.1)
     arguments = inputs(23, 24, 103)
     bound, _ = preference_of(PreferenceLoss(), [8, 3, 7, 5])
@@ -723,7 +727,7 @@ def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", [8, 64])
 def test_unit_gradients_under_a_frozen_head(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """reinforce with an advantage of -1: the loss is the sum of the log-probs, dX that of each of them; no dW is made."""
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: block)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: block)
     monkeypatch.delattr(ops, "_SplitSink")
     arguments = inputs(23, 24, 103, softcap=3.0)
     bound = REINFORCE().bind(
@@ -913,8 +917,8 @@ def hardcap(product, gain, cap):
 
 
 @triton.jit
-def hardcap_slope(z, inv_temperature, cap):
-    return tl.where(tl.abs(z) < cap * (1 - 1e-6) * inv_temperature, 1.0, 0.0)
+def hardcap_slope(score, unit, cap):
+    return tl.where(tl.abs(score) < cap * (1 - 1e-6) * unit, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -264,10 +264,11 @@ def test_memory_is_the_formula(N: int) -> None:
     arguments = inputs(N, H, V)
     stats = ops.statistics(*arguments, ())
     needs = Needs(True, True, False)
-    slack, multiprocessors = 64 * N + (8 << 20), tiles.multiprocessors(torch.device("cuda"))
+    slack, device = 64 * N + (8 << 20), torch.device("cuda")
+    sizes = {"multiprocessors": tiles.multiprocessors(device), "device_bytes": tiles.device_bytes(device)}
 
     def formula(route: Any) -> float:
-        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, multiprocessors=multiprocessors)) + slack
+        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, **sizes)) + slack
 
     assert peak_memory(lambda: ops.statistics(*arguments, ())) <= formula("forward")
     upstream = TokenGrads(stats.lse)
@@ -287,12 +288,9 @@ def test_more_than_two_billion_logits() -> None:
     alone = ops.statistics(rows.pick(tail), head, ())
     assert torch.equal(stats.logprobs[tail], alone.logprobs)
     bound = objective(N, stats.logprobs, 0.0)
-    ops_rows = ops.ONE_PASS_BYTES
-    try:
-        ops.ONE_PASS_BYTES = 2 * N * V  # one block of rows, so that E itself passes 2^31 elements
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "one_pass_rows", lambda *_: N)  # one block of rows, so that E itself passes 2^31 elements
         _, _, grads = ops.one_pass(rows, head, (), bound, Needs(True, False, False))
-    finally:
-        ops.ONE_PASS_BYTES = ops_rows
     vectors = ("advantages", "token_weights", "old_logprobs")
     few = replace(bound, **{name: getattr(bound, name)[tail] for name in vectors})
     _, _, expected = ops.one_pass(rows.pick(tail), head, (), few, Needs(True, False, False))

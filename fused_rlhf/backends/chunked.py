@@ -45,6 +45,7 @@ __all__ = [
     "mass_blocks",
     "memory",
     "one_pass",
+    "one_pass_pays",
     "statistics",
 ]
 
@@ -297,6 +298,10 @@ def one_pass(
 
 
 def has_divergence() -> bool:
+    return True
+
+
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
     return True
 
 

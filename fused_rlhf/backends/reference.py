@@ -148,6 +148,10 @@ def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: T
     return Grads(*(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves))
 
 
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
+    return True
+
+
 def memory(work: Work) -> float:
     """Logits, probabilities and their gradient, whole."""
     heads = 2 if work.route == "divergence" else 1

@@ -22,7 +22,8 @@ from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.rows import check_temperature, live_rows, scatter
 
-RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass")
+# The last two are for the backward alone.
+RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser")
 DIFFERENTIABLE = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
 
 
@@ -103,7 +104,7 @@ def _logprobs(hidden, head, targets, temperature, *options):  # type: ignore[no-
     check_temperature(rows.temperature)
     with no_autocast(hidden):
         stats = backends.resolve(asked.backend, hidden).statistics(rows, projection, asked.outputs)
-    found = {"logprobs": stats.logprobs, "lse": stats.lse, "mass": stats.mass, **stats.extra}
+    found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
     full = [scatter(found.get(name), index, targets.numel()) for name in RESULTS]
     return tuple(e if value is None else value for value, e in zip(full, empty))
 
@@ -113,7 +114,7 @@ def _empty(
 ) -> tuple[Tensor, ...]:
     """Zeros of the op's result shapes; what was not asked for has no elements."""
     count = targets.numel()
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", *asked.outputs), (count,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", "normaliser", *asked.outputs), (count,))
     if head.grad_filter > 0:
         blocks = backends.resolve(asked.backend, hidden).mass_blocks(head.vocabulary, hidden.device)
         shapes["mass"] = (count, blocks)
@@ -131,7 +132,7 @@ def _(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, head, targets, temperature, *options = inputs
     found = dict(zip(RESULTS, output))
-    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass")]
+    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass", "normaliser")]
     ctx.save_for_backward(hidden, *head, targets, temperature, *kept)
     ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
@@ -174,9 +175,9 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs
     if index.numel() == 0:
         return _materialise(Grads(None, None, None), operands, wanted)
     some = None if index.numel() == targets.numel() else index
-    logprobs, lse, entropy, mass = kept
+    logprobs, lse, entropy, mass, normaliser = kept
     extra = {"entropy": entropy} if entropy.numel() else {}
-    stats = Stats(logprobs, lse, extra, _or_none(mass)).pick(some)
+    stats = Stats(logprobs, lse, extra, _or_none(mass), normaliser).pick(some)
     rows = Rows(hidden, targets, temperature).pick(some)
     with no_autocast(hidden):
         backend = backends.resolve(asked.backend, hidden)
