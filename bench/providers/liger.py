@@ -1,4 +1,4 @@
-"""Liger: its chunked GRPO and DPO losses, and its fused linear cross entropy."""
+"""Liger: its chunked GRPO and DPO losses, its fused linear cross entropy, and its scaled one."""
 
 from __future__ import annotations
 
@@ -106,3 +106,12 @@ def cross_entropy(inputs: Inputs) -> Step:
         return -module(inputs.weight, inputs.hidden, labels)
 
     return run
+
+
+@provider("liger-scaled", packages=PACKAGES, ops=LOGPROB_OPS, tolerance=ROUNDED)
+def scaled_cross_entropy(inputs: Inputs) -> Step:
+    """What verl calls: a CuTe kernel on Hopper (which needs nvidia-cutlass-dsl), blocks of 512 rows in torch elsewhere."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    labels = inputs.labels
+    return lambda: -LigerFusedLinearScaledCrossEntropyFunction.apply(inputs.hidden, inputs.weight, labels).float()
