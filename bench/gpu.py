@@ -310,7 +310,7 @@ def merged(result: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """With the rows of another stage. Each carries its run, and none is compared with those of another."""
     if part["suite"] == "step":  # rows of another kind
         return {**result, "step": part}
-    kept = {key: result[key] for key in ("stages", "step") if key in result}
+    kept: dict[str, Any] = {key: result[key] for key in ("stages", "step") if key in result}
     rows, versions = result["rows"] + part["rows"], {**result.get("versions", {}), **part["versions"]}
     return {**part, "rows": rows, "versions": versions, "command": "python -m bench.gpu", **kept}
 

@@ -252,7 +252,7 @@ def gpu(scale: int = 1) -> Suite:
         given = {"dtype": "bf16", **changes}
         return Case(N=rows, H=max(H // scale, 32), V=max(151936 // scale, 1000), T=length, **given)
 
-    logprobs = {"op": "logprobs_fwd_bwd"}
+    logprobs: dict[str, Any] = {"op": "logprobs_fwd_bwd"}
     groups: dict[str, dict[str, Case]] = {
         "main": {
             "main": case(),

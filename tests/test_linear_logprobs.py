@@ -360,7 +360,8 @@ def tokens(lengths: list[int], device: str) -> tuple[Sequences, Tensor, Tensor]:
 def check_loss(backend: Any, bound: BoundPolicyLoss | BoundPreferenceLoss, logprobs: Tensor) -> None:
     """Values and slopes against fp64, the yardstick being torch in fp32; and their bits."""
     vectors = {f.name: v for f in fields(bound) if isinstance(v := getattr(bound, f.name), Tensor)}
-    wide = replace(bound, **{name: v.double() for name, v in vectors.items() if v.dtype == torch.float32})
+    doubled: dict[str, Any] = {name: v.double() for name, v in vectors.items() if v.dtype == torch.float32}
+    wide = replace(bound, **doubled)
     at = slice(0, len(logprobs))
     results = [backend.loss(bound, logprobs, None), bound(at, logprobs, None), wide(at, logprobs.double(), None)]
     assert has_twin(bound)

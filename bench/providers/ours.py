@@ -34,8 +34,8 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool =
         ref_hidden, ref_weight = inputs.ref_hidden, inputs.weight.detach()
         return lambda: divergence(inputs.hidden, inputs.weight, ref_hidden, ref_weight)
     if case.op not in OBJECTIVES:
-        logprobs = partial(fr.linear_logprobs, backend=backend, round_logits=rounded, **on_head)
-        return lambda: Values(logprobs(inputs.hidden, inputs.weight, labels).logprobs)
+        options: dict[str, Any] = {"backend": backend, "round_logits": rounded, **on_head}
+        return lambda: Values(fr.linear_logprobs(inputs.hidden, inputs.weight, labels, **options).logprobs)
     batch: dict[str, Any] = on_head | {
         "completion_mask": inputs.sequences(inputs.mask) if case.density < 1 else None,
         "ref_logprobs": None if inputs.ref_logprobs is None else inputs.sequences(inputs.ref_logprobs),
