@@ -45,14 +45,14 @@ PYTHON = [sys.executable, "-m"]
 
 # Of suite `gpu`: the cases of a stage, and its seconds of LIMIT_S.
 BENCHES: dict[str, tuple[float, tuple[str, ...]]] = {
-    "main": (95, ("main", "forward", "zero", "frozen", "kl")),
+    "main": (110, ("main", "forward", "zero", "frozen", "kl")),
     "accuracy": (40, ("accuracy", "outliers-4k", "outliers-8k")),
     "long": (40, ("n128k",)),
-    "small": (30, ("n64", "n256", "n1024")),
+    "small": (28, ("n64", "n256", "n1024")),
     "narrow": (35, ("h896-16k", "h896-64k", "h1536-16k", "h1536-64k", "h2048-16k", "h2048-64k")),
-    "objectives": (65, ("logprobs", "dpo", "gspo", "entropy", "lora", "masters", "padded", "lengths")),
-    "graphs": (30, ("graphs",)),
-    "precision": (30, ("ieee", "tf32")),
+    "objectives": (60, ("logprobs", "dpo", "gspo", "entropy", "lora", "masters", "padded", "lengths")),
+    "graphs": (28, ("graphs",)),
+    "precision": (28, ("ieee", "tf32")),
 }
 
 
@@ -112,7 +112,7 @@ def tests(scratch: Path) -> Stage:
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
     options += ["--continue-on-collection-errors"]  # what cannot be imported must not stop the others
     files = gpu_tests(checkout.needed("the tests of a GPU"))
-    return Stage("tests", [*PYTHON, "pytest", *options, *files], 80, log="tests.log", junit=report)
+    return Stage("tests", [*PYTHON, "pytest", *options, *files], 75, log="tests.log", junit=report)
 
 
 def gpu_tests(root: Path) -> list[str]:
@@ -147,7 +147,7 @@ def step(at: Where) -> Stage:
     """The whole update of a 0.6B model."""
     out, case = at.scratch / "step.json", "prompt-heavy" if at.tiny else "qwen3-0.6b"
     command = [*PYTHON, "fused_rlhf.bench.step", "--only", case, "--device", at.device, "--rounds", "3"]
-    return Stage("step", [*command, *(["--tiny"] if at.tiny else []), "--out", str(out)], 40, result=out)
+    return Stage("step", [*command, *(["--tiny"] if at.tiny else []), "--out", str(out)], 41, result=out)
 
 
 def chosen(planned: Sequence[Stage], only: Sequence[str] | None, at: Where) -> list[Stage]:

@@ -196,7 +196,7 @@ class Subject:
         self.reference = Reference(*(r.to(device) for r in reference))
         self.inputs = build(case, device, self.reference)
         # On a CPU a few rows wake threads and libraries; on a GPU the full shape compiles what has to be compiled.
-        few = max(1, WARM_ROWS * case.T // case.N)
+        few = min(case.T, max(1, WARM_ROWS * case.T // case.N))
         self.warm = self.inputs.shorter(few) if device == "cpu" else self.inputs
         self.found: Found = {n: {"samples": [], "entropy_nats": entropy(self.reference)} for n in rounds}
 
@@ -284,6 +284,7 @@ def measure(
 
 
 PEERS = ("trl", "liger_kernel")  # of the extra [peers]
+INSTALLED_AS = {"quack": "quack-kernels", "cutlass": "nvidia-cutlass-dsl"}  # by the name that is imported
 
 
 def _said_in_a_line(error: Exception) -> bool:
@@ -298,7 +299,8 @@ def _why(error: Exception) -> str:
         return f"out of memory: {int(refused[1]) / 1e9:.2f} GB more were refused"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        extra = "'fused-rlhf[peers]'" if package in PEERS else package.replace("_", "-")
+        name = INSTALLED_AS.get(package, package.replace("_", "-"))
+        extra = "'fused-rlhf[peers]'" if package in PEERS else name
         return f"needs {package}, which is not installed: pip install {extra}"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -319,17 +321,24 @@ WAIT = "called a synchronizing"  # torch's words, of which it has no constant
 
 def host_waits(provider: str, inputs: Inputs) -> int:
     """How often the host waits for the GPU in one forward (and backward), by torch's debug mode."""
-    device, step = inputs.hidden.device.type, PROVIDERS[provider].step(inputs)
+    step = PROVIDERS[provider].step(inputs)
+    with waits_warned_of(inputs.hidden.device.type) as caught:
+        call(step, inputs.case, Clock("cpu"))
+    return sum(WAIT in str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def waits_warned_of(device: str) -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings of what is done inside, among them one for each time that the host waits for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         try:
-            call(step, inputs.case, Clock("cpu"))
+            yield caught
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    return sum(WAIT in str(warning.message) for warning in caught)
 
 
 class Compilations:

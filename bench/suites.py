@@ -286,7 +286,8 @@ def gpu(scale: int = 1) -> Suite:
     return Suite(
         "the GPU figures: time against bare products and peers, errors, memory, small and long batches, every objective",
         {name: found for group in groups.values() for name, found in group.items()},
-        rows("main", f"gemm trl {one} {two} dense liger", 10)
+        rows("main", f"gemm trl {one} {two} dense", 10)
+        + rows("main", "liger", 3)
         + rows("forward", "gemm trl ours dense liger-scaled cce verl", 10)
         + rows("zero", f"gemm trl {one} {two}", 10)
         + rows("frozen", f"gemm trl {one} {two}", 10)
