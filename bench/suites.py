@@ -49,7 +49,9 @@ def able(cases: dict[str, Case], providers: str, rounds: int) -> list[Row]:
 
 def quick() -> Suite:
     small = Case(N=256, H=128, V=8000, T=64)
-    cases = {op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    cases = {
+        op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")
+    }
     cases |= {
         "bf16": replace(small, N=128, dtype="bf16"),
         "padded": replace(small, density=0.5),
@@ -166,7 +168,7 @@ def matrix() -> Suite:
     """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in 35 minutes."""
     base = Case(N=1024, H=512, V=32768, T=128)
     dpo = replace(base, op="dpo")
-    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")}
     sweeps = {
         **{f"N={n}": replace(base, N=n) for n in (256, 4096, 8192)},
         **{f"V={v}": replace(base, V=v) for v in (8192, 131072)},
@@ -271,6 +273,7 @@ def gpu(scale: int = 1) -> Suite:
         "narrow": {f"h{h}-{k}k": case(1024 * k, h, T=4096) for h in (896, 1536, 2048) for k in (16, 64)},
         "objectives": {
             "logprobs": case(**logprobs),
+            "sft": case(op="sft"),
             "dpo": case(op="dpo"),
             "gspo": case(objective="gspo"),
             "entropy": case(op="ppo"),
@@ -297,6 +300,7 @@ def gpu(scale: int = 1) -> Suite:
         + [row for name in groups["small"] for row in rows(name, "dense ours trl", 15)]
         + [row for name in groups["narrow"] for row in rows(name, f"gemm-blocked {one} trl", 4)]
         + rows("logprobs", "gemm ours trl dense torch-lce liger-scaled liger-flce quack cce cce-exact verl", 5)
+        + rows("sft", f"gemm {one} trl dense liger-flce quack-chunked cce", 5)
         + rows("dpo", "dense ours trl liger", 5)
         + rows("gspo", "dense ours trl", 5)
         + rows("entropy", "dense ours trl verl", 5)

@@ -307,6 +307,7 @@ def test_bad_cases_are_refused(change, word):
         ({"op": "dpo", "T": 16}, "even number of sequences, got N / T = 3"),
         ({"zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with grpo"),
         ({"op": "ppo", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with ppo"),
+        ({"op": "sft", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with sft"),
         ({"objective": "simpo"}, "objective must be one of .* with grpo, got 'simpo'"),
     ],
 )

@@ -95,15 +95,17 @@ def dpo(inputs: Inputs) -> Step:
 
 @provider("liger-flce", packages=PACKAGES, ops=LOGPROB_OPS, tolerance=ROUNDED)
 def cross_entropy(inputs: Inputs) -> Step:
-    """Its fused linear cross entropy with a result per token; Triton alone."""
+    """Its fused linear cross entropy, with a result per token unless the mean is asked for; Triton alone."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     if not inputs.hidden.is_cuda:
         raise ValueError("liger-flce is written in Triton alone; it needs a GPU")
-    module, labels = LigerFusedLinearCrossEntropyLoss(reduction="none"), inputs.labels
+    mean, labels = inputs.case.op == "sft", inputs.labels
+    module = LigerFusedLinearCrossEntropyLoss(reduction="mean" if mean else "none")
 
-    def run() -> Tensor:
-        return -module(inputs.weight, inputs.hidden, labels)
+    def run() -> Tensor | Output:
+        found = module(inputs.weight, inputs.hidden, labels)
+        return Output(found) if mean else -found
 
     return run
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fused_rlhf.bench.inputs import Inputs
 
 PACKAGES = ("fused-rlhf", "torch", "triton")
-OBJECTIVES = ("grpo", "ppo", "dpo")
+OBJECTIVES = ("sft", "grpo", "ppo", "dpo")
 
 
 def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool = False) -> Step:
@@ -47,6 +47,8 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool =
         batch.setdefault("objective", fr.DPO(beta=DPO_BETA))
         if not batch["objective"].needs_reference:
             batch["ref_logprobs"] = None
+    elif case.op == "sft":  # a policy whose advantages are all 1, so that one pass serves
+        batch |= {"advantages": inputs.upstream.new_ones(case.N // case.T), "objective": fr.REINFORCE()}
     else:
         batch["advantages"] = inputs.sequences(inputs.advantages)
         batch["old_logprobs"] = inputs.sequences(inputs.old_logprobs)
@@ -73,7 +75,7 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     from fused_rlhf.kernels.interface import Needs, Route, Work
 
     op, tokens = OPS[case.op], round(case.rows[0])
-    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (case.op in ("grpo", "ppo") or case.frozen_head)
+    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (case.op != "dpo" or case.frozen_head)
     route: Route = (
         "divergence" if op.values == "kl" else "one_pass" if one_pass else "two_phase" if op.backward else "forward"
     )
