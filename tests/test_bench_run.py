@@ -716,6 +716,12 @@ def test_a_stage_without_a_package_is_missing_it(code, said, how):
     [
         ({"trl": "needs trl, which is not installed: pip install ..."}, 0, "ok", ["trl"]),
         ({"ours": "ModuleNotFoundError: No module named 'triton'", "trl": None}, 1, "missing: triton", ["triton"]),
+        (
+            {"ours": "needs triton, which is not installed", "trl": "needs trl, which is not installed"},
+            1,
+            "missing: triton",
+            ["triton", "trl"],
+        ),
         ({"ours": "RuntimeError: wrong", "trl": "needs trl, which is not installed"}, 1, "exit status 1", ["trl"]),
     ],
 )

@@ -219,7 +219,7 @@ def test_compiles_without_a_graph_break(device, options, masked):
             value.backward()
             results.append([t.detach().clone() for t in (value, hidden.grad, weight.grad)])
         for a, b in zip(*results):
-            assert worst(a, b) < 1e-5
+            assert worst(a, b) <= 1e-5 * max(1.0, a.abs().max().item())
 
 
 @pytest.mark.parametrize("device", DEVICES)
