@@ -582,7 +582,7 @@ def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
 
 
 def test_targets_of_a_gpu_are_of_one_run():
-    """What the issue of a run is: each ratio of times is of cases that share a process."""
+    """Each ratio of times is of cases that share a process; and what a run must reach stands there."""
     suite = SUITES["gpu"]()
     groups = {case: group for group in suite.groups for case in group}
     for target in suite.targets:
