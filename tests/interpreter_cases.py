@@ -990,7 +990,7 @@ def test_a_call_waits_twice_and_once_more_for_each_further_block(
     monkeypatch.setattr(ops, "_one_pass_rows", lambda N, *sizes: -(-N // blocks))
     options = dict(WAITS[case])
     rows, head = inputs(48, 16, 150)
-    leaves = [rows.hidden.requires_grad_(), head.weight.requires_grad_(options.pop("trained", True))]
+    hidden, weight = rows.hidden.requires_grad_(), head.weight.requires_grad_(options.pop("trained", True))
     targets = torch.where(torch.arange(48) % 5 == 0, -100, rows.targets)
     if options.pop("lora", False):
         options["lora"] = (torch.randn(2, 16).requires_grad_(), torch.randn(150, 2).requires_grad_(), 0.5)
@@ -998,12 +998,16 @@ def test_a_call_waits_twice_and_once_more_for_each_further_block(
     offsets = torch.tensor([0, 10, 10, 30, 48])
 
     def call() -> Tensor:
-        given = {**options, "temperature": rows.temperature, "backend": "triton"}
+        given: dict[str, Any] = {**options, "temperature": rows.temperature, "backend": "triton"}
         if "objective" not in options:
-            return fr.linear_logprobs(*leaves, targets, **given).logprobs[::2].sum()
+            return fr.linear_logprobs(hidden, weight, targets, **given).logprobs[::2].sum()
         advantages = torch.where(torch.arange(48) % 3 == 0, 0.0, 1.0)
-        more = {"advantages": advantages, "old_logprobs": torch.full((48,), -4.0), "ref_logprobs": torch.zeros(48)}
-        return fr.linear_policy_loss(*leaves, targets, cu_seqlens=offsets, **more, **given)[0]
+        more: dict[str, Any] = {
+            "advantages": advantages,
+            "old_logprobs": torch.full((48,), -4.0),
+            "ref_logprobs": torch.zeros(48),
+        }
+        return fr.linear_policy_loss(hidden, weight, targets, cu_seqlens=offsets, **more, **given)[0]
 
     once_a_block = case in ("one pass", "a frozen head")
     reads = waits_of(call)[1].reads
