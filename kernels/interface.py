@@ -32,6 +32,13 @@ def pick(tensor: Maybe, rows: slice | Tensor | None) -> Maybe:
     return cast(Maybe, tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows])
 
 
+def indices(mask: Tensor, count: int) -> Tensor:
+    """(count,) int64: where an (N,) mask holds. `nonzero` would find the count by itself, and wait for the device."""
+    if mask.device.type == "mps":  # which has no nonzero_static
+        return mask.nonzero().squeeze(1)
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Real tokens, with everything that is a token's own."""
@@ -213,7 +220,7 @@ class Stats:
     logprobs: Tensor
     lse: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # the other statistics that were asked for, by name
-    # (N, mass_blocks), only under head.grad_filter > 0: probability mass of each vocabulary block of the backward.
+    # (N, blocks of filter_columns), only under head.grad_filter > 0: probability mass of each vocabulary block.
     mass: Tensor | None = None
     # What the backward's probabilities are relative to, in units of the backend's own, where that is not lse.
     normaliser: Tensor | None = None
@@ -296,6 +303,11 @@ def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int,
     keep = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ~(ordered.cumsum(1) <= grad_filter))
     keep.scatter_(1, (targets // columns)[:, None], True)
     return keep if exact is None else keep | exact[:, None]
+
+
+def rows_of_blocks(keep: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Of `kept_blocks` (N, blocks) the ascending rows that each block keeps, of which there are `counts`."""
+    return (indices(keep.T.reshape(-1), sum(counts)) % max(len(keep), 1)).split(counts)
 
 
 class BoundObjective(Protocol):
@@ -425,14 +437,25 @@ class Work:
 class Backend(Protocol):
     """The functions of a backend, a module. What it cannot do raises, naming the backend that can."""
 
-    def mass_blocks(self, vocabulary: int, device: torch.device) -> int:
-        """Columns of `Stats.mass`."""
+    def filter_columns(self, device: torch.device) -> int:
+        """Columns of a vocabulary block that head.grad_filter leaves a row or not; 0: it leaves all of them."""
         ...
 
     def statistics(self, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats: ...
 
-    def gradients(self, rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
-        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is."""
+    def gradients(
+        self,
+        rows: Rows,
+        head: Projection,
+        stats: Stats,
+        upstream: TokenGrads,
+        needs: Needs,
+        filtered: tuple[Tensor, ...] | None = None,
+    ) -> Grads:
+        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is.
+
+        filtered: for each vocabulary block of filter_columns the ascending rows that it is computed for; None: all.
+        """
         ...
 
     def loss(self, objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:

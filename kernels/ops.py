@@ -4,15 +4,17 @@
     gradients  vocabulary outermost  scratch: dlogits of ROWS rows and a block of the vocabulary; dX in fp32
     one_pass   rows outermost        scratch: rows x V of E, and what dW needs
 
-How large these are is said in `blocks.py`. Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes
-in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6.
+How large these are is said in `blocks.py`. Logits are fp32 in registers and never rounded; the products of the backward run
+in cuBLAS. An fp32 head that computes in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4
+with one operand frozen), one_pass 6.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -44,7 +46,7 @@ from fused_rlhf.kernels.interface import (
     Sums,
     TokenGrads,
     Work,
-    kept_blocks,
+    indices,
 )
 from fused_rlhf.kernels.linear_logprobs import (
     ColumnBlock,
@@ -66,17 +68,32 @@ from fused_rlhf.kernels.tiles import Tile, arch, device_bytes, multiprocessors, 
 __all__ = [
     "divergence",
     "divergence_gradients",
+    "filter_columns",
     "gradients",
     "has_divergence",
     "loss",
-    "mass_blocks",
     "memory",
     "one_pass",
     "one_pass_pays",
     "statistics",
 ]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
+
+def on_its_device(function: Function) -> Function:
+    """Triton launches on the current device: while the function runs, that is the one its rows lie on."""
+
+    @functools.wraps(function)
+    def guarded(first: Any, second: Any, *rest: Any, **more: Any) -> Any:
+        # `loss` takes an objective before its log-probs.
+        with torch.cuda.device_of(first.hidden if isinstance(first, Rows | RowPairs) else second):
+            return function(first, second, *rest, **more)
+
+    return cast(Function, guarded)
+
+
+@on_its_device
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     """See `Backend`. A row's statistics have the same bits in any batch and whichever others are asked for.
 
@@ -98,25 +115,31 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     return Stats.joined(found)
 
 
-def mass_blocks(vocabulary: int, device: torch.device) -> int:
-    return triton.cdiv(vocabulary, _columns(device))
+def filter_columns(device: torch.device) -> int:
+    return _columns(device)
 
 
-def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+@on_its_device
+def gradients(
+    rows: Rows,
+    head: Projection,
+    stats: Stats,
+    upstream: TokenGrads,
+    needs: Needs,
+    filtered: tuple[Tensor, ...] | None = None,
+) -> Grads:
     """See `Backend`. Recomputes the logits: 2NVH, and 2NVH for each of dX and dW.
 
-    Rows whose upstream is zero should be dropped by the caller. Under head.grad_filter, a vocabulary block is computed
-    for the rows that need it alone. fp16 gradients are scaled by a power of two on the device, so that dlogits neither
-    overflow nor vanish where the upstream is small.
+    Rows whose upstream is zero should be dropped by the caller. fp16 gradients are scaled by a power of two on the
+    device, so that dlogits neither overflow nor vanish where the upstream is small.
     """
     tokens = _tokens(rows, head)
     tile = _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
-    if head.grad_filter == 0:  # else the blocks are those that the forward has summed masses of
+    if filtered is None:  # else the blocks are those of `filter_columns`
         columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
     row_grads, unscale = _row_grads(stats, upstream, tokens, head)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
-    filtered = _filtered(stats, upstream, rows.targets, head.grad_filter, columns)
 
     width = min(head.vocabulary, columns)
     scratch = _scratch(min(N, ROWS), width, tokens.x.dtype, rows.hidden.device)
@@ -154,6 +177,7 @@ def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, 
     return sink.grads(dx, unscale)
 
 
+@on_its_device
 def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     """See `Backend`. Repeatable to the bit: a sequence is summed in a fixed order."""
     if not has_twin(objective):
@@ -165,6 +189,7 @@ def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) ->
     return contributions, TokenGrads(slope)
 
 
+@on_its_device
 def one_pass(
     rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
 ) -> tuple[Stats, Tensor, Grads]:
@@ -223,7 +248,7 @@ def _one_pass(
         losses.append(contributions)
         factor = launch_repair(tile, some, head, partials, exps, reference, row_max, stats, slope)
 
-        live = _move_to_front(scratch, slope != 0)
+        live = _move_to_front(scratch, slope != 0)  # waits for the device, once for each block of rows
         exps = scratch[: len(live), :V]
         x, factor = some.x, factor[:, None]
         if len(live) < len(slope):
@@ -254,10 +279,12 @@ def has_divergence() -> bool:
     return False
 
 
+@on_its_device
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
 
 
+@on_its_device
 def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
     raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
 
@@ -308,25 +335,16 @@ def _masses(tile: Tile, stats: Stats, partials: Partials) -> Tensor:
     return torch.nn.functional.pad(mass, (0, blocks * per_block - tiles)).view(n, blocks, per_block).sum(2)
 
 
-def _filtered(
-    stats: Stats, grads: TokenGrads, targets: Tensor, grad_filter: float, columns: int
-) -> tuple[Tensor, ...] | None:
-    """The rows that each vocabulary block is needed for, in ascending order; None: all of them."""
-    if stats.mass is None:
-        return None
-    exact = None if grads.entropy is None else grads.entropy != 0
-    keep = kept_blocks(stats.mass, grad_filter, targets, columns, exact)
-    return keep.T.nonzero()[:, 1].split(keep.sum(0).tolist())
-
-
 def _gradients_of_live_rows(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
     """`gradients` without the rows whose upstream is zero."""
-    live = upstream.live(rows.targets).nonzero().squeeze(-1)
-    if not any(needs) or not len(live):
+    nonzero = upstream.live(rows.targets)
+    count = int(nonzero.sum()) if any(needs) else 0
+    if count == 0:
         like = (rows.hidden, head.weight, head.bias, head.lora_b)
         return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
-    if len(live) == rows.count:
+    if count == rows.count:
         return gradients(rows, head, stats, upstream, needs)
+    live = indices(nonzero, count)
     grads = gradients(rows.pick(live), head, stats.pick(live), upstream.pick(live), needs)
     if grads.hidden is None:
         return grads
@@ -402,16 +420,20 @@ def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _move_to_front(scratch: Tensor, keep: Tensor) -> Tensor:
-    """Moves the rows to keep to the front and returns where each came from; holes there are filled from the end."""
-    rows = keep.nonzero().squeeze(-1)
-    count = len(rows)
-    from_end = rows[rows >= count]
-    holes = (~keep[:count]).nonzero().squeeze(-1)
-    for at in _ranges(len(holes), 256):
-        scratch[holes[at]] = scratch.index_select(0, from_end[at])
-    order = torch.arange(count, device=rows.device)
-    order[holes] = from_end
-    return order
+    """Moves the rows to keep to the front and returns where each came from; holes there are filled from the end.
+
+    Waits for the device once: for how many rows are kept, and how many of them are moved.
+    """
+    order = torch.arange(len(keep), device=keep.device)
+    total = keep.sum()
+    hole = ~keep & (order < total)
+    count, moved = torch.stack((total, hole.sum())).tolist()
+    if moved:
+        holes, from_end = indices(hole, moved), indices(keep, count)[count - moved :]
+        for at in _ranges(moved, 256):
+            scratch[holes[at]] = scratch.index_select(0, from_end[at])
+        order[holes] = from_end
+    return order[:count]
 
 
 def _fills_the_device(weight: Tensor, rows: int | None = None) -> bool:

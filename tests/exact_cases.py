@@ -108,7 +108,9 @@ def partials_of(z: Tensor, tile: Tile) -> Partials:
 
 
 def finished(x: Tensor, w: Tensor, targets: Tensor, partials: Partials) -> Stats:
-    rows = RowBlock(x.float(), targets.contiguous(), torch.ones(len(targets)))  # the interpreter knows no bf16; the numbers are bf16's
+    rows = RowBlock(
+        x.float(), targets.contiguous(), torch.ones(len(targets))
+    )  # the interpreter knows no bf16; the numbers are bf16's
     return launch_finish(rows, Projection(w.float()), partials)[0]
 
 

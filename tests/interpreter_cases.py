@@ -23,7 +23,16 @@ import fused_rlhf as fr
 from fused_rlhf.backends import reference
 from fused_rlhf.kernels import objectives as twins
 from fused_rlhf.kernels import ops, primitives, tiles, transforms
-from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, Stats, TokenGrads
+from fused_rlhf.kernels.interface import (
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    TokenGrads,
+    kept_blocks,
+    rows_of_blocks,
+)
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.objectives import (
@@ -43,6 +52,7 @@ from fused_rlhf.objectives.registry import keywords
 from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
 from fused_rlhf.segments import Sequences
 from tests.helpers import HARDCAP, listed, projection
+from tests.waits import waits_of
 
 ALL = Needs(True, True, True)
 NO_BIAS = Needs(True, True, False)
@@ -862,7 +872,11 @@ def test_filtered_gradients_stay_within_the_bound(
         rows.clear()
         call = Rows(hidden, targets, torch.ones(N)), projection(weight, torch.zeros(V), grad_filter=f)
         stats = ops.statistics(*call, ("entropy",))
-        gradients = ops.gradients(*call, stats, grads, ALL)
+        filtered = None
+        if stats.mass is not None:
+            keep = kept_blocks(stats.mass, f, targets, 64, None if by_entropy is None else by_entropy != 0)
+            filtered = rows_of_blocks(keep, keep.sum(0).tolist())
+        gradients = ops.gradients(*call, stats, grads, ALL, filtered)
         results.append((sum(rows), gradients, stats))
     (all_rows, exact, _), (some_rows, found, stats) = results
     assert torch.allclose(stats.mass.sum(1), torch.ones(N), atol=1e-5)
@@ -956,3 +970,49 @@ def test_an_fp32_adapter_on_a_half_precision_head_is_not_rounded() -> None:
     z = hidden.double() @ weight.double().T + 0.7 * (hidden.double() @ a.double().T) @ b.double().T
     true = torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0]
     assert (found.double() - true).abs().max() <= 5e-5
+
+
+WAITS: dict[str, dict[str, Any]] = {
+    "one pass": {"objective": DAPO(beta=0.1)},
+    "one pass of what takes two": {"objective": PPO(entropy_coef=0.1)},
+    "two phases": {"objective": GSPO()},
+    "a frozen head": {"objective": GSPO(), "trained": False},
+    "log-probs": {},
+    "log-probs under a filter": {"grad_filter": 0.01},
+    "an adapter": {"lora": True},
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_call_waits_twice_and_once_more_for_each_further_block(
+    case: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the door, and for what is live backwards; one pass asks that of each block of rows, after its loss."""
+    monkeypatch.setattr(ops, "ROWS", 16)
+    monkeypatch.setattr(ops, "_columns", lambda device: 64)
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda N, *sizes: -(-N // blocks))
+    options = dict(WAITS[case])
+    rows, head = inputs(48, 16, 150)
+    hidden, weight = rows.hidden.requires_grad_(), head.weight.requires_grad_(options.pop("trained", True))
+    targets = torch.where(torch.arange(48) % 5 == 0, -100, rows.targets)
+    if options.pop("lora", False):
+        options["lora"] = (torch.randn(2, 16).requires_grad_(), torch.randn(150, 2).requires_grad_(), 0.5)
+
+    offsets = torch.tensor([0, 10, 10, 30, 48])
+
+    def call() -> Tensor:
+        given: dict[str, Any] = {**options, "temperature": rows.temperature, "backend": "triton"}
+        if "objective" not in options:
+            return fr.linear_logprobs(hidden, weight, targets, **given).logprobs[::2].sum()
+        advantages = torch.where(torch.arange(48) % 3 == 0, 0.0, 1.0)
+        more: dict[str, Any] = {
+            "advantages": advantages,
+            "old_logprobs": torch.full((48,), -4.0),
+            "ref_logprobs": torch.zeros(48),
+        }
+        return fr.linear_policy_loss(hidden, weight, targets, cu_seqlens=offsets, **more, **given)[0]
+
+    once_a_block = case in ("one pass", "a frozen head")
+    reads = waits_of(call)[1].reads
+    assert len(reads) == 2 + (blocks - 1 if once_a_block else 0), reads

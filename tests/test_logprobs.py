@@ -25,9 +25,9 @@ def backward_calls(monkeypatch):
     calls = []
     original = chunked.gradients
 
-    def watched(rows, head, stats, upstream, needs):
+    def watched(rows, head, stats, upstream, needs, *rest):
         calls.append((rows.count, needs))
-        return original(rows, head, stats, upstream, needs)
+        return original(rows, head, stats, upstream, needs, *rest)
 
     monkeypatch.setattr(chunked, "gradients", watched)
     return calls
