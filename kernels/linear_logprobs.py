@@ -311,9 +311,10 @@ def finish_kernel(
     # See `exact.py`. The target stands behind the others, so that its sum has the bits it has as one of them.
     ks = tl.arange(0, K)
     tokens, highest = best_tokens(row_ptr, row_ptr + COLUMN * plane, tiles, EXACT, K, BLOCK_T)
+    unit = unit_of(tl.load(inv_temperature_ptr + n))
     scores = exact_scores(
-        x_ptr + n.to(tl.int64) * stride_xn, w_ptr, lora_ptr, bias_ptr, tl.where(ks == EXACT, y, tokens), ks <= EXACT,
-        unit_of(tl.load(inv_temperature_ptr + n)), H, R, stride_wv, stride_lora, logit_scale, parameter, CURVE, COMPUTE, ADAPTER, T_PARTS, BLOCK_H,
+        x_ptr + n.to(tl.int64) * stride_xn, w_ptr, lora_ptr, bias_ptr, tl.where(ks == EXACT, y, tokens), ks <= EXACT, unit,
+        H, R, stride_wv, stride_lora, logit_scale, parameter, CURVE, COMPUTE, ADAPTER, T_PARTS, BLOCK_H,
     )  # fmt: skip
     target = tl.sum(tl.where(ks == EXACT, scores, 0.0), 0)
     counts = highest > float("-inf")

@@ -215,8 +215,9 @@ def one_pass(
 def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
     """See `Backend`: where `one_pass` has a way of its own, by `blocks.one_pass_is_faster`."""
     (N, H), device = rows.hidden.shape, rows.hidden.device
-    sizes = {"multiprocessors": multiprocessors(device), "device_bytes": device_bytes(device)}
-    return one_pass_is_faster(Work("one_pass", N, H, head.vocabulary, head.compute_dtype, needs, **sizes))
+    work = Work("one_pass", N, H, head.vocabulary, head.compute_dtype, needs)
+    found = replace(work, multiprocessors=multiprocessors(device), device_bytes=device_bytes(device))
+    return one_pass_is_faster(found)
 
 
 def _one_pass(

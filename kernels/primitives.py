@@ -175,13 +175,9 @@ def halves(tile):
 
 @triton.jit
 def column_slices(tile, SLICES: tl.constexpr):
-    """A tile as a tuple of SLICES (1, 2 or 4) tiles of adjacent columns, without moving a register."""
+    """A tile as a tuple of SLICES (1, 2, 4 or 8) tiles of adjacent columns, without moving a register."""
     if SLICES == 1:
         return (tile,)
-    elif SLICES == 2:
-        return halves(tile)
     else:
         left, right = halves(tile)
-        a, b = halves(left)
-        c, d = halves(right)
-        return a, b, c, d
+        return column_slices(left, SLICES // 2) + column_slices(right, SLICES // 2)

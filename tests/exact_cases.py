@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_rlhf.kernels.interface import Projection, Stats
 from fused_rlhf.kernels.linear_logprobs import Partials, RowBlock, launch_finish
 from fused_rlhf.kernels.tiles import TILES, Tile
-from tests.tensor_core import AMPERE, HOPPER, TensorCore
+from tests.tensor_core import AMPERE, HOPPER
 
 CONTRACT = 5e-5  # nats
 ROWS, V = 200, 4099
@@ -108,9 +108,8 @@ def partials_of(z: Tensor, tile: Tile) -> Partials:
 
 
 def finished(x: Tensor, w: Tensor, targets: Tensor, partials: Partials) -> Stats:
-    rows = RowBlock(
-        x.float(), targets.contiguous(), torch.ones(len(targets))
-    )  # the interpreter knows no bf16; the numbers are bf16's
+    # The interpreter knows no bf16; the numbers are bf16's.
+    rows = RowBlock(x.float(), targets.contiguous(), torch.ones(len(targets)))
     return launch_finish(rows, Projection(w.float()), partials)[0]
 
 

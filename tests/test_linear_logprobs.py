@@ -269,10 +269,11 @@ def test_memory_is_the_formula(N: int) -> None:
     stats = ops.statistics(*arguments, ())
     needs = Needs(True, True, False)
     slack, device = 64 * N + (8 << 20), torch.device("cuda")
-    sizes = {"multiprocessors": tiles.multiprocessors(device), "device_bytes": tiles.device_bytes(device)}
 
     def formula(route: Any) -> float:
-        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, **sizes)) + slack
+        work = Work(route, N, H, V, torch.bfloat16, needs)
+        found = replace(work, multiprocessors=tiles.multiprocessors(device), device_bytes=tiles.device_bytes(device))
+        return ops.memory(found) + slack
 
     assert peak_memory(lambda: ops.statistics(*arguments, ())) <= formula("forward")
     upstream = TokenGrads(stats.lse)

@@ -84,9 +84,8 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     needs = Needs(op.backward, op.backward and not case.frozen_head, False)
     work = Work(route, tokens, case.H, case.V, DTYPES[case.dtype], needs, needs_entropy=op.entropy)
     if device == "cuda" and torch.cuda.is_available():
-        device_of = torch.cuda.get_device_properties(0)
-        sizes = {"multiprocessors": device_of.multi_processor_count, "device_bytes": device_of.total_memory}
-        work = replace(work, **sizes)
+        found = torch.cuda.get_device_properties(0)
+        work = replace(work, multiprocessors=found.multi_processor_count, device_bytes=found.total_memory)
     # Rows outside the mask have gradients too, which are zero.
     return backends.load(backend).memory(work) + case.gradient_bytes - work.gradients
 
