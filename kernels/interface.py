@@ -480,6 +480,10 @@ class Backend(Protocol):
         """Whether "auto" is to take one_pass where it serves: whether it is predicted to be the faster."""
         ...
 
+    def has_normaliser(self) -> bool:
+        """Whether its statistics have a normaliser of their own."""
+        ...
+
     def has_divergence(self) -> bool:
         """Whether "auto" may choose it for a divergence."""
         ...

@@ -71,6 +71,7 @@ __all__ = [
     "filter_columns",
     "gradients",
     "has_divergence",
+    "has_normaliser",
     "loss",
     "memory",
     "one_pass",
@@ -274,6 +275,10 @@ def _one_pass(
                 into.fresh = False
                 sink.close(into)
     return Stats.joined(found), torch.cat(losses), Grads(dx, None, None) if sink is None else sink.grads(dx)
+
+
+def has_normaliser() -> bool:
+    return True
 
 
 def has_divergence() -> bool:

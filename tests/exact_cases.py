@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import Projection, Stats
@@ -113,6 +114,19 @@ def finished(x: Tensor, w: Tensor, targets: Tensor, partials: Partials) -> Stats
     return launch_finish(rows, Projection(w.float()), partials)[0]
 
 
+def dots(x: Tensor, w: Tensor) -> Tensor:
+    """(H,) and (k, H) -> (k,) as `exact_scores` adds: lanes one after the other, then halves of the lanes."""
+    lanes = 4096 // triton.next_power_of_2(len(w))
+    products = torch.nn.functional.pad(x.float() * w.float(), (0, -len(x) % lanes)).view(len(w), -1, lanes)
+    total = torch.zeros(len(w), lanes)
+    for part in products.unbind(1):
+        total = total + part
+    while total.shape[1] > 1:
+        left, right = total.chunk(2, 1)
+        total = left + right
+    return total[:, 0]
+
+
 def corrected(x: Tensor, w: Tensor, targets: Tensor, partials: Partials) -> tuple[Tensor, Tensor]:
     """The log-prob and lse of `finish_kernel`, (n,), step by step."""
     m, total, columns = partials.values
@@ -121,7 +135,7 @@ def corrected(x: Tensor, w: Tensor, targets: Tensor, partials: Partials) -> tupl
     highest, tile = m.sort(dim=1, descending=True, stable=True)
     highest, tile = highest[:, : partials.exact], tile[:, : partials.exact]
     tokens = torch.cat([columns.gather(1, tile).long(), targets[:, None]], 1)
-    scores = torch.einsum("nh,nkh->nk", x.float(), w[tokens].float()) * math.log2(math.e)
+    scores = torch.stack([dots(row, w[some]) for row, some in zip(x, tokens)]) * math.log2(math.e)
     off, weight = scores[:, :-1] - highest, torch.exp2(highest - top[:, None])
     base = off[:, 0]
     lift = (weight * (off - base[:, None])).sum(1) / weight.sum(1)

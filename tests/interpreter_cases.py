@@ -860,16 +860,19 @@ def test_filtered_gradients_stay_within_the_bound(
     upstream = torch.randn(N, generator=g)
     by_entropy = torch.where(torch.arange(N) % 2 == 0, 0.3, 0.0) if entropy else None
     grads = TokenGrads(upstream, by_entropy, 0.5 * upstream)
-    rows = []
+    work = []
     original = ops.launch_dlogits
     monkeypatch.setattr(
         ops,
         "launch_dlogits",
-        lambda tile, some, *rest: (rows.append(len(some.targets)), original(tile, some, *rest))[1],
+        lambda tile, some, block, *rest: (
+            work.append(len(some.targets) * len(block.w)),
+            original(tile, some, block, *rest),
+        )[1],
     )
     results = []
     for f in (0.0, grad_filter):
-        rows.clear()
+        work.clear()
         call = Rows(hidden, targets, torch.ones(N)), projection(weight, torch.zeros(V), grad_filter=f)
         stats = ops.statistics(*call, ("entropy",))
         filtered = None
@@ -877,11 +880,11 @@ def test_filtered_gradients_stay_within_the_bound(
             keep = kept_blocks(stats.mass, f, targets, 64, None if by_entropy is None else by_entropy != 0)
             filtered = rows_of_blocks(keep, keep.sum(0).tolist())
         gradients = ops.gradients(*call, stats, grads, ALL, filtered)
-        results.append((sum(rows), gradients, stats))
-    (all_rows, exact, _), (some_rows, found, stats) = results
+        results.append((sum(work), gradients, stats))
+    (all_work, exact, _), (some_work, found, stats) = results
     assert torch.allclose(stats.mass.sum(1), torch.ones(N), atol=1e-5)
-    assert all_rows == N * 4
-    assert some_rows < 0.8 * all_rows
+    assert all_work == N * V
+    assert some_work < 0.8 * all_work
     allowed = (0.5 * upstream - upstream).abs() * grad_filter
     if by_entropy is not None:
         allowed = torch.where(by_entropy != 0, 0.0, allowed)
@@ -991,7 +994,7 @@ def test_a_call_waits_twice_and_once_more_for_each_further_block(
     """At the door, and for what is live backwards; one pass asks that of each block of rows, after its loss."""
     monkeypatch.setattr(ops, "ROWS", 16)
     monkeypatch.setattr(ops, "_columns", lambda device: 64)
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda N, *sizes: -(-N // blocks))
+    monkeypatch.setattr(ops, "one_pass_rows", lambda N, *sizes: -(-N // blocks))
     options = dict(WAITS[case])
     rows, head = inputs(48, 16, 150)
     hidden, weight = rows.hidden.requires_grad_(), head.weight.requires_grad_(options.pop("trained", True))

@@ -42,6 +42,7 @@ from fused_rlhf.bench.step_run import (
     measured,
     record,
     relate,
+    tolerate,
 )
 
 PLAN = tiny()
@@ -174,6 +175,16 @@ def test_a_target_is_judged_by_rounds_and_a_wrong_row_reaches_none():
         judged = judge(target, missing)
         assert judged["holds"] is None
         assert "ours-shared not measured" in judged["why"]
+
+
+def test_a_row_may_be_as_far_off_as_dense_logits_in_its_case():
+    row = made(PADDED, [4.0], 40, loss_rel=3e-6)
+    assert row["wrong"]
+    tolerate(row, {"loss_rel": 2e-6})
+    assert row["wrong"]
+    tolerate(row, {"loss_rel": 4e-6})
+    assert not row["wrong"]
+    assert row["tolerance"]["gradient_rel"] == TOLERANCE["ours"]["gradient_rel"]
 
 
 def test_a_row_that_failed_stands_in_the_tables():

@@ -42,6 +42,7 @@ __all__ = [
     "filter_columns",
     "gradients",
     "has_divergence",
+    "has_normaliser",
     "loss",
     "memory",
     "one_pass",
@@ -296,6 +297,10 @@ def one_pass(
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(rows.hidden.dtype)
     return running.stats(), losses, sink.grads(d_hidden)
+
+
+def has_normaliser() -> bool:
+    return False
 
 
 def has_divergence() -> bool:

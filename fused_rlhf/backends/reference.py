@@ -129,6 +129,10 @@ def _divergence(rows: RowPairs, of: Comparison) -> Tensor:
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
+def has_normaliser() -> bool:
+    return False
+
+
 def has_divergence() -> bool:
     return True
 

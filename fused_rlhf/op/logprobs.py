@@ -150,9 +150,12 @@ def _empty(
 ) -> tuple[Tensor, ...]:
     """Zeros of the op's result shapes; what was not asked for has no elements."""
     count = targets.numel()
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", "normaliser", *asked.outputs), (count,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", *asked.outputs), (count,))
+    backend = backends.resolve(asked.backend, hidden)
+    if backend.has_normaliser():
+        shapes["normaliser"] = (count,)
     if head.grad_filter > 0:
-        columns = backends.resolve(asked.backend, hidden).filter_columns(hidden.device)
+        columns = backend.filter_columns(hidden.device)
         shapes["mass"] = (count, -(-head.vocabulary // columns) if columns else 0)
     return tuple(
         torch.zeros(shapes.get(name, (0,)), dtype=dtype, device=hidden.device)
@@ -223,7 +226,7 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs
     some = None if count == targets.numel() else indices(live, count)
     filtered = None if keep is None else rows_of_blocks(pick(keep, some), of_blocks)
     extra = {"entropy": entropy} if entropy.numel() else {}
-    stats = Stats(logprobs, lse, extra, normaliser=normaliser).pick(some)
+    stats = Stats(logprobs, lse, extra, normaliser=_or_none(normaliser)).pick(some)
     rows = Rows(hidden, targets, temperature).pick(some)
     with no_autocast(hidden):
         grads = backend.gradients(rows, projection, stats, given.pick(some), wanted, filtered)
