@@ -447,10 +447,6 @@ class Backend(Protocol):
         """Of the policy's operands, with upstream (N,)."""
         ...
 
-    def has_divergence(self) -> bool:
-        """Whether "auto" may choose it for a divergence."""
-        ...
-
     def memory(self, work: Work) -> float:
         """Bytes at the peak beyond the inputs, gradients included."""
         ...

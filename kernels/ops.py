@@ -3,9 +3,11 @@
     statistics rows outermost        scratch: ROWS x (tiles of the vocabulary) x statistics, fp32
     gradients  vocabulary outermost  scratch: ROWS x (64 columns per multiprocessor) of dlogits; dX in fp32
     one_pass   rows outermost        scratch: rows x V of E, at most ONE_PASS_BYTES together with what dW needs
+    divergence rows outermost        scratch: rows x V of both heads' fp32 products, DIVERGENCE_BYTES; back the vocabulary
 
-Logits are fp32 in registers and never rounded; the products of the backward run in cuBLAS. An fp32 head that computes
-in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6.
+Logits are fp32 in registers (in memory for a divergence) and never rounded; the products of the backward run in cuBLAS. An
+fp32 head that computes in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4 with one
+operand frozen), one_pass 6, divergence 4 and 8 back.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from fused_rlhf.kernels.interface import (
     Work,
     kept_blocks,
 )
+from fused_rlhf.kernels.linear_kl import launch_divergence, launch_divergence_dlogits
 from fused_rlhf.kernels.linear_logprobs import (
     ColumnBlock,
     Partials,
@@ -57,7 +60,6 @@ __all__ = [
     "divergence",
     "divergence_gradients",
     "gradients",
-    "has_divergence",
     "loss",
     "mass_blocks",
     "memory",
@@ -69,6 +71,7 @@ ROWS = 8192  # rows of one launch
 COLUMNS_PER_SM = 64  # columns of a vocabulary block of the backward, and of a head that is cast on the way
 SPLIT_COLUMNS = 1024  # columns of dW summed at a time in one_pass: the fp32 product stays in L2
 ONE_PASS_BYTES = 2_600_000_000  # scratch of one_pass: E, and the low halves of dW when there are several blocks of rows
+DIVERGENCE_BYTES = 1 << 30  # scratch of a divergence, and of its backward beside dX in fp32
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
@@ -133,13 +136,7 @@ def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, 
                 part = dx.index_select(0, at)
                 matmul(dz, block.w, part, accumulate=True)
                 dx.index_copy_(0, at, part)
-            x, parts = head.split(some.x)
-            if into.weight is not None:
-                matmul(dz.T, x, into.weight, accumulate=not into.fresh)
-            if into.lora is not None:
-                for activations in parts:
-                    matmul(dz.T, activations, into.lora, accumulate=True)
-            into.fresh = False
+            _add_head_products(head, into, dz, some.x)
         sink.close(into, unscale)
     if dx is not None:
         dx = (dx if unscale is None else dx.mul_(unscale)).to(rows.hidden.dtype)
@@ -244,23 +241,107 @@ def _one_pass(
     return Stats.joined(found), torch.cat(losses), Grads(dx, None, None) if sink is None else sink.grads(dx)
 
 
-def has_divergence() -> bool:
-    return False
-
-
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
-    raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
+    """See `Backend`. The products are cuBLAS's: a row's bits may depend on how many rows there are.
+
+    Raises:
+        RuntimeError: as `statistics`.
+    """
+    x, y, inv_temperature = _pairs(rows, of)
+    N, V, device = len(x), of.policy.vocabulary, x.device
+    capacity = _divergence_rows(N, V)
+    z_scratch, r_scratch = (_scratch(capacity, V, torch.float32, device) for _ in range(2))
+    value, *sums = (torch.empty(N, dtype=torch.float32, device=device) for _ in ("value", *Sums._fields))
+    for at in _ranges(N, capacity):
+        z, r = (scratch[: at.stop - at.start, :V] for scratch in (z_scratch, r_scratch))
+        for hidden, head, out in ((x, of.policy, z), (y, of.ref, r)):
+            for block in _blocks(head, _uncut(head)):
+                matmul(hidden[at], block.w.T, out[:, block.columns])
+        launch_divergence(of, z, r, inv_temperature[at], value[at], Sums(*(v[at] for v in sums)))
+    return value, Sums(*sums)
 
 
 def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
-    raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
+    """See `Backend`. The products of both heads again: 4NVH, and 2NVH for each of dX and dW; fp16 as in `gradients`."""
+    x, y, inv_temperature = _pairs(rows, of)
+    policy, N, V, device = of.policy, len(x), of.policy.vocabulary, x.device
+    g, unscale = _divergence_upstream(upstream, sums, inv_temperature, policy)
+    ranges = list(_ranges(N, ROWS))
+    width = _divergence_columns(N, V, policy.weight.shape[1], x.dtype)
+    z_scratch, r_scratch = (_scratch(min(N, ROWS), width, torch.float32, device) for _ in range(2))
+    dz_scratch = z_scratch if x.dtype == torch.float32 else _scratch(min(N, ROWS), width, x.dtype, device)
+    dx = torch.zeros_like(rows.hidden, dtype=torch.float32) if needs.hidden else None
+    fits = policy.weight.dtype == x.dtype and _fills_the_device(policy.weight, width)
+    sink = policy.sink(needs, width, direct=len(ranges) == 1 and unscale is None and fits)
+    for columns in _ranges(V, width):
+        w, ref_w = policy.rows(columns), of.ref.rows(columns)
+        into = sink.open(columns)
+        for at in ranges:
+            z, r, dz = (scratch[: at.stop - at.start, : len(w)] for scratch in (z_scratch, r_scratch, dz_scratch))
+            matmul(x[at], w.T, z)
+            matmul(y[at], ref_w.T, r)
+            some = Sums(*(v[at] for v in sums))
+            of_bias = launch_divergence_dlogits(
+                of, columns, z, r, inv_temperature[at], some, g[at], dz, into.bias is not None
+            )
+            if into.bias is not None and of_bias is not None:
+                into.bias += of_bias
+            if dx is not None:
+                matmul(dz, w, dx[at], accumulate=True)
+            _add_head_products(policy, into, dz, x[at])
+        sink.close(into, unscale)
+    if dx is not None:
+        dx = (dx if unscale is None else dx.mul_(unscale)).to(rows.hidden.dtype)
+    return sink.grads(dx, unscale)
+
+
+def _pairs(rows: RowPairs, of: Comparison) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of policy and reference, each in the compute dtype of its head, and 1 / temperature (N,)."""
+    arch(rows.hidden.device)  # like the next two lines, raises before any work
+    precision(of.policy.compute_dtype)
+    precision(of.ref.compute_dtype)
+    x, y = rows.hidden.to(of.policy.compute_dtype), rows.ref_hidden.to(of.ref.compute_dtype)
+    return x, y, rows.temperature.to(torch.float32).reciprocal()
+
+
+def _divergence_rows(N: int, V: int) -> int:
+    """Rows whose products with both heads fit into DIVERGENCE_BYTES."""
+    return max(1, min(N, DIVERGENCE_BYTES // (8 * _padded(V) * 16) * 16))
+
+
+def _divergence_columns(N: int, V: int, H: int, dtype: torch.dtype) -> int:
+    """Columns of a block of the backward: the products, dz and an fp32 dW of it fit into DIVERGENCE_BYTES."""
+    return min(V, max(256, DIVERGENCE_BYTES // (_bytes_per_column(N, H, dtype) * 256) * 256))
+
+
+def _bytes_per_column(N: int, H: int, dtype: torch.dtype) -> int:
+    """fp32 dz lies where the policy's products were."""
+    return min(N, ROWS) * (8 + (0 if dtype == torch.float32 else dtype.itemsize)) + 4 * H
+
+
+def _divergence_upstream(
+    upstream: Tensor, sums: Sums, inv_temperature: Tensor, head: Projection
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream (n,) times dz / du, and for fp16 what the results must be multiplied by, as in `_row_grads`."""
+    g = upstream.to(torch.float32) * inv_temperature * head.transform.logit_scale
+    if head.compute_dtype != torch.float16:
+        return g, None
+    # |p s| <= mean + 1 in every kind, hence |dz| <= |g| (1 + 2 |mean|): 2^14 leaves room below 65504. Without rows: 0.
+    bound = torch.nn.functional.pad(g.abs() * (1 + 2 * sums.mean.abs()), (0, 1))
+    peak = torch.where(bound.isfinite(), bound, 0.0).max()
+    scale = torch.exp2(torch.floor(14 - torch.log2(peak.clamp(1e-30, 1e30))))
+    return g * scale, 1 / scale
 
 
 def memory(work: Work) -> float:
     """Statistics per tile, then dlogits of a block of columns and dX in fp32, or, in one pass, exponentials of a block of
-    rows and the low halves of a sum of dW over several blocks."""
+    rows and the low halves of a sum of dW over several blocks. A divergence: fp32 products of both heads for a block."""
     N, H, V, itemsize = work.rows, work.hidden_size, work.vocabulary, work.dtype.itemsize
     rows = min(N, ROWS)
+    if work.route == "divergence":
+        forward = 8.0 * _divergence_rows(N, V) * _padded(V)
+        block = _divergence_columns(N, V, H, work.dtype) * _bytes_per_column(N, H, work.dtype)
+        return 64 * N + max(forward, block + 4 * N * H + work.gradients if any(work.needs) else 0)
     of_tiles = 8.0 * rows * -(-V // 128)
     if work.route == "forward":
         return of_tiles + 64 * N
@@ -271,6 +352,17 @@ def memory(work: Work) -> float:
         return block * (V * itemsize + 8 * H + 8 * -(-V // 128)) + low + work.gradients
     columns = COLUMNS_PER_SM * work.multiprocessors
     return max(of_tiles, rows * columns * itemsize + 4 * columns * H) + 4 * N * H + work.gradients
+
+
+def _add_head_products(head: Projection, into: BlockGrads, dz: Tensor, x: Tensor) -> None:
+    """Adds dz^T x to a block's gradients of weight and adapter; dz (n, v) and x (n, H + copies r) in one dtype."""
+    hidden, parts = head.split(x)
+    if into.weight is not None:
+        matmul(dz.T, hidden, into.weight, accumulate=not into.fresh)
+    if into.lora is not None:
+        for activations in parts:
+            matmul(dz.T, activations, into.lora, accumulate=True)
+    into.fresh = False
 
 
 class _SplitSink(HeadSink):

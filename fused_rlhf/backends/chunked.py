@@ -40,7 +40,6 @@ __all__ = [
     "divergence",
     "divergence_gradients",
     "gradients",
-    "has_divergence",
     "loss",
     "mass_blocks",
     "memory",
@@ -294,10 +293,6 @@ def one_pass(
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(rows.hidden.dtype)
     return running.stats(), losses, sink.grads(d_hidden)
-
-
-def has_divergence() -> bool:
-    return True
 
 
 def memory(work: Work) -> float:

@@ -122,10 +122,6 @@ def _divergence(rows: RowPairs, of: Comparison) -> Tensor:
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
 
 
-def has_divergence() -> bool:
-    return True
-
-
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     nothing = torch.zeros_like(rows.temperature)  # the gradient is taken from the definition once more
     with torch.no_grad():
