@@ -10,7 +10,7 @@ with u = log m - log q and v = log m - log p: what these sums have beside the de
 of theirs is negative, and e^x - 1 - x has a series, so that nothing cancels where p is close to q. Back, with upstream g
 and s = d (reverse) or (beta - 1) v (jsd):
 
-    forward   dz = g (p - q)          reverse, jsd   dz = g p (s - sum p s)
+    forward   dz = g (p - q) = g p (1 - e^-d)          reverse, jsd   dz = g p (s - sum p s)
 
 The products of both heads come from cuBLAS. Forward: a block of rows over the whole vocabulary, of which
 `divergence_kernel` reads a row twice, for the two log-sum-exps and for the terms. d is (z - r) - (lse - ref_lse), the last
@@ -56,6 +56,12 @@ def excess(x):
 def kl_terms(a, b, gap):
     """a (e^gap - 1 - gap), gap = log b - log a; a e^gap is b, where that would overflow or has nothing to cancel."""
     return tl.where(tl.abs(gap) < 1, a * excess(gap), (b - a) - times(a, gap))
+
+
+@triton.jit
+def difference(p, q, d):
+    """p - q, to its own size where they are close."""
+    return tl.where(tl.abs(d) < 1, -p * expm1(-d), p - q)
 
 
 @triton.jit
@@ -251,10 +257,11 @@ def divergence_dlogits_kernel(
     product = load_raw(r_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
     r = logits_of(product, ref_bias_ptr, offs_v, V, inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE)
     p = tl.exp2((z - lse) * LOG2E)
+    d = (z - r) - shift
     if SCORE is not None:
-        dz = g * times(p, SCORE((z - r) - shift, beta) - mean)
+        dz = g * times(p, SCORE(d, beta) - mean)
     else:
-        dz = g * (p - tl.exp2((r - ref_lse) * LOG2E))
+        dz = g * difference(p, tl.exp2((r - ref_lse) * LOG2E), d)
     if SLOPE is not None:
         dz *= SLOPE(z, inv_temperature[:, None], parameter)
     store_tile(out_ptr, dz, n_start, v_start, N, V, stride_out, False)
