@@ -50,9 +50,10 @@ docs: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m bench --quick
 
-# On a machine with a GPU and its own torch, triton and transformers; no virtual environment is made.
+# On a machine with a GPU and its own torch, triton and transformers; no virtual environment is made. STAGES="tests forward"
+# runs these alone, LIMIT=300 gives all of them so many seconds, WHEELS is a folder with the wheels of peers.
 gpu:
-	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
+	$(PYTHON) -m bench.gpu $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(STAGES),--only $(STAGES)) $(if $(LIMIT),--limit $(LIMIT))
 
 clean:
 	rm -rf $(VENV) build *.egg-info

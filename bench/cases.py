@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fused_rlhf.bench.ops import OPS
 from fused_rlhf.words import nearest
 
-ITEMSIZE = {"fp32": 4, "bf16": 2}
+ITEMSIZE = {"fp32": 4, "tf32": 4, "bf16": 2}  # tf32: fp32 operands, whose products a GPU may round to it
 BASE_ROWS = 2048  # tokens that are drawn; those beyond repeat them
 
 
@@ -51,7 +51,10 @@ class Case:
     density: float = 1.0  # share of the positions that are completion tokens; the others are padding at the end
     zero_rows: float = 0.0  # share of the tokens, scattered, whose advantage or upstream gradient is exactly zero
     frozen_head: bool = False
+    masters: bool = False  # the head is kept in fp32 and multiplied in bf16, under autocast
+    outliers: int = 0  # channels at each end of H that are large in every hidden state, as in trained models
     lengths: int = 1  # how many sequence lengths are met for the first time before the timed rounds
+    wall: bool = False  # time by the clock, launches and waits of the host included; on a GPU those waits are counted
     seed: int = 0
     inputs: str = ""  # a model, by its folder or name, whose hidden states and head they are; "": drawn at random
     data: str = ""  # folder with the text that the model reads, GSM8K's test.jsonl
@@ -71,6 +74,10 @@ class Case:
             raise ValueError(f"zero_rows must be in [0, 1), got {self.zero_rows}")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta must be finite and at least 0, got {self.beta}")
+        if self.masters and self.dtype != "bf16":
+            raise ValueError(f"masters must be left out unless dtype is bf16, got dtype {self.dtype}")
+        if not 0 <= self.outliers <= self.H // 2:
+            raise ValueError(f"outliers must be in [0, H / 2 = {self.H // 2}], got {self.outliers}")
         if not 1 <= self.lengths <= self.T:
             raise ValueError(f"lengths must be in [1, T={self.T}], got {self.lengths}")
 
@@ -99,7 +106,8 @@ class Case:
         """Of hidden and, unless frozen, weight."""
         if not OPS[self.op].backward:
             return 0
-        return (self.N + (0 if self.frozen_head else self.V)) * self.H * self.itemsize
+        of_weight = 0 if self.frozen_head else self.V * (4 if self.masters else self.itemsize)
+        return (self.N * self.itemsize + of_weight) * self.H
 
     @property
     def least_bytes(self) -> int:
@@ -121,6 +129,9 @@ class Case:
         extra += [f"{self.density:.0%} of the positions"] if self.density < 1 else []
         extra += [f"{self.zero_rows:.0%} zero gradients"] if self.zero_rows else []
         extra += ["frozen head"] if self.frozen_head else []
+        extra += ["fp32 master of the head"] if self.masters else []
+        extra += [f"{2 * self.outliers} outlier channels"] if self.outliers else []
         extra += [f"{self.lengths} lengths"] if self.lengths > 1 else []
+        extra += ["by the clock"] if self.wall else []
         extra += [f"inputs of {self.inputs}"] if self.inputs else []
         return ", ".join([f"{self.objective or self.op} N={self.N} H={self.H} V={self.V} {self.dtype}", *extra])

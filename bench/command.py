@@ -220,6 +220,7 @@ def planned(args: argparse.Namespace, command: str) -> Plan:
         device=args.device,
         threads=args.threads or suite.threads,
         together=args.together or suite.together or args.device == "cuda",
+        groups=suite.groups,
         in_turn=suite.in_turn,
         repeats=suite.repeats,
         warmup=2 if args.device == "cuda" else 1,

@@ -73,6 +73,7 @@ def _record(plan: Plan, row: Row, found: dict[str, Any]) -> dict[str, Any]:
         "label": case.label,
         "op": case.op,
         "shape": asdict(case),
+        "run": found.get("run"),
         "rounds": len(samples),
         "error": found.get("error") or (None if samples else "not run"),
         "entropy_nats": found.get("entropy_nats"),
@@ -82,6 +83,7 @@ def _record(plan: Plan, row: Row, found: dict[str, Any]) -> dict[str, Any]:
         "least_bytes": case.least_bytes,
         "predicted_bytes": predicted_bytes(row.provider, case, plan.device),
         "lengths": found.get("lengths"),
+        "waits": found.get("waits"),
     }
     record["wrong"] = not tolerance.allows(record["errors"])
     if record["error"] is None:
@@ -104,8 +106,8 @@ def predicted_bytes(provider: str, case: Case, device: str) -> float | None:
 
 
 def _relate(record: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Ratios to other rows of the same run: dense torch on the same case, bare products of the same operands."""
-    good = [r for r in records if r["error"] is None]
+    """Ratios to rows that it took turns with: dense torch on the same case, bare products of the same operands."""
+    good = [r for r in records if r["error"] is None and r["run"] == record["run"]]
     seconds = record["both_s"]["median"]
     dense = next((r for r in good if r["case"] == record["case"] and r["provider"] == "dense"), None)
     record["time_to_dense"] = seconds / dense["both_s"]["median"] if dense else None

@@ -9,7 +9,9 @@ rows of W, so that the candidates' logits are (to within the overlap of random r
     15 % flat        eight candidates in [8, 12]: the other tokens together hold most of the mass
 
 and, in every row, four more tokens at -25. Targets are drawn from the candidates' softmax. The reference model has the
-same head and hidden states that differ by noise which moves every logit by about 0.1. Rows beyond `BASE_ROWS` repeat
+same head and hidden states that differ by noise which moves every logit by about 0.1. With `outliers` the first channels of
+every hidden state are 50 and the last -50, where the head's are about 0.1: partial sums then pass far beyond the logits they
+end at. Rows beyond `BASE_ROWS` repeat
 earlier ones in random order, so that one fp64 reference serves every N. The entropy is recorded beside the figures.
 
 A case may name a model instead, whose own head, hidden states and targets are taken (real.py); all else is the same.
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from fused_rlhf.bench.cases import BASE_ROWS, Case
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = 8192  # of W in fp64 at a time
 
 
@@ -131,6 +133,10 @@ def drawn_rows(case: Case, device: str) -> Base:
         hidden += wanted[:, k : k + 1] * row / row.square().sum(1, keepdim=True)
     gumbel = -(-rand(base, 8).clamp_min(1e-9).log()).log()
     targets = tokens.gather(1, (logits + gumbel).argmax(1, keepdim=True)).squeeze(1)
+    if case.outliers:
+        for channels, size in ((slice(case.outliers), 50.0), (slice(-case.outliers, None), -50.0)):
+            hidden[:, channels] = size
+            weight[:, channels] = 0.1 + 0.01 * randn(case.V, case.outliers)
     reference = hidden + 0.1 * randn(base, case.H)
     dtype = DTYPES[case.dtype]
     return Base(weight.to(dtype), hidden.to(dtype), reference.to(dtype), targets)
@@ -230,7 +236,7 @@ def build(case: Case, device: str, reference: Reference) -> Inputs:
     return Inputs(
         case,
         hidden=base.hidden[index].requires_grad_(),
-        weight=base.weight.requires_grad_(not case.frozen_head),
+        weight=(base.weight.float() if case.masters else base.weight).requires_grad_(not case.frozen_head),
         ref_hidden=base.ref_hidden[index] if case.op in ("kl", "dpo") else None,
         targets=base.targets[index],
         mask=mask,

@@ -1,6 +1,8 @@
 """One measurement: clocks, memory, errors.
 
-Times: `forward_s` ends with the loss (or the log-probs), `backward_s` with the gradients, `both_s` is their sum.
+Times: `forward_s` ends with the loss (or the log-probs), `backward_s` with the gradients, `both_s` is their sum. On a GPU
+they are of events, with work queued in front, so that launches are hidden as they are in training; of a case with `wall`
+they are by the clock, from an idle GPU to an idle GPU.
 Memory: `peak_extra_bytes` is the peak of the resident set (CPU) or of the allocator (GPU) over what the inputs took
 before, the resulting gradients included; `scratch_bytes` leaves those gradients out.
 """
@@ -14,8 +16,10 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from functools import cache
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +82,28 @@ class PeakMemory:
 
 
 class Clock:
-    """Marks in time: `perf_counter` on a CPU, events on a GPU."""
+    """Marks in time: `perf_counter` on a CPU, and on a GPU where `wall` is wanted; else events there."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str, wall: bool = False) -> None:
+        self.device, self.events = device, device == "cuda" and not wall
         self.marks: list[Any] = []
 
     def mark(self) -> None:
-        if self.device == "cuda":
+        if self.events:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.marks.append(event)
         else:
             self.marks.append(time.perf_counter())
 
+    def last(self) -> None:
+        """A mark when all is done."""
+        if self.device == "cuda" and not self.events:
+            torch.cuda.synchronize()
+        self.mark()
+
     def spans(self) -> list[float]:
-        if self.device == "cuda":
+        if self.events:
             torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:])]
         return [b - a for a, b in zip(self.marks, self.marks[1:])]
@@ -115,28 +125,47 @@ def _keep_busy() -> None:
         _busy_buffer().zero_()
 
 
+@contextlib.contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """Those of fp32 operands as the case has it: in tf32 or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def call(step: Callable[[], Output], case: Case, clock: Clock) -> Output:
+    """One forward (and backward), with a mark before, between and after."""
+    backward = OPS[case.op].backward
+    with torch.set_grad_enabled(backward), products(case.dtype):
+        clock.mark()
+        output = step()
+        if not backward:
+            clock.last()
+            return output
+        clock.mark()
+        assert output.backward is not None or output.loss is not None
+        (output.backward or output.loss.backward)()  # type: ignore[union-attr]
+        clock.last()
+    return output
+
+
 def sample(provider: str, inputs: Inputs) -> tuple[dict[str, Any], Output]:
     """One forward (and backward): its times and memory, and its result, gradients left in `.grad`."""
     device = inputs.hidden.device.type
     _clear(inputs)
     step = PROVIDERS[provider].step(inputs)
-    backward = OPS[inputs.case.op].backward
-    if device == "cuda":
+    clock, cpu = Clock(device, inputs.case.wall), time.process_time()
+    if clock.events:
         _busy_buffer()
-    clock, cpu = Clock(device), time.process_time()
     with PeakMemory(device) as memory:
-        if device == "cuda":
+        if clock.events:
             _keep_busy()
-        with torch.set_grad_enabled(backward):
-            clock.mark()
-            output = step()
-            clock.mark()
-        if backward:
-            assert output.backward is not None or output.loss is not None
-            (output.backward or output.loss.backward)()  # type: ignore[union-attr]
-            clock.mark()
+        output = call(step, inputs.case, clock)
         spans = clock.spans()
-    found: dict[str, Any] = dict(zip(TIMES, [*spans, *([] if backward else [0.0]), sum(spans)]))
+    found: dict[str, Any] = dict(zip(TIMES, [*spans, *([0.0] if len(spans) == 1 else []), sum(spans)]))
     if device == "cpu":  # below 1: the machine was busy with something else, or one thread worked alone
         found["cpu_share"] = (time.process_time() - cpu) / (sum(spans) * torch.get_num_threads())
     found["peak_extra_bytes"] = memory.extra
@@ -144,6 +173,98 @@ def sample(provider: str, inputs: Inputs) -> tuple[dict[str, Any], Output]:
         grads = [t.grad for t in (inputs.hidden, inputs.weight) if t.grad is not None]
         found["scratch_bytes"] = max(memory.extra - sum(g.numel() * g.element_size() for g in grads), 0)
     return found, output
+
+
+class Subject:
+    """A case in this process: what is done with each of its providers, one thing after another, and what was found.
+
+    `rounds`: how many samples of each. `importing` is called before a library may be imported.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        rounds: dict[str, int],
+        device: str,
+        reference: Reference,
+        warmup: int = 1,
+        check: bool = True,
+        importing: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.case, self.rounds, self.device, self.warmup, self.check = case, rounds, device, warmup, check
+        self.importing = importing
+        self.reference = Reference(*(r.to(device) for r in reference))
+        self.inputs = build(case, device, self.reference)
+        # On a CPU a few rows wake threads and libraries; on a GPU the full shape compiles what has to be compiled.
+        few = min(case.T, max(1, WARM_ROWS * case.T // case.N))
+        self.warm = self.inputs.shorter(few) if device == "cpu" else self.inputs
+        self.found: Found = {n: {"samples": [], "entropy_nats": entropy(self.reference)} for n in rounds}
+
+    def bodies(self, name: str) -> list[Callable[[], object]]:
+        """What is done with this provider, in order."""
+        waits = self.case.wall and self.device == "cuda"
+        return [
+            partial(self.introduce, name),
+            *[partial(sample, name, self.warm)] * self.warmup,
+            *[partial(self.meet, name)] * (self.case.lengths > 1),
+            *[partial(self.watch, name)] * waits,
+            *[partial(self.once, name)] * self.rounds[name],
+        ]
+
+    def introduce(self, name: str) -> None:
+        self.importing()
+        PROVIDERS[name].step(self.inputs)
+
+    def meet(self, name: str) -> None:
+        self.found[name]["lengths"] = new_lengths(name, self.inputs)
+
+    def watch(self, name: str) -> None:
+        self.found[name]["waits"] = host_waits(name, self.inputs)
+
+    def once(self, name: str) -> None:
+        part = self.found[name]
+        figures, output = sample(name, self.inputs)
+        if self.check and "errors" not in part and not PROVIDERS[name].roof:
+            part["errors"] = errors(self.inputs, self.reference, output.loss, output.found)
+        part["samples"].append(figures)
+
+
+Turn = tuple[Subject, str, Callable[[], object]]
+
+
+def turns(subjects: Sequence[Subject], in_turn: bool) -> Iterator[Turn]:
+    """Interleaved round by round over all rows of all cases, or all of a row before the next row's."""
+    rows = [[(s, name, body) for body in s.bodies(name)] for s in subjects for name in s.rounds]
+    if in_turn:
+        return (turn for row in rows for turn in row)
+    return (turn for round_ in zip_longest(*rows) for turn in round_ if turn is not None)
+
+
+def take_turns(subjects: Sequence[Subject], in_turn: bool = False, save: Callable[[], object] = lambda: None) -> None:
+    """Fills in what the subjects found; `save` is called after every turn.
+
+    A provider that leaves the GPU unusable ends it all and is marked {"fatal": True}.
+    """
+    gc.collect()
+    gc.freeze()  # what the imports made need not be looked at again before every sample
+    try:
+        for subject, name, body in turns(subjects, in_turn):
+            part = subject.found[name]
+            if "error" in part:
+                continue
+            try:
+                body()
+            except Exception as e:  # whatever it is, it is that provider's result
+                if not _said_in_a_line(e):
+                    traceback.print_exc()
+                part["error"] = _why(e)
+            _clear(subject.inputs)
+            if "error" in part and not _usable(subject.device):
+                part["fatal"] = True
+                return
+            save()
+    finally:
+        gc.unfreeze()
 
 
 def measure(
@@ -155,61 +276,15 @@ def measure(
     warmup: int = 1,
     check: bool = True,
     in_turn: bool = False,
-    save: Callable[[Found, bool], object] = lambda found, importing: None,
 ) -> Found:
-    """All in this process; interleaved round by round, or all of a provider's rounds before the next provider's.
-
-    `save` gets what there is so far after every round, and whether a library is about to be imported. A provider that
-    leaves the GPU unusable ends the measurement and is marked {"fatal": True}.
-    """
-    reference = Reference(*(r.to(device) for r in reference))
-    inputs = build(case, device, reference)
-    found: Found = {n: {"samples": [], "entropy_nats": entropy(reference)} for n in providers}
-
-    # On a CPU a few rows wake threads and libraries; on a GPU the full shape compiles what has to be compiled.
-    warm = inputs.shorter(max(1, WARM_ROWS * case.T // case.N)) if device == "cpu" else inputs
-
-    def introduce(name: str) -> None:
-        save(found, True)
-        PROVIDERS[name].step(inputs)
-
-    def warm_up(name: str) -> None:
-        sample(name, warm)
-
-    def meet(name: str) -> None:
-        found[name]["lengths"] = new_lengths(name, inputs)
-
-    def once(name: str) -> None:
-        figures, output = sample(name, inputs)
-        if check and "errors" not in found[name] and not PROVIDERS[name].roof:
-            found[name]["errors"] = errors(inputs, reference, output.loss, output.found)
-        found[name]["samples"].append(figures)
-
-    gc.collect()
-    gc.freeze()  # what the imports made need not be looked at again before every sample
-    try:
-        bodies = [introduce, *[warm_up] * warmup, *[meet] * (case.lengths > 1), *[once] * rounds]
-        by_row, by_round = ((b, n) for n in providers for b in bodies), ((b, n) for b in bodies for n in providers)
-        for body, name in by_row if in_turn else by_round:
-            if "error" in found[name]:
-                continue
-            try:
-                body(name)
-            except Exception as e:  # whatever it is, it is that provider's result
-                if not _said_in_a_line(e):
-                    traceback.print_exc()
-                found[name]["error"] = _why(e)
-            _clear(inputs)
-            if "error" in found[name] and not _usable(device):
-                found[name]["fatal"] = True
-                return found
-            save(found, False)
-        return found
-    finally:
-        gc.unfreeze()
+    """One case in this process."""
+    subject = Subject(case, dict.fromkeys(providers, rounds), device, reference, warmup, check)
+    take_turns([subject], in_turn)
+    return subject.found
 
 
 PEERS = ("trl", "liger_kernel")  # of the extra [peers]
+INSTALLED_AS = {"quack": "quack-kernels", "cutlass": "nvidia-cutlass-dsl"}  # by the name that is imported
 
 
 def _said_in_a_line(error: Exception) -> bool:
@@ -224,7 +299,8 @@ def _why(error: Exception) -> str:
         return f"out of memory: {int(refused[1]) / 1e9:.2f} GB more were refused"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        extra = "'fused-rlhf[peers]'" if package in PEERS else package.replace("_", "-")
+        name = INSTALLED_AS.get(package, package.replace("_", "-"))
+        extra = "'fused-rlhf[peers]'" if package in PEERS else name
         return f"needs {package}, which is not installed: pip install {extra}"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -238,6 +314,31 @@ def new_lengths(provider: str, inputs: Inputs) -> dict[str, Any]:
             calls.append(sample(provider, shorter)[0]["both_s"])
             _clear(shorter)
     return {"count": case.lengths, "triton": compiled.triton, "dynamo": compiled.dynamo, "both_s": calls}
+
+
+WAIT = "called a synchronizing"  # torch's words, of which it has no constant
+
+
+def host_waits(provider: str, inputs: Inputs) -> int:
+    """How often the host waits for the GPU in one forward (and backward), by torch's debug mode."""
+    step = PROVIDERS[provider].step(inputs)
+    with waits_warned_of(inputs.hidden.device.type) as caught:
+        call(step, inputs.case, Clock("cpu"))
+    return sum(WAIT in str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def waits_warned_of(device: str) -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings of what is done inside, among them one for each time that the host waits for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
 
 
 class Compilations:

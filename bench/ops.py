@@ -68,6 +68,11 @@ def weighted_sum(found: Values, inputs: Batch) -> Tensor:
     return (found.values * inputs.upstream).sum()
 
 
+def sft(found: Values, inputs: Batch) -> Tensor:
+    """Cross entropy, mean over tokens."""
+    return -(found.values * inputs.mask).sum() / inputs.mask.sum()
+
+
 def clipped(logprobs: Tensor, inputs: Batch) -> Tensor:
     ratio = (logprobs - inputs.old_logprobs).exp()
     return -(ratio * inputs.advantages).minimum(ratio.clamp(1 - EPSILON, 1 + EPSILON) * inputs.advantages)
@@ -105,6 +110,7 @@ OPS = {
     for op in (
         Op("logprobs_fwd", "log-probs, no gradient", None, vectors=1),
         Op("logprobs_fwd_bwd", "log-probs and their backward", weighted_sum, vectors=2),
+        Op("sft", "mean cross entropy and its gradients, as supervised fine-tuning has it", sft, vectors=2),
         Op("grpo", "GRPO's loss and gradients", grpo, vectors=5),
         Op("dpo", "DPO's loss and gradients, reference log-probs given", dpo, vectors=3),
         Op("ppo", "PPO's loss with an entropy bonus, and gradients", ppo, vectors=5, entropy=True),

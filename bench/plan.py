@@ -33,6 +33,7 @@ class Plan:
     device: str = "cpu"
     threads: int = 2
     together: bool = False  # one process per case rather than per row and round
+    groups: Sequence[Sequence[str]] = ()  # with `together`: cases that share a process, their rows all taking turns
     in_turn: bool = False  # with `together`: all rounds of a row, then the next row's, rather than round by round
     repeats: int = 1  # samples of a row in each of its processes
     warmup: int = 1
@@ -55,3 +56,10 @@ class Plan:
                 raise ValueError(f"provider must be one of {sorted(PROVIDERS)}, got {row.provider!r}{meant}")
             if row.case not in self.cases:
                 raise ValueError(f"case must be one of {sorted(self.cases)}, got {row.case!r}")
+
+    @property
+    def processes(self) -> list[list[Row]]:
+        """With `together`: the rows of each process."""
+        of = {case: group for group in self.groups for case in group}
+        groups = dict.fromkeys(tuple(of.get(row.case, (row.case,))) for row in self.rows)
+        return [[row for row in self.rows if row.case in group] for group in groups]

@@ -43,11 +43,13 @@ class Tolerance(NamedTuple):
 
 # Ours: the numerics contract, and a gradient of a few roundings to its dtype. In fp32 those are of the logits: the KL of
 # two close distributions has a gradient of the differences of theirs, which are a hundred times smaller.
-CONTRACT = {"fp32": Tolerance(5e-5, 5e-4), "bf16": Tolerance(5e-5, 1e-2)}
+# tf32 keeps 11 bits of every operand, whoever multiplies.
+TF32 = {"tf32": Tolerance(5e-3, 1e-2)}
+CONTRACT = {"fp32": Tolerance(5e-5, 5e-4), "bf16": Tolerance(5e-5, 1e-2), **TF32}
 # fp32 logits in another library: torch's own log-softmax over 152k columns is off by 1e-4 in fp32.
-FP32_LOGITS = {"fp32": Tolerance(5e-4, 1e-3), "bf16": Tolerance(5e-4, 1e-2)}
+FP32_LOGITS = {"fp32": Tolerance(5e-4, 1e-3), "bf16": Tolerance(5e-4, 1e-2), **TF32}
 # bf16 resolves 0.125 at a logit of 25; a log-prob that far off also carries some tokens across the clip.
-ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5)}
+ROUNDED = {"fp32": FP32_LOGITS["fp32"], "bf16": Tolerance(0.5, 0.5), **TF32}
 
 
 def validate(case: Case) -> None:
@@ -59,7 +61,7 @@ def validate(case: Case) -> None:
         raise ValueError(f"objective must be one of {known} with {case.op}, got {case.objective!r}{meant}")
     if case.op == "dpo" and case.N // case.T % 2:
         raise ValueError(f"dpo needs an even number of sequences, got N / T = {case.N // case.T}")
-    if case.zero_rows and (case.op in ("dpo", "ppo") or (case.op == "grpo" and case.beta)):
+    if case.zero_rows and (case.op in ("dpo", "ppo", "sft") or (case.op == "grpo" and case.beta)):
         raise ValueError(
             f"zero_rows must be 0 where a zero advantage leaves a gradient, got {case.zero_rows} with {case.op}"
         )
@@ -89,10 +91,14 @@ class Provider:
     def step(self, inputs: Inputs) -> Callable[[], Output]:
         if not self.takes(inputs.case):
             raise ValueError(f"{self.name} does not have this case: {inputs.case.label}")
+        import torch
+
         compute, loss = self.setup(inputs), objectives.loss_of(inputs.case)
+        device = inputs.hidden.device.type
 
         def run() -> Output:
-            result = compute()
+            with torch.autocast(device, torch.bfloat16, enabled=inputs.case.masters):
+                result = compute()
             if isinstance(result, Output):
                 return result
             found = result if isinstance(result, Values) else Values(result)

@@ -5,6 +5,6 @@ from __future__ import annotations
 from fused_rlhf.bench.cases import MODELS, Case
 from fused_rlhf.bench.ops import OPS
 from fused_rlhf.bench.provider import PROVIDERS
-from fused_rlhf.bench.providers import cce, liger, ours, plain, trl, verl
+from fused_rlhf.bench.providers import cce, liger, ours, plain, quack, trl, verl
 
-__all__ = ["MODELS", "OPS", "PROVIDERS", "Case", "cce", "liger", "ours", "plain", "trl", "verl"]
+__all__ = ["MODELS", "OPS", "PROVIDERS", "Case", "cce", "liger", "ours", "plain", "quack", "trl", "verl"]

@@ -108,6 +108,22 @@ def lengths(records: Iterable[Record]) -> str:
     return table(head, lines) if lines else ""
 
 
+def waits(records: Iterable[Record]) -> str:
+    """How often the host waited for the GPU."""
+    lines = [[r["case"], r["provider"], str(r["waits"])] for r in records if r.get("waits") is not None]
+    return table(["case", "provider", "waits of the host in a call"], lines) if lines else ""
+
+
+def runs(records: Iterable[Record]) -> list[str]:
+    """The cases of each run, whose rows took turns; where there are several, so that nobody compares across them."""
+    cases: dict[str | None, dict[str, None]] = {}
+    for r in records:
+        if not r["error"]:
+            cases.setdefault(r.get("run"), {})[r["case"]] = None
+    named = " | ".join(", ".join(names) for names in cases.values())
+    return [f"several runs, and times compare within one alone: {named}"] if len(cases) > 1 else []
+
+
 def targets(judged: Sequence[Record]) -> str:
     words = {True: "yes", False: "NO", None: "not measured"}
     lines = []
@@ -133,12 +149,12 @@ def conditions(result: Record) -> str:
         e = entropy.get(name)
         peaks = f"; entropy 10/50/90 %: {e['p10']:.2g} / {e['p50']:.2g} / {e['p90']:.2g} nats" if e else ""
         lines.append(f"  {name}: {label}{peaks}")
-    return "\n".join([*lines, *result["notes"]])
+    return "\n".join([*lines, *runs(result["rows"]), *result["notes"]])
 
 
 def render(result: Record) -> str:
     columns = WHOLE if result["suite"] == "step" else STANDARD
-    parts = [conditions(result), rows(result["rows"], columns), lengths(result["rows"])]
+    parts = [conditions(result), rows(result["rows"], columns), lengths(result["rows"]), waits(result["rows"])]
     if result.get("targets"):
         parts.append(targets(result["targets"]))
     return "\n\n".join(filter(None, parts))

@@ -2,7 +2,9 @@
 
 On a CPU every sample is a fresh process (child.py), because the peak of the resident set can only be read cleanly once; a
 run goes round by round over all rows, so that noise of the machine hits every provider alike. On a GPU one process per
-case interleaves its providers and times them with events.
+case, or group of cases, interleaves its rows and times them with events.
+
+Rows that took turns carry the same `run`: times of other rows are not compared with theirs.
 
 On a CPU, a row that by its provider's formula would not fit is not started, and a process that wants more memory than
 it may have is refused it by the system: the machine never swaps.
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,7 +41,7 @@ IMPORT_S = 300.0  # longer than that no import takes: its process hangs
 POLL_S = 0.05
 OUT_OF_TIME = "out of time"
 
-Found = dict[str, dict[str, Any]]  # as `measure` returns it
+Found = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> as `measure` returns it
 Watch = Callable[[Found], object]  # gets what a child has found so far
 
 
@@ -50,9 +53,7 @@ def quiet(found: Found) -> None:
 class Task:
     """Of one process."""
 
-    case: str  # its name
-    providers: list[str]
-    rounds: int
+    rows: list[Row]  # that take turns
     check: bool
 
 
@@ -120,40 +121,47 @@ def _ended(command: list[str], env: dict[str, str], errors: Any) -> Iterator[sub
 
 
 def _spawn(plan: Plan, scratch: Path, meter: Meter, task: Task, until: float, watch: Watch = quiet) -> Found:
-    """`measure` in a process of its own, whatever becomes of it."""
-    case, memory = plan.cases[task.case], _memory(plan)
-    refused = {} if memory is None or not plan.predict else _too_large(plan, case, task.providers, memory)
-    providers = [name for name in task.providers if name not in refused]
-    if not providers:
-        return refused
-    # Cases that differ in N, op or objective alone share their base rows; only one model goes into a run.
-    key = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.dtype}-{case.seed}-{bool(case.inputs)}.pt"
+    """The rows' part of `take_turns` in a process of its own, whatever becomes of it."""
+    memory = _memory(plan)
+    found = {} if memory is None or not plan.predict else _too_large(plan, task.rows, memory)
+    rows = [row for row in task.rows if row.provider not in found.get(row.case, {})]
+    if not rows:
+        return found
+    cases = {row.case: plan.cases[row.case] for row in rows}
+    references = {name: scratch / _reference(case) for name, case in cases.items()}
     spec: dict[str, Any] = {
-        "case": asdict(case),
+        "cases": {name: asdict(case) for name, case in cases.items()},
+        "rounds": {name: {row.provider: row.rounds for row in rows if row.case == name} for name in cases},
         "folder": os.getcwd(),
         "device": plan.device,
         "threads": plan.threads,
         "memory": memory,
-        "reference": str(scratch / key),
+        "references": {name: str(path) for name, path in references.items()},
         "out": str(scratch / "answer.json"),
     }
     # In a process of its own, whose memory is given back; where the sizes are small, it is not worth one.
-    apart = not plan.in_turn and not (scratch / key).exists()
+    apart = not plan.in_turn and not all(path.exists() for path in references.values())
     failed = _call(plan, {**spec, "task": "reference"}, meter, until) if apart else None
-    found: Found = {}
+    answered: Found = {}
     if failed is None:
-        options = {"providers": providers, "rounds": task.rounds, "check": task.check}
-        options |= {"warmup": plan.warmup, "in_turn": plan.in_turn}
+        options = {"check": task.check, "warmup": plan.warmup, "in_turn": plan.in_turn}
         failed = _call(plan, {**spec, "task": "measure", **options}, meter, until, watch)
         if (answer := Path(spec["out"])).exists():
-            found = json.loads(answer.read_text())["found"]
-    for name in providers:  # a child that was stopped may have finished some rounds
-        part = found.setdefault(name, {"samples": []})
+            answered = json.loads(answer.read_text())["found"]
+    for row in rows:  # a child that was stopped may have finished some rounds
+        part = answered.get(row.case, {}).get(row.provider, {"samples": []})
         if not part["samples"] and failed == OUT_OF_TIME:
-            part.setdefault("error", _not_reached(plan, meter, f"{task.case}/{name}"))
+            part.setdefault("error", _not_reached(plan, meter, f"{row.case}/{row.provider}"))
         elif not part["samples"]:
             part.setdefault("error", failed or "stopped when another provider made the device unusable")
-    return found | refused
+        found.setdefault(row.case, {})[row.provider] = part
+    return found
+
+
+def _reference(case: Case) -> str:
+    """The file of the fp64 reference: cases that differ in N, op or objective share it; a run has one model at most."""
+    rows = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.outliers}"
+    return f"{rows}-{case.dtype}-{case.seed}-{bool(case.inputs)}.pt"
 
 
 def _not_reached(plan: Plan, meter: Meter, row: str) -> str:
@@ -173,14 +181,16 @@ def _memory(plan: Plan) -> int | None:
     return None
 
 
-def _too_large(plan: Plan, case: Case, providers: Sequence[str], memory: int) -> Found:
-    """Those whose inputs and predicted peak exceed the memory."""
+def _too_large(plan: Plan, rows: Sequence[Row], memory: int) -> Found:
+    """Those whose predicted peak, with the inputs of all, exceeds the memory."""
     found: Found = {}
-    for name in providers:
-        need = case.input_bytes + (predicted_bytes(name, case, plan.device) or 0.0) + PROCESS_BYTES
+    inputs = sum(plan.cases[name].input_bytes for name in {row.case for row in rows})
+    for row in rows:
+        peak = predicted_bytes(row.provider, plan.cases[row.case], plan.device) or 0.0
+        need = inputs + peak + PROCESS_BYTES
         if need > memory:
             error = f"not started: needs {need / 1e9:.1f} GB by its formula, {memory / 1e9:.1f} GB are there"
-            found[name] = {"samples": [], "error": error}
+            found.setdefault(row.case, {})[row.provider] = {"samples": [], "error": error}
     return found
 
 
@@ -201,7 +211,7 @@ class Progress:
     def watch(self, rows: Sequence[Row], found: Found) -> None:
         """Of a process that has these rows, while it goes on."""
         for row in rows:
-            part = found.get(row.provider, {"samples": []})
+            part = found.get(row.case, {}).get(row.provider, {"samples": []})
             if row not in self.ended and ("error" in part or len(part["samples"]) >= row.rounds):
                 self.tell(row, part)
 
@@ -215,7 +225,7 @@ def run(plan: Plan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for rows, answer in _answers(plan, Path(folder), meter, progress, found):
             for row in rows:
-                part = answer[row.provider]
+                part = answer[row.case][row.provider]
                 if row not in progress.ended or not plan.together:
                     progress.tell(row, part)
                 if found[row]["samples"] and meter.used >= plan.limit_s:
@@ -250,33 +260,37 @@ def _answers(
     plan: Plan, scratch: Path, meter: Meter, progress: Progress, found: dict[Row, dict[str, Any]]
 ) -> Iterator[tuple[list[Row], Found]]:
     if not plan.together:
+        run = _new_run()
         for round_ in range(max(row.rounds for row in plan.rows)):
             for row in plan.rows:
                 if round_ < row.rounds and "error" not in found[row]:
                     # The libraries are deterministic enough: one check is enough.
-                    task = Task(row.case, [row.provider], plan.repeats, plan.check and round_ == 0)
-                    answer = _spawn(plan, scratch, meter, task, plan.limit_s)
-                    found_here = answer[row.provider]
-                    if _disturbed(found_here["samples"]):
+                    task = Task([replace(row, rounds=plan.repeats)], plan.check and round_ == 0)
+                    part = _spawn(plan, scratch, meter, task, plan.limit_s)[row.case][row.provider]
+                    if _disturbed(part["samples"]):
                         again = _spawn(plan, scratch, meter, replace(task, check=False), plan.limit_s)
-                        better = max(found_here["samples"], again[row.provider]["samples"], key=_share)
-                        found_here["samples"] = [{**sample, "taken_twice": True} for sample in better]
-                    yield [row], answer
+                        better = max(part["samples"], again[row.case][row.provider]["samples"], key=_share)
+                        part["samples"] = [{**sample, "taken_twice": True} for sample in better]
+                    yield [row], {row.case: {row.provider: {**part, "run": run}}}
         return
-    names = list(dict.fromkeys(row.case for row in plan.rows))
-    for position, name in enumerate(names):
-        # A case that hangs leaves the later ones half of the time, at least.
-        until = meter.used + (plan.limit_s - meter.used) / min(len(names) - position, 2)
-        rows = [row for row in plan.rows if row.case == name]
-        left, answer = [row.provider for row in rows], Found()
+    for position, rows in enumerate(plan.processes):
+        # One that hangs leaves the later ones half of the time, at least.
+        until = meter.used + (plan.limit_s - meter.used) / min(len(plan.processes) - position, 2)
+        left, answer = rows, Found()
         while left:
-            task = Task(name, left, max(row.rounds for row in rows), plan.check)
-            fresh = _spawn(plan, scratch, meter, task, until, partial(progress.watch, rows))
-            answer |= fresh
+            run = _new_run()
+            fresh = _spawn(plan, scratch, meter, Task(left, plan.check), until, partial(progress.watch, rows))
+            for row in left:
+                part = fresh[row.case][row.provider]
+                answer.setdefault(row.case, {})[row.provider] = {**part, "run": run}
             # One that broke the device took the others' process with it: again, without it.
-            fatal = [p for p in left if fresh[p].get("fatal")]
-            left = [p for p in left if p not in fatal] if fatal else []
+            fatal = [row for row in left if fresh[row.case][row.provider].get("fatal")]
+            left = [row for row in left if row not in fatal] if fatal else []
         yield rows, answer
+
+
+def _new_run() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def _share(samples: Sequence[dict[str, Any]]) -> float:

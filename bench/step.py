@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fused_rlhf.bench.command import DEVICES, Parser, number, one_of, ready_to_write
-from fused_rlhf.bench.step_cases import Plan, full, tiny
+from fused_rlhf.bench.step_cases import Plan, full, on_gpu, tiny
 from fused_rlhf.words import nearest
 
 PROG = "python -m bench.step"
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         args = parser().parse(given)
-        plan = chosen(tiny() if args.tiny else full(), args.only)
+        plan = tiny() if args.tiny else on_gpu() if args.device == "cuda" else full()
+        plan = chosen(plan, args.only)
         if args.list:
             print(listing(plan))
             return 0

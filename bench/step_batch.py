@@ -39,13 +39,14 @@ class Batch:
             yield self.rows(list(range(start, min(start + size, len(self.input_ids)))))
 
 
-def build(body: Body) -> Any:
+def build(body: Body, dtype: str = "fp32") -> Any:
     """A model in evaluation mode, of the same weights every time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(body.kind, **body.settings)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    narrow = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=narrow, attn_implementation="sdpa").eval()
 
 
 def synthetic(case: Case, vocabulary: int) -> Batch:

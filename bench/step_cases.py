@@ -52,6 +52,7 @@ class Body:
 BODIES = {
     "smollm2": Body("llama", 576, 1536, 12, 9, 3, 64, 49152),  # SmolLM2-135M, of whose 30 layers there are 12
     "qwen3": Body("qwen3", 1024, 3072, 2, 16, 8, 128, 151936),  # Qwen3-0.6B, of whose 28 layers there are 2
+    "qwen3-0.6b": Body("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
     "tiny": Body("llama", 32, 48, 2, 4, 2, 8, 300),
 }
 
@@ -62,6 +63,7 @@ class Case:
 
     body: str = "smollm2"
     trainer: Trainer = "grpo"
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights, and of what goes through the body
     prompt: int = 1024  # tokens
     completions: tuple[int, ...] = (128,) * 8  # tokens of each
     groups: int = 1
@@ -89,7 +91,7 @@ class Case:
         parts += [f"{self.dead} of {self.groups} groups dead"] if self.dead else []
         parts += [f"{self.active:.0%} of the tokens count"] if self.active < 1 else []
         parts += [f"micro-batches of {self.micro_batch}"] if self.micro_batch < self.sequences else []
-        return f"{', '.join(parts)}; {BODIES[self.body].label} fp32"
+        return f"{', '.join(parts)}; {BODIES[self.body].label} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,13 @@ def full() -> Plan:
         cases[f"{name} checkpointed"] = cases[name]
         ways[f"{name} checkpointed"] = checkpointed(PADDED, SHARED, TRL, DENSE)
     return Plan(cases, ways, TARGETS)
+
+
+def on_gpu() -> Plan:
+    """And a whole model of 0.6B, which a CPU would take hours for."""
+    found, name = full(), "qwen3-0.6b"
+    whole = Case(name, dtype="bf16", prompt=512, completions=(256,) * 8)
+    return Plan({**found.cases, name: whole}, {**found.ways, name: [PADDED, SHARED, TRL, DENSE]}, TARGETS)
 
 
 TARGETS = (

@@ -39,7 +39,8 @@ def refer(case: Case, device: str, path: Path) -> None:
     """Write the batch, and what each of its sequences by itself gives."""
     from fused_rlhf.bench.step_dense import separate
 
-    model, body = build(BODIES[case.body]).to(device), BODIES[case.body]
+    body = BODIES[case.body]
+    model = build(body, case.dtype).to(device)
     batch, found = separate(case, model, synthetic(case, body.vocabulary).to(device))
     torch.save({"batch": {**vars(batch)}, **found}, path)
 
@@ -50,7 +51,7 @@ class Measured:
     def __init__(self, case: Case, way: Way, device: str, folder: Path) -> None:
         body = BODIES[case.body]
         self.device, self.reference = device, folder / REFERENCE
-        self.update = update_of(case, way, build(body).to(device), str(folder / "out"))
+        self.update = update_of(case, way, build(body, case.dtype).to(device), str(folder / "out"))
         self.pieces = self.update.prepare(Batch(**torch.load(self.reference)["batch"]).to(device))
         self.warm_up(case, body.vocabulary)
 

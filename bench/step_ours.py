@@ -23,6 +23,7 @@ def trainer_of(case: Case, way: Way, model: Any, folder: str) -> Any:
     """Our trainer of this model; its data are a stand-in."""
     options: dict[str, Any] = {
         "output": folder,
+        "dtype": "bfloat16" if case.dtype == "bf16" else "float32",
         "layout": way.layout,
         "gradient_checkpointing": way.checkpointing,
         "micro_batch_size": case.micro_batch,

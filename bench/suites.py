@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from fused_rlhf.bench.document import bf16_products
 from fused_rlhf.bench.plan import Row
@@ -20,6 +21,7 @@ class Suite:
     rows: list[Row]
     targets: list[Target] = field(default_factory=list)
     together: bool = False  # one process per case rather than per row and round
+    groups: tuple[tuple[str, ...], ...] = ()  # with `together`: cases that share a process, their rows all taking turns
     threads: int = 2
     in_turn: bool = False  # with `together`: all rounds of a row, then the next row's, rather than round by round
     repeats: int = 1  # samples of a row in each of its processes
@@ -47,7 +49,9 @@ def able(cases: dict[str, Case], providers: str, rounds: int) -> list[Row]:
 
 def quick() -> Suite:
     small = Case(N=256, H=128, V=8000, T=64)
-    cases = {op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    cases = {
+        op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")
+    }
     cases |= {
         "bf16": replace(small, N=128, dtype="bf16"),
         "padded": replace(small, density=0.5),
@@ -164,7 +168,7 @@ def matrix() -> Suite:
     """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in 35 minutes."""
     base = Case(N=1024, H=512, V=32768, T=128)
     dpo = replace(base, op="dpo")
-    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "grpo", "dpo", "ppo", "kl")}
+    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")}
     sweeps = {
         **{f"N={n}": replace(base, N=n) for n in (256, 4096, 8192)},
         **{f"V={v}": replace(base, V=v) for v in (8192, 131072)},
@@ -241,73 +245,126 @@ def long(device: str = "cpu") -> Suite:
 
 
 def gpu(scale: int = 1) -> Suite:
-    """One update of an 8B model's head (Qwen3-8B: H=4096, V=151936). `scale` divides every size, for a trial run."""
-    main = Case(
-        N=8192 // scale, H=max(4096 // scale, 32), V=max(151936 // scale, 1000), T=max(1024 // scale, 8), dtype="bf16"
-    )
-    sweep = {f"n{k}k": replace(main, N=main.N * k // 8, T=main.N * k // 8) for k in (16, 32, 64, 128)}
-    cases = {
-        "main": main,
-        "forward": replace(main, op="logprobs_fwd"),
-        "zero": replace(main, beta=0.0, zero_rows=0.8),
-        "frozen": replace(main, frozen_head=True),
-        "accuracy": replace(main, op="logprobs_fwd_bwd", N=main.N // 4),
-        **sweep,
+    """One update of an 8B model's head (Qwen3-8B: H=4096, V=151936), and what differs from it. `scale` divides every size, for
+    a trial run. The cases of a group take turns in one process: what is compared below is of one."""
+
+    def case(N: int = 8192, H: int = 4096, T: int = 1024, **changes: Any) -> Case:
+        length = max(T // scale, 8)
+        rows = max(N // scale // length, 1) * length
+        given = {"dtype": "bf16", **changes}
+        return Case(N=rows, H=max(H // scale, 32), V=max(151936 // scale, 1000), T=length, **given)
+
+    logprobs: dict[str, Any] = {"op": "logprobs_fwd_bwd"}
+    groups: dict[str, dict[str, Case]] = {
+        "main": {
+            "main": case(),
+            "forward": case(op="logprobs_fwd"),
+            "zero": case(beta=0.0, zero_rows=0.8),
+            "frozen": case(frozen_head=True),
+            "kl": case(op="kl"),
+        },
+        "accuracy": {
+            "accuracy": case(2048, **logprobs),
+            "outliers-4k": case(2048, outliers=4, **logprobs),
+            "outliers-8k": case(2048, 8192, outliers=4, **logprobs),
+        },
+        "long": {"n128k": case(131072, T=131072)},
+        "small": {f"n{n}": case(n, T=n // 2, wall=True) for n in (64, 256, 1024)},
+        "narrow": {f"h{h}-{k}k": case(1024 * k, h, T=4096) for h in (896, 1536, 2048) for k in (16, 64)},
+        "objectives": {
+            "logprobs": case(**logprobs),
+            "sft": case(op="sft"),
+            "dpo": case(op="dpo"),
+            "gspo": case(objective="gspo"),
+            "entropy": case(op="ppo"),
+            "lora": case(frozen_head=True),
+            "masters": case(masters=True),
+            "padded": case(density=0.5),
+            "lengths": case(4096, lengths=8),
+        },
+        "graphs": {"graphs": case(256, T=128, wall=True, **logprobs)},
+        "precision": {how: case(2048, dtype=dtype) for how, dtype in (("ieee", "fp32"), ("tf32", "tf32"))},
     }
     one, two = "ours-one_pass", "ours-two_phase"
+    return Suite(
+        "the GPU figures: time against bare products and peers, errors, memory, small and long batches, every objective",
+        {name: found for group in groups.values() for name, found in group.items()},
+        rows("main", f"gemm trl {one} {two} dense", 10)
+        + rows("main", "liger", 3)
+        + rows("forward", "gemm trl ours dense liger-scaled cce verl", 10)
+        + rows("zero", f"gemm trl {one} {two}", 10)
+        + rows("frozen", f"gemm trl {one} {two}", 10)
+        + rows("kl", "gemm ours trl", 5)
+        + [row for name in groups["accuracy"] for row in rows(name, "ours dense-fp32 dense trl", 2)]
+        + rows("n128k", f"gemm-blocked {one} {two} trl", 3)
+        + [row for name in groups["small"] for row in rows(name, "dense ours trl", 15)]
+        + [row for name in groups["narrow"] for row in rows(name, f"gemm-blocked {one} trl", 4)]
+        + rows("logprobs", "gemm ours trl dense torch-lce liger-scaled liger-flce quack cce cce-exact verl", 5)
+        + rows("sft", f"gemm {one} trl dense liger-flce quack-chunked cce", 5)
+        + rows("dpo", "dense ours trl liger", 5)
+        + rows("gspo", "dense ours trl", 5)
+        + rows("entropy", "dense ours trl verl", 5)
+        + rows("lora", "dense-lora ours-lora", 5)
+        + rows("masters", "dense ours", 5)
+        + rows("padded", "dense ours trl liger", 5)
+        + rows("lengths", "ours trl", 5)
+        + rows("graphs", "dense ours ours-compiled ours-graphs", 15)
+        + [row for name in groups["precision"] for row in rows(name, f"gemm {one} dense trl", 5)],
+        [*times_of_gpu(one, two), *memory_of_gpu(one, two, case()), *errors_of_gpu()],
+        together=True,
+        groups=tuple(map(tuple, groups.values())),
+    )
+
+
+def times_of_gpu(one: str, two: str) -> list[Target]:
+    def over(what: str, limit: float, name: str, ours: str, base: str, field: str = "both_s") -> Target:
+        return Target(what, limit, Figure(name, ours), Figure(name, base, field))
+
+    return [
+        over("forward only / one bare product", 1.06, "forward", "ours", "gemm"),
+        over("forward only / TRL", 1.0, "forward", "ours", "trl"),
+        over("one-pass / three bare products", 1.05, "main", one, "gemm"),
+        over("one-pass / TRL", 0.75, "main", one, "trl"),
+        over("two-phase / four bare products", 1.08, "main", two, "gemm", "recompute_s"),
+        over("80 % zero-gradient rows: one-pass / TRL", 0.40, "zero", one, "trl"),
+        over("exact KL / its four bare products", 1.35, "kl", "ours", "gemm"),
+        over("N=131072: one-pass / three bare products", 1.10, "n128k", one, "gemm-blocked"),
+        over("N=131072: two-phase / four bare products", 1.10, "n128k", two, "gemm-blocked", "recompute_s"),
+        over("N=256 by the clock: ours / dense", 1.5, "n256", "ours", "dense"),
+        over("H=896, N=16384: one-pass / three bare products", 1.25, "h896-16k", one, "gemm-blocked"),
+        over("H=896, N=65536: one-pass / three bare products", 1.25, "h896-64k", one, "gemm-blocked"),
+    ]
+
+
+def memory_of_gpu(one: str, two: str, main: Case) -> list[Target]:
+    """Bytes, which other than times compare across runs."""
     scratch = "scratch_bytes"
-    # What may grow with N: dX in fp32 and 64 bytes per row of vectors.
-    growth = (cases["n128k"].N - main.N) * (4 * main.H + 64)
     targets = [
-        Target("one-pass / three bare GEMMs", 1.15, Figure("main", one), Figure("main", "gemm")),
-        Target("one-pass / TRL", 0.70, Figure("main", one), Figure("main", "trl")),
-        Target("two-phase / four bare GEMMs", 1.20, Figure("main", two), Figure("main", "gemm", "recompute_s")),
-        Target("two-phase / TRL", 0.90, Figure("main", two), Figure("main", "trl")),
-        Target("forward only / one bare GEMM", 1.15, Figure("forward", "ours"), Figure("forward", "gemm")),
-        Target("80 % zero-gradient rows: two-phase / TRL", 0.45, Figure("zero", two), Figure("zero", "trl")),
         Target("scratch memory: two-phase / TRL", 0.20, Figure("main", two, scratch), Figure("main", "trl", scratch)),
         Target("scratch memory: one-pass / TRL", 1.0, Figure("main", one, scratch), Figure("main", "trl", scratch)),
-        *(
-            Target(
-                f"scratch growth to N=128k over fp32 dX and 64 B a row: {name}",
-                1.0,
-                Figure("n128k", provider, scratch),
-                Figure("main", provider, scratch),
-                unit=growth,
-            )
-            for name, provider in (("one-pass", one), ("two-phase", two))
-        ),
-        Target("max log-prob error at logits of +-25, nats", 5e-5, Figure("accuracy", "ours", "logprob_max_abs")),
-        *(
-            Target(
-                f"{grad} error / dense torch with fp32 logits",
-                2.0,
-                Figure("accuracy", "ours", f"{grad}_rel"),
-                Figure("accuracy", "dense-fp32", f"{grad}_rel"),
-            )
-            for grad in ("dhidden", "dweight")
-        ),
-        *(
-            Target(
-                f"time per token, N=T=128k / N=8k: {name}",
-                1.1,
-                Figure("n128k", provider, "us_per_token"),
-                Figure("main", provider, "us_per_token"),
-            )
-            for name, provider in (("one-pass", one), ("two-phase", two))
-        ),
     ]
-    return Suite(
-        "the GPU figures: time against bare products and peers, memory and time up to 128k tokens, accuracy",
-        cases,
-        rows("main", f"gemm dense trl liger {one} {two}", 10)
-        + rows("forward", "gemm dense trl ours", 10)
-        + rows("zero", f"trl {one} {two}", 10)
-        + rows("accuracy", "dense dense-fp32 trl ours", 2)
-        + [row for name in sweep for row in rows(name, f"trl {one} {two}", 2)]
-        + rows("frozen", f"gemm trl {one} {two}", 10),
-        targets,
-    )
+    # What may grow with N: dX in fp32 and 64 bytes per row of vectors.
+    growth = 15 * main.N * (4 * main.H + 64)
+    for name, provider in (("one-pass", one), ("two-phase", two)):
+        what = f"scratch growth to N=128k over fp32 dX and 64 B a row: {name}"
+        ends = Figure("n128k", provider, scratch), Figure("main", provider, scratch)
+        targets.append(Target(what, 1.0, *ends, unit=growth))
+    return targets
+
+
+def errors_of_gpu() -> list[Target]:
+    found = [
+        Target(f"max log-prob error{where}, nats", 5e-5, Figure(name, "ours", "logprob_max_abs"))
+        for name, where in (
+            ("accuracy", " at logits of +-25"),
+            ("outliers-4k", " with outlier channels, H=4096"),
+            ("outliers-8k", " with outlier channels, H=8192"),
+        )
+    ]
+    for grad in ("dhidden", "dweight"):
+        pair = Figure("accuracy", "ours", f"{grad}_rel"), Figure("accuracy", "dense-fp32", f"{grad}_rel")
+        found.append(Target(f"{grad} error / dense torch with fp32 logits", 2.0, *pair))
+    return found
 
 
 def gpu_objectives(scale: int = 1) -> Suite:

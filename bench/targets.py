@@ -1,4 +1,4 @@
-"""What a run must reach: figures of its rows, and limits on them."""
+"""What a run must reach: figures of its rows, and limits on them. Times are compared where their rows took turns, not else."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ class Figure:
             value = value["median"]
         return (value, "") if value is not None else (None, f"{self.field} of {self.provider} was not measured")
 
+    @property
+    def timed(self) -> bool:
+        return self.field.endswith("_s") or self.field == "us_per_token"
+
+    def run(self, result: dict[str, Any]) -> str | None:
+        """Which rows it took turns with; None in results of earlier versions, whose rows all did."""
+        return next(r.get("run") for r in result["rows"] if (r["case"], r["provider"]) == (self.case, self.provider))
+
     def wrong(self, result: dict[str, Any]) -> bool:
         return any(r["wrong"] for r in result["rows"] if (r["case"], r["provider"]) == (self.case, self.provider))
 
@@ -54,6 +62,11 @@ class Target:
             below, why = self.base.of(result)
             if below is None:
                 value = None
+            elif self.figure.timed and self.figure.run(result) != self.base.run(result):
+                value, why = (
+                    None,
+                    f"{self.figure.case} and {self.base.case} are of two runs, whose times do not compare",
+                )
             elif self.unit is not None:
                 value = (value - below) / self.unit
             else:

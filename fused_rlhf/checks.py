@@ -51,15 +51,6 @@ def dtensor(value: Tensor) -> str:
     )
 
 
-def check_zero_or_one(name: str, values: Tensor | None) -> None:
-    """Of a mask or labels that are not bool. Reads the values."""
-    if values is None or values.dtype == torch.bool or torch.compiler.is_compiling():
-        return
-    wrong = (values != 0) & (values != 1)
-    if wrong.any():
-        raise ValueError(f"{name} must be bool or hold 0 and 1 alone, got {values[wrong][0].item():g}")
-
-
 def check_count(name: str, value: Any, live: int) -> Any:
     """A global count of which this call has a share of `live`: positive; 0 where this call has nothing, and then 1.
 

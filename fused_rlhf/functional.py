@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fused_rlhf.checks import check_count
+from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Kind, RowPairs, Rows, pick
 from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
 from fused_rlhf.objectives.policy import PolicyLoss
@@ -28,7 +29,7 @@ from fused_rlhf.op.head import (
     head_of,
 )
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
-from fused_rlhf.op.rows import scatter, tokens_of
+from fused_rlhf.op.rows import check_temperature, scatter, tokens_of
 from fused_rlhf.op.sequences import check_policy, check_preference, of_sequences, reference_logprobs
 
 
@@ -182,24 +183,25 @@ def linear_policy_loss(
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    projection, flat_temperature = check_head(
-        hidden, head, targets, Call(temperature, ignore_index, backend, round_logits)
-    )
+    door, call = Door(), Call(temperature, ignore_index, backend, round_logits)
+    projection, flat_temperature = check_head(hidden, head, targets, call)
     names = check_outputs(outputs, allowed=("entropy",))
     reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
-    sequence_of, count = check_policy(targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens)
+    sequence_of, count = check_policy(
+        door, targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens
+    )
     check_mode(mode, hidden, projection, objective.tokenwise, objective.entropy_coef != 0)
 
     tokens = tokens_of(
-        targets, completion_mask, ignore_index, projection.vocabulary, flat_temperature, sequence_of, count
+        door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
     )
     vectors = {name: tokens.vector(values) for name, values in per_token.items()}
     if reference is not None:
         vectors["ref_logprobs"] = reference_logprobs(reference, tokens, backend)
     per_sequence = of_sequences(advantages, count)
     bound = objective.bind(
-        advantages=tokens.vector(advantages[sequence_of] if per_sequence else advantages),
+        advantages=tokens.of_sequences(advantages) if per_sequence else tokens.vector(advantages),
         sequences=tokens.sequences,
         num_sequences=check_count(
             "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
@@ -209,7 +211,7 @@ def linear_policy_loss(
         **vectors,
     )
     rows = tokens.rows(hidden, head, projection)
-    loss, stats = execute(rows, projection, bound, names, ignore_index, mode, backend)
+    loss, stats = execute(rows, projection, bound, names, mode, backend)
     return loss, policy_metrics(bound, stats.logprobs.detach(), stats.entropy)
 
 
@@ -270,18 +272,17 @@ def linear_preference_loss(
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    projection, flat_temperature = check_head(
-        hidden, head, targets, Call(temperature, ignore_index, backend, round_logits)
-    )
+    door, call = Door(), Call(temperature, ignore_index, backend, round_logits)
+    projection, flat_temperature = check_head(hidden, head, targets, call)
     names = check_outputs(outputs, allowed=("entropy", "mean_logit", "is_top1"))
     sequence_of, count, sums = check_preference(
-        targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
+        door, targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
     )
     reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
     check_mode(mode, hidden, projection, tokenwise=False, entropy_term=False)
 
     tokens = tokens_of(
-        targets, completion_mask, ignore_index, projection.vocabulary, flat_temperature, sequence_of, count
+        door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
     )
     if reference is None:
         per_token = tokens.vector(ref_logprobs) if sums is None else None
@@ -298,7 +299,7 @@ def linear_preference_loss(
         dtype=tokens.temperature.dtype,
     )
     rows = tokens.rows(hidden, head, projection)
-    loss, stats = execute(rows, projection, bound, names, ignore_index, mode, backend)
+    loss, stats = execute(rows, projection, bound, names, mode, backend)
     extra = {name: stats.extra.get(name) for name in ("entropy", "mean_logit", "is_top1")}
     return loss, preference_metrics(bound, stats.logprobs.detach(), **extra)
 
@@ -351,9 +352,12 @@ def linear_kl(
     """
     head = head_of(weight, bias, logit_scale, softcap)
     ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
-    call = Call(temperature, backend=backend)
-    of, flat_temperature = check_divergence(hidden, head, ref_hidden, ref, kind, beta, mask, call)
-    index = None if mask is None else mask.reshape(-1).bool().nonzero().squeeze(1)
+    door, call = Door(), Call(temperature, backend=backend)
+    of, flat_temperature = check_divergence(door, hidden, head, ref_hidden, ref, kind, beta, mask, call)
+    live = None if mask is None else mask.reshape(-1).bool()
+    if isinstance(temperature, Tensor):
+        check_temperature(door, flat_temperature, live)
+    index = door.rows(live)
     x, y = (pick(h.reshape(-1, h.shape[-1]), index) for h in (hidden, ref_hidden))
     if head.lora is not None:
         x = with_adapter(x, head.lora[0], head.lora[2], of.policy)

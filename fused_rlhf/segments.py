@@ -37,6 +37,16 @@ class Sequences:
         """(S,) int64"""
         return self.offsets.diff()
 
+    @cached_property
+    def divisors(self) -> Tensor:
+        """(S,) int64: lengths, 1 of an empty sequence."""
+        return self.lengths.clamp(min=1)
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """(S,) bool"""
+        return self.lengths == 0
+
     def sum(self, values: Tensor) -> Tensor:
         """(N,) -> (S,), 0 for an empty sequence; differentiable."""
         if self.count == 0 or values.numel() == 0:
@@ -45,7 +55,7 @@ class Sequences:
 
     def mean(self, values: Tensor) -> Tensor:
         """(N,) -> (S,), 0 for an empty sequence."""
-        return self.sum(values) / self.lengths.clamp(min=1)
+        return self.sum(values) / self.divisors
 
     def spread(self, values: Tensor) -> Tensor:
         """(S,) -> (N,): to each token its sequence's value."""

@@ -32,6 +32,13 @@ def pick(tensor: Maybe, rows: slice | Tensor | None) -> Maybe:
     return cast(Maybe, tensor.index_select(0, rows) if isinstance(rows, Tensor) else tensor[rows])
 
 
+def indices(mask: Tensor, count: int) -> Tensor:
+    """(count,) int64: where an (N,) mask holds. `nonzero` would find the count by itself, and wait for the device."""
+    if mask.device.type == "mps":  # which has no nonzero_static
+        return mask.nonzero().squeeze(1)
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Real tokens, with everything that is a token's own."""
@@ -213,8 +220,10 @@ class Stats:
     logprobs: Tensor
     lse: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # the other statistics that were asked for, by name
-    # (N, mass_blocks), only under head.grad_filter > 0: probability mass of each vocabulary block of the backward.
+    # (N, blocks of filter_columns), only under head.grad_filter > 0: probability mass of each vocabulary block.
     mass: Tensor | None = None
+    # What the backward's probabilities are relative to, in units of the backend's own, where that is not lse.
+    normaliser: Tensor | None = None
 
     @staticmethod
     def of(logprobs: Tensor, statistics: Mapping[str, Tensor], mass: Tensor | None = None) -> Stats:
@@ -230,9 +239,9 @@ class Stats:
         return self.extra.get("entropy")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Stats:
-        mass = None if self.mass is None else function(self.mass)
+        mass, normaliser = (v if v is None else function(v) for v in (self.mass, self.normaliser))
         extra = {name: function(value) for name, value in self.extra.items()}
-        return Stats(function(self.logprobs), function(self.lse), extra, mass)
+        return Stats(function(self.logprobs), function(self.lse), extra, mass, normaliser)
 
     def pick(self, rows: slice | Tensor | None) -> Stats:
         return self.map(lambda values: pick(values, rows))
@@ -242,11 +251,14 @@ class Stats:
         """Of rows one after the other."""
         if len(parts) == 1:
             return parts[0]
-        first = parts[0]
-        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in first.extra}
-        masses = [part.mass for part in parts if part.mass is not None]
+
+        def cat(name: str) -> Tensor | None:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
         logprobs, lse = (torch.cat([getattr(part, name) for part in parts]) for name in ("logprobs", "lse"))
-        return Stats(logprobs, lse, extra, torch.cat(masses) if masses else None)
+        return Stats(logprobs, lse, extra, cat("mass"), cat("normaliser"))
 
 
 class TokenGrads(NamedTuple):
@@ -291,6 +303,11 @@ def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int,
     keep = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ~(ordered.cumsum(1) <= grad_filter))
     keep.scatter_(1, (targets // columns)[:, None], True)
     return keep if exact is None else keep | exact[:, None]
+
+
+def rows_of_blocks(keep: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """Of `kept_blocks` (N, blocks) the ascending rows that each block keeps, of which there are `counts`."""
+    return (indices(keep.T.reshape(-1), sum(counts)) % max(len(keep), 1)).split(counts)
 
 
 class BoundObjective(Protocol):
@@ -408,6 +425,7 @@ class Work:
     needs: Needs = field(default_factory=lambda: Needs(True, True, False))
     needs_entropy: bool = False  # by the objective
     multiprocessors: int = 132  # of a GPU: those of an H100 or H200
+    device_bytes: int = 80 << 30  # of a GPU: its memory
 
     @property
     def gradients(self) -> int:
@@ -419,14 +437,25 @@ class Work:
 class Backend(Protocol):
     """The functions of a backend, a module. What it cannot do raises, naming the backend that can."""
 
-    def mass_blocks(self, vocabulary: int, device: torch.device) -> int:
-        """Columns of `Stats.mass`."""
+    def filter_columns(self, device: torch.device) -> int:
+        """Columns of a vocabulary block that head.grad_filter leaves a row or not; 0: it leaves all of them."""
         ...
 
     def statistics(self, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats: ...
 
-    def gradients(self, rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
-        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is."""
+    def gradients(
+        self,
+        rows: Rows,
+        head: Projection,
+        stats: Stats,
+        upstream: TokenGrads,
+        needs: Needs,
+        filtered: tuple[Tensor, ...] | None = None,
+    ) -> Grads:
+        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is.
+
+        filtered: for each vocabulary block of filter_columns the ascending rows that it is computed for; None: all.
+        """
         ...
 
     def loss(self, objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
@@ -445,6 +474,10 @@ class Backend(Protocol):
 
     def divergence_gradients(self, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
         """Of the policy's operands, with upstream (N,)."""
+        ...
+
+    def one_pass_pays(self, rows: Rows, head: Projection, needs: Needs) -> bool:
+        """Whether "auto" is to take one_pass where it serves: whether it is predicted to be the faster."""
         ...
 
     def memory(self, work: Work) -> float:

@@ -18,7 +18,7 @@ bracket from maxima and sums apart, so that it keeps its digits. Back: the produ
 at a time, which `divergence_dlogits_kernel` turns into dz times the slope of the transform, in the compute dtype; the two
 products that follow are left to cuBLAS.
 
-N tokens, V vocabulary; z are the policy's logits, r the reference's.
+N tokens, V vocabulary; z are the policy's logits, r the reference's: scores in units of 1 rather than of ln 2, since d is one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fused_rlhf.kernels.interface import Comparison, Kind, Sums
 from fused_rlhf.kernels.linear_logprobs import store_tile
-from fused_rlhf.kernels.primitives import LOG2E, curve_of, expm1, load_raw, log1p, logits_of
+from fused_rlhf.kernels.primitives import LOG2E, bias_of, curve_of, expm1, load_raw, log1p, scores_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: below every logit, and still a number
 ROW_STEP = 2048  # columns of a row that a program takes at a time
@@ -83,7 +83,7 @@ def reverse_terms(p, q, d, beta):
 
 
 @triton.jit
-def reverse_score(d, beta):
+def reverse_push(d, beta):
     return d
 
 
@@ -95,7 +95,7 @@ def jsd_terms(p, q, d, beta):
 
 
 @triton.jit
-def jsd_score(d, beta):
+def jsd_push(d, beta):
     over_p, _ = mixture(d, beta)
     return (beta - 1) * over_p
 
@@ -104,13 +104,13 @@ class Twin(NamedTuple):
     """What the kernels need of a kind."""
 
     terms: Any  # (p, q, d, beta) -> the terms of the sum
-    score: Any = None  # (d, beta) -> s; None: dz = p - q
+    push: Any = None  # (d, beta) -> s; None: dz = p - q
 
 
 TWINS: dict[Kind, Twin] = {
     "forward": Twin(forward_terms),
-    "reverse": Twin(reverse_terms, reverse_score),
-    "jsd": Twin(jsd_terms, jsd_score),
+    "reverse": Twin(reverse_terms, reverse_push),
+    "jsd": Twin(jsd_terms, jsd_push),
 }
 
 
@@ -121,7 +121,7 @@ def row_logits(
     """[1, STEP] logits of one row, from its products; -inf past V."""
     offs = start + tl.arange(0, STEP)
     product = tl.load(row_ptr + offs[None, :], mask=(offs < V)[None, :], other=0.0)
-    z = logits_of(product, bias_ptr, offs, V, inv_temperature, logit_scale, parameter, CURVE)
+    z = scores_of(product, bias_of(bias_ptr, offs, V), inv_temperature[:, None], logit_scale, parameter, CURVE)
     return tl.where((offs < V)[None, :], z, float("-inf"))
 
 
@@ -163,7 +163,7 @@ def divergence_kernel(
     CURVE: tl.constexpr,
     REF_CURVE: tl.constexpr,
     TERMS: tl.constexpr,  # these two of a `Twin`
-    SCORE: tl.constexpr,
+    PUSH: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One row: the divergence, and what its gradient needs."""
@@ -190,8 +190,8 @@ def divergence_kernel(
         q = tl.exp2(((r - ref_top[:, None]) - ref_log_total[:, None]) * LOG2E)
         d = (z - r) - shift[:, None]
         value += TERMS(p, q, d, beta)
-        if SCORE is not None:
-            mean += times(p, SCORE(d, beta))
+        if PUSH is not None:
+            mean += times(p, PUSH(d, beta))
     tl.store(value_ptr + row, tl.sum(value, 1))
     tl.store(lse_ptr + row, top + log_total)
     tl.store(ref_lse_ptr + row, ref_top + ref_log_total)
@@ -206,7 +206,7 @@ def launch_divergence(of: Comparison, z: Tensor, r: Tensor, inv_temperature: Ten
     divergence_kernel[(n,)](
         z, r, of.policy.bias, of.ref.bias, inv_temperature, value, *sums, V, z.stride(0), of.beta, policy.logit_scale,
         policy.parameter, ref.logit_scale, ref.parameter, CURVE=curve_of(policy).apply, REF_CURVE=curve_of(ref).apply,
-        TERMS=twin.terms, SCORE=twin.score, STEP=ROW_STEP, num_warps=8, enable_fp_fusion=False,
+        TERMS=twin.terms, PUSH=twin.push, STEP=ROW_STEP, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def divergence_dlogits_kernel(
     CURVE: tl.constexpr,
     SLOPE: tl.constexpr,
     REF_CURVE: tl.constexpr,
-    SCORE: tl.constexpr,
+    PUSH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -245,25 +245,25 @@ def divergence_dlogits_kernel(
     offs_v = v_start + tl.arange(0, BLOCK_V)
     offs_n = n_start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)
+    inv_temperature = tl.load(inv_temperature_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     ref_lse = tl.load(ref_lse_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     shift = tl.load(shift_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     mean = tl.load(mean_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
     g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
 
-    product = load_raw(z_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
-    z = logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, parameter, CURVE)
-    product = load_raw(r_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
-    r = logits_of(product, ref_bias_ptr, offs_v, V, inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE)
+    z = load_raw(z_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
+    z = scores_of(z, bias_of(bias_ptr, offs_v, V), inv_temperature, logit_scale, parameter, CURVE)
+    r = load_raw(r_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
+    r = scores_of(r, bias_of(ref_bias_ptr, offs_v, V), inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE)
     p = tl.exp2((z - lse) * LOG2E)
     d = (z - r) - shift
-    if SCORE is not None:
-        dz = g * times(p, SCORE(d, beta) - mean)
+    if PUSH is not None:
+        dz = g * times(p, PUSH(d, beta) - mean)
     else:
         dz = g * difference(p, tl.exp2((r - ref_lse) * LOG2E), d)
     if SLOPE is not None:
-        dz *= SLOPE(z, inv_temperature[:, None], parameter)
+        dz *= SLOPE(z, inv_temperature, parameter)
     store_tile(out_ptr, dz, n_start, v_start, N, V, stride_out, False)
     if dbias_ptr is not None:
         sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
@@ -286,7 +286,7 @@ def launch_divergence_dlogits(
     divergence_dlogits_kernel[(triton.cdiv(V, block_v), tiles)](
         z, r, of.policy.bias_of(columns), of.ref.bias_of(columns), inv_temperature, *sums, g, out, dbias, n, V,
         z.stride(0), out.stride(0), of.beta, policy.logit_scale, policy.parameter, ref.logit_scale, ref.parameter,
-        CURVE=curve.apply, SLOPE=curve.slope, REF_CURVE=curve_of(ref).apply, SCORE=TWINS[of.kind].score,
+        CURVE=curve.apply, SLOPE=curve.slope, REF_CURVE=curve_of(ref).apply, PUSH=TWINS[of.kind].push,
         BLOCK_N=block_n, BLOCK_V=block_v, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return None if dbias is None else dbias.sum(0)

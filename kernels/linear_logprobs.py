@@ -3,19 +3,18 @@
     z = curve(scale (h W^T + b)) / temperature, or without a curve scale (h W^T + b) / temperature
     logprob[n] = z[n, y[n]] - lse[n]          lse[n] = log sum_v exp z[n, v]          entropy = lse - sum_v p z
 
-Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while in registers, to a maximum m and the sums
+Forward: `stats_kernel` reduces every [BLOCK_N, BLOCK_V] tile of z, while in registers, to a maximum m, where it is, and
+the sums
 
     S = sum e          e = exp(z - m)
 
-and the number of each statistic that is asked for (`statistics.py`), in slots of one scratch tensor. `finish_kernel` merges
-them over the vocabulary in a fixed order. Tiles do not depend on N, so a row's values do not
-depend on its neighbours.
+and the number of each statistic that is asked for (`statistics.py`), in slots of one scratch tensor, of scores in the place of
+logits (`primitives.py`). `finish_kernel` merges them over the vocabulary in a fixed order, and computes
+the target's logit and those of a few likely tokens once more, exactly, to correct what tensor cores cut off (`exact.py`).
+Tiles do not depend on N, so a row's values do not depend on its neighbours.
 
-Tensor cores add in fp32 but cut off what does not fit instead of rounding it (sm_90, measured): a sum of 4096 products
-is 4e-6 too small, relatively, and a log-prob at logits of +-25 off by 2e-4, in cuBLAS as well. Sums of PROMOTE products
-are therefore added by ordinary additions. The backward does without, but takes p at the target from the forward.
-
-Backward, with upstream gradients g of logprob, h of entropy and l of lse:
+Backward, with upstream gradients g of logprob, h of entropy and l of lse, and p from the normaliser, which is the
+log-sum-exp of the logits as they are multiplied, so that p sums to 1:
 
     dz = g onehot(y) + p ((l - g) - h (z - lse + entropy))       dW = dz^T x       dx = dz W
 
@@ -24,7 +23,7 @@ products are left to cuBLAS.
 
 In one pass the forward also stores E = exp(z - c), where c[n] is the target's logit to within rounding: a row's
 largest logit is at least c, so nothing that matters underflows, and the exponent range of bf16 and fp32 covers
-z - c < 60. Where a tile lies higher, E is relative to that tile's own maximum, and `repair_kernel` brings the row to
+z - c < 59. Where a tile lies higher, E is relative to that tile's own maximum, and `repair_kernel` brings the row to
 one reference. Then
 
     dz = factor (E - onehot / p_y) with one factor per row,      so dx = factor (E W)      and dW = E^T (factor x):
@@ -46,24 +45,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_rlhf.kernels.exact import best_tokens, exact_scores
 from fused_rlhf.kernels.interface import BoundPolicy, Projection, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
+    LN2,
     LOG2E,
+    bias_of,
     column_slices,
     curve_of,
     expm1,
     load_w,
     load_x,
-    logits_of,
     open_tile,
+    scores_of,
     tile_origin,
+    unit_of,
 )
 from fused_rlhf.kernels.statistics import STATISTICS, parts_of, slots_of
 from fused_rlhf.kernels.tiles import Tile, multiprocessors
 
-# exp(60) times a vocabulary of 2^26 is below the largest bf16 and fp32.
-MAX_ABOVE_REFERENCE = tl.constexpr(60.0)
+# Of scores: 2^86 times a vocabulary of 2^26 is below the largest bf16 and fp32.
+MAX_ABOVE_REFERENCE = tl.constexpr(86.0)
 
 
 @triton.jit
@@ -85,11 +88,9 @@ def stats_kernel(
     raw_ptr,  # (N, V) fp32 products from cuBLAS, or None
     bias_ptr,  # (V,) or None
     inv_temperature_ptr,  # (N,) fp32
-    targets_ptr,  # (N,) int64
     reference_ptr,  # (N,) fp32, with exps
     exps,  # (N, V) E in the compute dtype, descriptor or pointer; or None
-    partials_ptr,  # (slots, CAPACITY, TILES) fp32: m, S, then a number of each statistic asked for
-    target_logits_ptr,  # (N,) fp32
+    partials_ptr,  # (slots, CAPACITY, TILES) fp32: m, S, m's first column, and a number of each statistic asked for
     N,
     V,
     H,
@@ -102,17 +103,16 @@ def stats_kernel(
     stride_exps,
     logit_scale,
     parameter,  # of the curve
-    ENTROPY: tl.constexpr,  # this and the next four: the slot of a statistic, 0 where it is not asked for
+    COLUMN: tl.constexpr,  # a slot; this one is always there
+    ENTROPY: tl.constexpr,  # this and the next three: the slot of a statistic, 0 where it is not asked for
     SUM_SQ: tl.constexpr,
     MEAN_LOGIT: tl.constexpr,
-    IS_TOP1: tl.constexpr,
     MARGIN: tl.constexpr,
     CURVE: tl.constexpr,  # this and SLOPE: device functions, or None
     SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
@@ -131,8 +131,6 @@ def stats_kernel(
     n_start = 0
     v_start = 0
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    if PROMOTE > 0:
-        total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for _ in range(0, mine * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -142,103 +140,86 @@ def stats_kernel(
             x_tile = load_x(x, n_start, step * BLOCK_H, N, H, stride_xn, BLOCK_N, BLOCK_H, TMA)
             w_tile = load_w(w, v_start, step * BLOCK_H, V, H, stride_wv, BLOCK_V, BLOCK_H, TMA)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        # One `if` for both ends: with two, the products of a step wait for those of the one before (sm_90).
-        flush = step == steps - 1
-        complete = True
-        if PROMOTE > 0:
-            complete = flush
-            flush |= (step + 1) % (PROMOTE // BLOCK_H) == 0
-        if flush:
-            product = acc
-            if PROMOTE > 0:
-                total += acc
-                product = total
+        if step == steps - 1:
+            product, offs_n, mask_n, inv_temperature = open_tile(
+                acc, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
+            )
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-            if complete:
-                product, offs_n, mask_n, inv_temperature = open_tile(
-                    product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
-                )
-                offs_v = v_start + tl.arange(0, BLOCK_V)
-                z = logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, parameter, CURVE)
-                if v_start + BLOCK_V > V:
-                    z = tl.where((offs_v < V)[None, :], z, float("-inf"))
+            offs_v = v_start + tl.arange(0, BLOCK_V)
+            unit = unit_of(inv_temperature)[:, None]
+            score = scores_of(product, bias_of(bias_ptr, offs_v, V), unit, logit_scale, parameter, CURVE)
+            if v_start + BLOCK_V > V:
+                score = tl.where((offs_v < V)[None, :], score, float("-inf"))
 
-                target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
-                here = (target >= 0) & (target < BLOCK_V)
-                if tl.max(here.to(tl.int32), 0) > 0:
-                    chosen = tl.where(tl.arange(0, BLOCK_V)[None, :] == target[:, None], z, 0.0)
-                    tl.store(target_logits_ptr + offs_n, tl.sum(chosen, 1), mask=here)
-
-                m = tl.max(z, 1)
-                shift = tl.where(m == float("-inf"), 0.0, m)
-                if exps is not None:
-                    reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
-                    rise = tl.where(m > reference + MAX_ABOVE_REFERENCE, 1.0, tl.exp2((m - reference) * LOG2E))
-                s = tl.zeros((BLOCK_N,), tl.float32)
-                t = tl.zeros((BLOCK_N,), tl.float32)
-                q = tl.zeros((BLOCK_N,), tl.float32)
-                z_sum = tl.zeros((BLOCK_N,), tl.float32)
-                parts = column_slices(z, SLICES)
-                vocabulary_tile = (block_start + v_start) // BLOCK_V
-                # The next two by themselves: their registers are free again before the exponentials need theirs.
-                if MARGIN:
-                    top = parts[0]
-                    below = tl.full((BLOCK_N, SLICE), float("-inf"), tl.float32)
-                    for i in tl.static_range(1, SLICES):
-                        below = tl.maximum(below, tl.minimum(top, parts[i]))
-                        top = tl.maximum(top, parts[i])
-                    is_max = top == m[:, None]
-                    ties = tl.sum(tl.where(is_max, 1.0, 0.0), 1)
-                    second = tl.max(tl.maximum(below, tl.where(is_max, float("-inf"), top)), 1)
-                    ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
-                    tl.store(ptrs + MARGIN * plane, tl.where(ties > 1, m, second), mask=mask_n)
-                    tl.debug_barrier()
-                if IS_TOP1:
-                    first = tl.full((BLOCK_N,), BLOCK_V, tl.int32)  # within the tile; a NaN is nowhere
-                    for i in tl.static_range(SLICES):
-                        column = (i * SLICE + tl.arange(0, SLICE))[None, :]
-                        first = tl.minimum(first, tl.min(tl.where(parts[i] == m[:, None], column, BLOCK_V), 1))
-                    column = tl.where(first < BLOCK_V, (block_start + v_start + first).to(tl.float32), float("inf"))
-                    ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
-                    tl.store(ptrs + IS_TOP1 * plane, column, mask=mask_n)
-                for i in tl.static_range(SLICES):
-                    part = parts[i]
-                    depth = part - shift[:, None]
-                    e = tl.exp2(depth * LOG2E)
-                    s += tl.sum(e, 1)
-                    if ENTROPY:
-                        t += tl.sum(tl.where(e > 0, e * depth, 0.0), 1)  # 0 x -inf for a column of a padded vocabulary
-                    if SUM_SQ:
-                        q += tl.sum(e * e, 1)
-                    slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-                    if MEAN_LOGIT:
-                        z_sum += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
-                    if exps is not None:
-                        kept = e * rise[:, None]
-                        if SLOPE is not None:
-                            kept *= SLOPE(part, inv_temperature[:, None], parameter)
-                        store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
-
-                ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + vocabulary_tile
-                tl.store(ptrs, m, mask=mask_n)
-                tl.store(ptrs + plane, s, mask=mask_n)
+            m = tl.max(score, 1)
+            shift = tl.where(m == float("-inf"), 0.0, m)
+            if exps is not None:
+                rise = m - tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
+                rise = tl.where(rise > MAX_ABOVE_REFERENCE, 1.0, tl.exp2(rise))
+            first = tl.full((BLOCK_N,), BLOCK_V, tl.int32)  # within the tile; a NaN is nowhere
+            s = tl.zeros((BLOCK_N,), tl.float32)
+            t = tl.zeros((BLOCK_N,), tl.float32)
+            q = tl.zeros((BLOCK_N,), tl.float32)
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            parts = column_slices(score, SLICES)
+            ptrs = partials_ptr + offs_n.to(tl.int64) * tiles + (block_start + v_start) // BLOCK_V
+            # The next two by themselves: their registers are free again before the exponentials need theirs.
+            if MARGIN:
+                top = parts[0]
+                below = tl.full((BLOCK_N, SLICE), float("-inf"), tl.float32)
+                for i in tl.static_range(1, SLICES):
+                    below = tl.maximum(below, tl.minimum(top, parts[i]))
+                    top = tl.maximum(top, parts[i])
+                is_max = top == m[:, None]
+                ties = tl.sum(tl.where(is_max, 1.0, 0.0), 1)
+                second = tl.max(tl.maximum(below, tl.where(is_max, float("-inf"), top)), 1)
+                tl.store(ptrs + MARGIN * plane, tl.where(ties > 1, m, second), mask=mask_n)
+                tl.debug_barrier()
+            for i in tl.static_range(SLICES):
+                column = (i * SLICE + tl.arange(0, SLICE))[None, :]
+                first = tl.minimum(first, tl.min(tl.where(parts[i] == m[:, None], column, BLOCK_V), 1))
+            column = tl.where(first < BLOCK_V, (block_start + v_start + first).to(tl.float32), float("inf"))
+            tl.store(ptrs + COLUMN * plane, column, mask=mask_n)
+            for i in tl.static_range(SLICES):
+                part = parts[i]
+                depth = part - shift[:, None]
+                e = tl.exp2(depth)
+                s += tl.sum(e, 1)
                 if ENTROPY:
-                    tl.store(ptrs + ENTROPY * plane, t, mask=mask_n)
+                    t += tl.sum(tl.where(e > 0, e * depth, 0.0), 1)  # 0 x -inf for a column of a padded vocabulary
                 if SUM_SQ:
-                    tl.store(ptrs + SUM_SQ * plane, q, mask=mask_n)
+                    q += tl.sum(e * e, 1)
+                slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
                 if MEAN_LOGIT:
-                    tl.store(ptrs + MEAN_LOGIT * plane, z_sum, mask=mask_n)
-                if PROMOTE > 0:
-                    total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+                    total += tl.sum(tl.where((slice_v < V)[None, :], part, 0.0), 1)
+                if exps is not None:
+                    kept = e * rise[:, None]
+                    if SLOPE is not None:
+                        kept *= SLOPE(part, unit, parameter)
+                    store_tile(exps, kept, n_start, v_start + i * SLICE, N, V, stride_exps, TMA)
+
+            tl.store(ptrs, m, mask=mask_n)
+            tl.store(ptrs + plane, s, mask=mask_n)
+            if ENTROPY:
+                tl.store(ptrs + ENTROPY * plane, t, mask=mask_n)
+            if SUM_SQ:
+                tl.store(ptrs + SUM_SQ * plane, q, mask=mask_n)
+            if MEAN_LOGIT:
+                tl.store(ptrs + MEAN_LOGIT * plane, total, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def finish_kernel(
+    x_ptr,  # (N, H), with an adapter (N, H + copies R)
+    w_ptr,  # (V, H) in a dtype of its own
+    lora_ptr,  # (V, R) or None
+    bias_ptr,  # (V,) or None
+    inv_temperature_ptr,
     partials_ptr,
-    target_logits_ptr,
     targets_ptr,
     logprobs_ptr,
     lse_ptr,
+    normaliser_ptr,
     entropy_ptr,  # this and the next four: (N,), or None where it is not asked for
     sum_sq_ptr,
     mean_logit_ptr,
@@ -254,24 +235,39 @@ def finish_kernel(
     tiles,
     capacity,
     V,
+    H,
+    R,
+    stride_xn,
+    stride_wv,
+    stride_lora,
+    logit_scale,
+    parameter,
     beta,
     option_a,
     option_b,
     option_c,
     option_d,
-    ENTROPY: tl.constexpr,  # slots, as in `stats_kernel`
+    COLUMN: tl.constexpr,  # slots, as in `stats_kernel`
+    ENTROPY: tl.constexpr,
     SUM_SQ: tl.constexpr,
     MEAN_LOGIT: tl.constexpr,
-    IS_TOP1: tl.constexpr,
     MARGIN: tl.constexpr,
+    CURVE: tl.constexpr,
+    COMPUTE: tl.constexpr,  # dtypes, as in `exact_scores`
+    ADAPTER: tl.constexpr,
+    T_PARTS: tl.constexpr,
+    EXACT: tl.constexpr,  # of how many tiles the best token is computed exactly
+    K: tl.constexpr,  # a power of 2 beyond it
     SURROGATE: tl.constexpr,  # a function of kernels/objectives.py, or None
     KL: tl.constexpr,  # likewise
     BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """One row: merges its partials, and with a SURROGATE goes on to the token's loss and slope."""
+    """One row: merges its partials, corrects them, and with a SURROGATE goes on to the token's loss and slope."""
     n = tl.program_id(0)
     plane = capacity.to(tl.int64) * tiles
     row_ptr = partials_ptr + n.to(tl.int64) * tiles
+    y = tl.load(targets_ptr + n)
 
     m = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     for start in range(0, tiles, BLOCK_T):
@@ -292,7 +288,7 @@ def finish_kernel(
         mask = offs < tiles
         m = tl.load(row_ptr + offs, mask=mask, other=float("-inf"))
         depth = m - shift
-        scale = tl.exp2(depth * LOG2E)
+        scale = tl.exp2(depth)
         s_tile = tl.load(row_ptr + plane + offs, mask=mask, other=0.0)
         s += scale * s_tile
         if ENTROPY:
@@ -302,31 +298,46 @@ def finish_kernel(
             q += scale * scale * tl.load(row_ptr + SUM_SQ * plane + offs, mask=mask, other=0.0)
         if MEAN_LOGIT:
             total += tl.load(row_ptr + MEAN_LOGIT * plane + offs, mask=mask, other=0.0)
-        if IS_TOP1:
-            column = tl.load(row_ptr + IS_TOP1 * plane + offs, mask=mask, other=float("inf"))
+        if is_top1_ptr is not None:
+            column = tl.load(row_ptr + COLUMN * plane + offs, mask=mask, other=float("inf"))
             first = tl.minimum(first, tl.where(m == top, column, float("inf")))
         if MARGIN:
             second_tile = tl.load(row_ptr + MARGIN * plane + offs, mask=mask, other=float("-inf"))
             ties += (m == top).to(tl.int32)
             second = tl.maximum(second, tl.where(m == top, second_tile, m))
-
     total_s = tl.sum(s, 0)
     log_s = tl.log(total_s)
-    target_logit = tl.load(target_logits_ptr + n)
-    logprob = target_logit - shift - log_s
+
+    # See `exact.py`. The target stands behind the others, so that its sum has the bits it has as one of them.
+    ks = tl.arange(0, K)
+    tokens, highest = best_tokens(row_ptr, row_ptr + COLUMN * plane, tiles, EXACT, K, BLOCK_T)
+    scores = exact_scores(
+        x_ptr + n.to(tl.int64) * stride_xn, w_ptr, lora_ptr, bias_ptr, tl.where(ks == EXACT, y, tokens), ks <= EXACT,
+        unit_of(tl.load(inv_temperature_ptr + n)), H, R, stride_wv, stride_lora, logit_scale, parameter, CURVE, COMPUTE, ADAPTER, T_PARTS, BLOCK_H,
+    )  # fmt: skip
+    target = tl.sum(tl.where(ks == EXACT, scores, 0.0), 0)
+    counts = highest > float("-inf")
+    off = tl.where(counts, scores - highest, 0.0)
+    base = tl.sum(tl.where(ks == 0, off, 0.0), 0)
+    weights = tl.where(counts, tl.exp2(highest - shift), 0.0)
+    total_weight = tl.sum(weights, 0)
+    lift = tl.where(total_weight > 0, tl.sum(weights * (off - base), 0) / total_weight, 0.0)
+
+    logprob = (((target - shift) - base) - lift) * LN2 - log_s
     tl.store(logprobs_ptr + n, logprob)
-    tl.store(lse_ptr + n, shift + log_s)
+    tl.store(lse_ptr + n, ((shift + base) + lift) * LN2 + log_s)
+    tl.store(normaliser_ptr + n, shift + tl.log2(total_s))
     if ENTROPY:
-        tl.store(entropy_ptr + n, log_s - tl.sum(t, 0) / total_s)
+        tl.store(entropy_ptr + n, log_s - tl.sum(t, 0) * LN2 / total_s)
     if SUM_SQ:
         tl.store(sum_sq_ptr + n, tl.sum(q, 0) / (total_s * total_s))
     if MEAN_LOGIT:
-        tl.store(mean_logit_ptr + n, tl.sum(total, 0) / V)
-    if IS_TOP1:
-        tl.store(is_top1_ptr + n, tl.min(first, 0) == tl.load(targets_ptr + n).to(tl.float32))
+        tl.store(mean_logit_ptr + n, tl.sum(total, 0) * LN2 / V)
+    if is_top1_ptr is not None:
+        tl.store(is_top1_ptr + n, tl.min(first, 0) == y.to(tl.float32))
     if MARGIN:
         runner_up = tl.where(tl.sum(ties, 0) > 1, top, tl.max(second, 0))
-        tl.store(margin_ptr + n, tl.where(total_s == total_s, top - runner_up, total_s))  # a NaN stays one
+        tl.store(margin_ptr + n, tl.where(total_s == total_s, (top - runner_up) * LN2, total_s))  # a NaN stays one
     if row_max_ptr is not None:
         tl.store(row_max_ptr + n, top)
     if SURROGATE is not None:
@@ -350,19 +361,15 @@ def reference_kernel(
     x_ptr, w_ptr, bias_ptr, inv_temperature_ptr, targets_ptr, reference_ptr, H, stride_xn, stride_wv,
     logit_scale, parameter, CURVE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One row's target logit, to within rounding; finite."""
+    """One row's score of the target; finite."""
     n = tl.program_id(0)
-    y = tl.load(targets_ptr + n)
-    acc = tl.zeros((1, BLOCK_H), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        offs = (start + tl.arange(0, BLOCK_H))[None, :]
-        x = tl.load(x_ptr + n.to(tl.int64) * stride_xn + offs, mask=offs < H, other=0.0)
-        w = tl.load(w_ptr + y * stride_wv + offs, mask=offs < H, other=0.0).to(COMPUTE)
-        acc += x.to(tl.float32) * w.to(tl.float32)
-    inv_temperature = tl.load(inv_temperature_ptr + n + tl.arange(0, 1))
-    product = tl.sum(acc, 1, keep_dims=True)
-    z = logits_of(product, bias_ptr, y + tl.arange(0, 1), y + 1, inv_temperature, logit_scale, parameter, CURVE)
-    tl.store(reference_ptr + n + tl.zeros_like(z).to(tl.int32), tl.maximum(z, -1e30))
+    token = tl.load(targets_ptr + n + tl.arange(0, 1))
+    score = exact_scores(
+        x_ptr + n.to(tl.int64) * stride_xn, w_ptr, None, bias_ptr, token, token >= 0,
+        unit_of(tl.load(inv_temperature_ptr + n)), H, 0, stride_wv, 0, logit_scale, parameter,
+        CURVE, COMPUTE, COMPUTE, 0, BLOCK_H,
+    )  # fmt: skip
+    tl.store(reference_ptr + n + tl.arange(0, 1), tl.maximum(score, -1e30))
 
 
 @triton.jit
@@ -372,7 +379,7 @@ def repair_kernel(
     reference_ptr,
     row_max_ptr,
     logprobs_ptr,
-    lse_ptr,
+    normaliser_ptr,
     slope_ptr,
     inv_temperature_ptr,
     targets_ptr,
@@ -391,26 +398,27 @@ def repair_kernel(
     row = exps_ptr + n.to(tl.int64) * stride_exps
     reference = tl.load(reference_ptr + n)
     top = tl.load(row_max_ptr + n)
-    lse = tl.load(lse_ptr + n)
-    if top > reference + MAX_ABOVE_REFERENCE:
+    normaliser = tl.load(normaliser_ptr + n)
+    inv_temperature = tl.load(inv_temperature_ptr + n)
+    target = reference
+    if top - reference > MAX_ABOVE_REFERENCE:
         for start in range(0, V, BLOCK):
             offs = start + tl.arange(0, BLOCK)
             mask = offs < V
             m = tl.load(partials_ptr + n.to(tl.int64) * tiles + offs // TILE_V, mask=mask, other=0.0)
-            stored = tl.where(m > reference + MAX_ABOVE_REFERENCE, m, reference)
+            stored = tl.where(m - reference > MAX_ABOVE_REFERENCE, m, reference)
             e = tl.load(row + offs, mask=mask, other=0.0).to(tl.float32)
-            tl.store(row + offs, (e * tl.exp2((stored - top) * LOG2E)).to(exps_ptr.dtype.element_ty), mask=mask)
+            tl.store(row + offs, (e * tl.exp2(stored - top)).to(exps_ptr.dtype.element_ty), mask=mask)
         reference = top
         tl.debug_barrier()  # the target's element is stored once more below
 
     logprob = tl.load(logprobs_ptr + n)
-    inv_temperature = tl.load(inv_temperature_ptr + n)
-    at_target = expm1(logprob) * tl.exp2((lse - reference) * LOG2E)
+    at_target = expm1(logprob) * tl.exp2(normaliser - reference)
     if SLOPE is not None:
-        at_target *= SLOPE(logprob + lse, inv_temperature, parameter)
+        at_target *= SLOPE(target, unit_of(inv_temperature), parameter)
     tl.store(row + tl.load(targets_ptr + n), at_target.to(exps_ptr.dtype.element_ty))
     slope = tl.load(slope_ptr + n)
-    tl.store(factor_ptr + n, -slope * tl.exp2((reference - lse) * LOG2E) * logit_scale * inv_temperature)
+    tl.store(factor_ptr + n, -slope * tl.exp2(reference - normaliser) * logit_scale * inv_temperature)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -421,7 +429,7 @@ def dlogits_kernel(
     bias_ptr,  # (V,) or None
     inv_temperature_ptr,
     targets_ptr,
-    lse_ptr,
+    normaliser_ptr,
     logprobs_ptr,
     g_ptr,  # (N,) fp32: g scale / temperature; so with the next two
     l_minus_g_ptr,  # (N,) fp32
@@ -444,7 +452,6 @@ def dlogits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PROMOTE: tl.constexpr,
     GROUP: tl.constexpr,
     SLICES: tl.constexpr,
     TMA: tl.constexpr,
@@ -462,8 +469,6 @@ def dlogits_kernel(
     n_start = 0
     v_start = 0
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    if PROMOTE > 0:
-        total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for _ in range(0, mine * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
@@ -473,61 +478,49 @@ def dlogits_kernel(
             x_tile = load_x(x, n_start, step * BLOCK_H, N, H, stride_xn, BLOCK_N, BLOCK_H, TMA)
             w_tile = load_w(w, v_start, step * BLOCK_H, V, H, stride_wv, BLOCK_V, BLOCK_H, TMA)
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        # One `if` for both ends: with two, the products of a step wait for those of the one before (sm_90).
-        flush = step == steps - 1
-        complete = True
-        if PROMOTE > 0:
-            complete = flush
-            flush |= (step + 1) % (PROMOTE // BLOCK_H) == 0
-        if flush:
-            product = acc
-            if PROMOTE > 0:
-                total += acc
-                product = total
+        if step == steps - 1:
+            product, offs_n, mask_n, inv_temperature = open_tile(
+                acc, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
+            )
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-            if complete:
-                product, offs_n, mask_n, inv_temperature = open_tile(
-                    product, raw_ptr, inv_temperature_ptr, n_start, v_start, N, V, stride_raw, BLOCK_N, BLOCK_V
-                )
-                target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
-                lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 in the rows past the end
-                logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
-                g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
-                l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
+            unit = unit_of(inv_temperature)[:, None]
+            target = (tl.load(targets_ptr + offs_n, mask=mask_n, other=-1) - block_start).to(tl.int32) - v_start
+            normaliser = tl.load(normaliser_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 past the end
+            logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
+            g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
+            l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
+            if h_ptr is not None:
+                h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
+                entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+            any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
+            # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
+            at_target = tl.exp2(logprob * LOG2E)
+            if h_ptr is not None:
+                at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
+            else:
+                at_target *= l_minus_g
+            at_target += g
+            parts = column_slices(product, SLICES)
+            for i in tl.static_range(SLICES):
+                slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
+                mask_v = slice_v < V
+                score = scores_of(parts[i], bias_of(bias_ptr, slice_v, V), unit, logit_scale, parameter, CURVE)
+                depth = score - normaliser[:, None]
+                p = tl.exp2(depth)
                 if h_ptr is not None:
-                    h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
-                    entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
-                any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
-                # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
-                at_target = tl.exp2(logprob * LOG2E)
-                if h_ptr is not None:
-                    at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
+                    slope = l_minus_g[:, None] - h[:, None] * (depth * LN2 + entropy[:, None])
+                    dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
                 else:
-                    at_target *= l_minus_g
-                at_target += g
-                parts = column_slices(product, SLICES)
-                for i in tl.static_range(SLICES):
-                    slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
-                    mask_v = slice_v < V
-                    z = logits_of(parts[i], bias_ptr, slice_v, V, inv_temperature, logit_scale, parameter, CURVE)
-                    depth = z - lse[:, None]
-                    p = tl.exp2(depth * LOG2E)
-                    if h_ptr is not None:
-                        slope = l_minus_g[:, None] - h[:, None] * (depth + entropy[:, None])
-                        dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
-                    else:
-                        dz = p * l_minus_g[:, None]
-                    if any_here:
-                        here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
-                        dz = tl.where(here, at_target[:, None], dz)
-                    if SLOPE is not None:
-                        dz *= SLOPE(z, inv_temperature[:, None], parameter)
-                    store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
-                    if dbias_ptr is not None:
-                        sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
-                        tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
-                if PROMOTE > 0:
-                    total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+                    dz = p * l_minus_g[:, None]
+                if any_here:
+                    here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
+                    dz = tl.where(here, at_target[:, None], dz)
+                if SLOPE is not None:
+                    dz *= SLOPE(score, unit, parameter)
+                store_tile(dlogits, dz, n_start, v_start + i * SLICE, N, V, stride_out, TMA)
+                if dbias_ptr is not None:
+                    sums = tl.sum(tl.where(mask_n[:, None], dz, 0.0), 0)
+                    tl.store(dbias_ptr + (n_start // BLOCK_N).to(tl.int64) * V + slice_v, sums, mask=mask_v)
 
 
 @triton.jit
@@ -624,20 +617,28 @@ class Partials:
     """Scratch of the forward for up to `capacity` rows."""
 
     values: Tensor  # (slots, capacity, tiles of the vocabulary)
-    target_logits: Tensor  # (capacity,)
     outputs: tuple[str, ...]
+    exact: int  # of how many tiles the best token is computed exactly
 
     @property
     def slots(self) -> dict[str, int]:
         """By the kernels' names: where the number of each statistic is, 0 where it is not asked for."""
-        found = slots_of(self.outputs)
-        return {name.upper(): found.get(name, 0) for name in parts_of(STATISTICS)}
+        return {_SLOTS[name]: number for name, number in _slots_of(self.outputs).items()}
 
     @classmethod
     def empty(cls, tile: Tile, capacity: int, V: int, outputs: tuple[str, ...], device: torch.device) -> Partials:
-        slots = 2 + len(slots_of(outputs))
+        slots = 2 + sum(number > 0 for number in _slots_of(outputs).values())
         values = torch.empty((slots, capacity, triton.cdiv(V, tile.block_v)), dtype=torch.float32, device=device)
-        return cls(values, torch.empty(capacity, dtype=torch.float32, device=device), outputs)
+        return cls(values, outputs, tile.exact)
+
+
+# The maximum's column is what tells whether the target is the first of the largest; it is always there.
+_SLOTS = {name: "COLUMN" if name == "is_top1" else name.upper() for name in parts_of(STATISTICS)}
+
+
+def _slots_of(outputs: tuple[str, ...]) -> dict[str, int]:
+    found = slots_of((*outputs, "is_top1"))
+    return {name: found.get(name, 0) for name in _SLOTS}
 
 
 def launch_stats(
@@ -656,8 +657,8 @@ def launch_stats(
         kept = None if exps is None else exps[:, piece]
         x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
         stats_kernel[_grid(tile, n, w.shape[0], w.device)](
-            x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
-            reference, out_arg, partials.values, partials.target_logits,
+            x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, reference,
+            out_arg, partials.values,
             n, w.shape[0], H, block.start + piece.start, partials.values.shape[2], partials.values.shape[1],
             rows.x.stride(0), w.stride(0), 0 if raw is None else raw.stride(0), 0 if kept is None else kept.stride(0),
             head.transform.logit_scale, head.transform.parameter, **partials.slots, CURVE=curve.apply, SLOPE=curve.slope,
@@ -666,8 +667,8 @@ def launch_stats(
 
 
 def launch_finish(
-    rows: RowBlock, V: int, partials: Partials, row_max: Tensor | None = None, objective: BoundPolicy | None = None,
-    at: slice = slice(None),
+    rows: RowBlock, head: Projection, partials: Partials, row_max: Tensor | None = None,
+    objective: BoundPolicy | None = None, at: slice = slice(None),
 ) -> tuple[Stats, Tensor | None, Tensor | None]:  # fmt: skip
     """Merges `partials` -> (Stats, loss, dloss / dlogprob), (n,) each; the last two with an objective that has a twin.
 
@@ -675,7 +676,7 @@ def launch_finish(
     """
     n = rows.x.shape[0]
     fp32 = {"dtype": torch.float32, "device": rows.x.device}
-    logprobs, lse = torch.empty(n, **fp32), torch.empty(n, **fp32)  # type: ignore[call-overload]
+    logprobs, lse, normaliser = (torch.empty(n, **fp32) for _ in range(3))  # type: ignore[call-overload]
     extra = {
         name: torch.empty(n, dtype=torch.bool if record.boolean else torch.float32, device=rows.x.device)
         for name, record in parts_of(partials.outputs).items()
@@ -696,19 +697,26 @@ def launch_finish(
             objective.token_weights,
         )
         vectors = [None if v is None else v[at] for v in whole]
+    lora, count = head.lora_b, triton.next_power_of_2(partials.exact + 1)
     finish_kernel[(n,)](
-        partials.values, partials.target_logits, rows.targets, logprobs, lse, **results, row_max_ptr=row_max,
+        rows.x, head.weight, lora, head.bias, rows.inv_temperature, partials.values, rows.targets,
+        logprobs, lse, normaliser, **results, row_max_ptr=row_max,
         old_ptr=vectors[0], ref_ptr=vectors[1], advantages_ptr=vectors[2], token_weights_ptr=vectors[3],
-        loss_ptr=loss, slope_ptr=slope, tiles=partials.values.shape[2], capacity=partials.values.shape[1], V=V,
+        loss_ptr=loss, slope_ptr=slope, tiles=partials.values.shape[2], capacity=partials.values.shape[1],
+        V=head.vocabulary, H=head.weight.shape[1], R=0 if lora is None else lora.shape[1],
+        stride_xn=rows.x.stride(0), stride_wv=head.weight.stride(0), stride_lora=0 if lora is None else lora.stride(0),
+        logit_scale=head.transform.logit_scale, parameter=head.transform.parameter,
         beta=0.0 if objective is None else float(objective.beta), option_a=options[0], option_b=options[1],
-        option_c=options[2], option_d=options[3], **partials.slots,
-        SURROGATE=surrogate, KL=kl, BLOCK_T=1024, num_warps=4, enable_fp_fusion=False,
+        option_c=options[2], option_d=options[3], **partials.slots, CURVE=curve_of(head.transform).apply,
+        COMPUTE=_TRITON_DTYPES[rows.x.dtype], ADAPTER=_TRITON_DTYPES[head.adapter_dtype], T_PARTS=head.t_parts,
+        EXACT=partials.exact, K=count, SURROGATE=surrogate, KL=kl, BLOCK_T=1024, BLOCK_H=4096 // count, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    return Stats(logprobs, lse, extra), loss, slope
+    return Stats(logprobs, lse, extra, normaliser=normaliser), loss, slope
 
 
 def launch_reference(rows: RowBlock, head: Projection) -> Tensor:
-    """The target's logit of each row, to within rounding."""
+    """The target's score of each row."""
     n, H = rows.x.shape
     reference = torch.empty_like(rows.inv_temperature)
     reference_kernel[(n,)](
@@ -729,9 +737,10 @@ def launch_repair(
     """Makes E (n, V) ready for the products and returns the factor (n,) with dz = factor E."""
     factor = torch.empty_like(slope)
     repair_kernel[(rows.x.shape[0],)](
-        exps, partials.values, reference, row_max, stats.logprobs, stats.lse, slope, rows.inv_temperature, rows.targets,
-        factor, head.vocabulary, partials.values.shape[2], exps.stride(0), head.transform.logit_scale,
+        exps, partials.values, reference, row_max, stats.logprobs, stats.normaliser, slope, rows.inv_temperature,
+        rows.targets, factor, head.vocabulary, partials.values.shape[2], exps.stride(0), head.transform.logit_scale,
         head.transform.parameter, SLOPE=curve_of(head.transform).slope, TILE_V=tile.block_v, BLOCK=1024,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return factor
 
@@ -744,7 +753,7 @@ class RowGrads:
     l_minus_g: Tensor  # of lse, less g
     h: Tensor | None  # of entropy
     entropy: Tensor | None  # the entropy itself, with h
-    lse: Tensor
+    normaliser: Tensor
     logprobs: Tensor
 
 
@@ -761,7 +770,7 @@ def launch_dlogits(
         x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
         dlogits_kernel[_grid(tile, n, w.shape[0], w.device)](
             x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
-            grads.lse, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
+            grads.normaliser, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
             n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
             0 if raw is None else raw.stride(0), kept.stride(0), head.transform.logit_scale, head.transform.parameter,
             CURVE=curve.apply, SLOPE=curve.slope, PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,

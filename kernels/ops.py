@@ -1,25 +1,38 @@
 """The Triton backend: the functions of `interface.Backend`, and how they walk over rows and vocabulary.
 
     statistics rows outermost        scratch: ROWS x (tiles of the vocabulary) x statistics, fp32
-    gradients  vocabulary outermost  scratch: ROWS x (64 columns per multiprocessor) of dlogits; dX in fp32
-    one_pass   rows outermost        scratch: rows x V of E, at most ONE_PASS_BYTES together with what dW needs
-    divergence rows outermost        scratch: rows x V of both heads' fp32 products, DIVERGENCE_BYTES; back the vocabulary
+    gradients  vocabulary outermost  scratch: dlogits of ROWS rows and a block of the vocabulary; dX in fp32
+    one_pass   rows outermost        scratch: rows x V of E, and what dW needs
+    divergence rows outermost        scratch: rows x V of both heads' products, in fp32; back the vocabulary
 
-Logits are fp32 in registers (in memory for a divergence) and never rounded; the products of the backward run in cuBLAS. An
-fp32 head that computes in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4 with one
-operand frozen), one_pass 6, divergence 4 and 8 back.
+How large these are is said in `blocks.py`. Logits are fp32 in registers (their products in memory, for a divergence) and
+never rounded; the products of the backward run in cuBLAS. An fp32 head that computes in half precision is cast block by
+block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 from torch import Tensor
 
+from fused_rlhf.kernels.blocks import (
+    ROWS,
+    divergence_columns,
+    divergence_rows,
+    gradient_columns,
+    memory,
+    one_pass_is_faster,
+    one_pass_rows,
+    padded,
+    split_columns,
+    unit_columns,
+)
 from fused_rlhf.kernels.interface import (
     BlockGrads,
     BoundObjective,
@@ -36,7 +49,7 @@ from fused_rlhf.kernels.interface import (
     Sums,
     TokenGrads,
     Work,
-    kept_blocks,
+    indices,
 )
 from fused_rlhf.kernels.linear_kl import launch_divergence, launch_divergence_dlogits
 from fused_rlhf.kernels.linear_logprobs import (
@@ -54,26 +67,36 @@ from fused_rlhf.kernels.linear_logprobs import (
     matmul,
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
-from fused_rlhf.kernels.tiles import Tile, arch, multiprocessors, precision, tune
+from fused_rlhf.kernels.tiles import Tile, arch, device_bytes, multiprocessors, precision, tune
 
 __all__ = [
     "divergence",
     "divergence_gradients",
+    "filter_columns",
     "gradients",
     "loss",
-    "mass_blocks",
     "memory",
     "one_pass",
+    "one_pass_pays",
     "statistics",
 ]
 
-ROWS = 8192  # rows of one launch
-COLUMNS_PER_SM = 64  # columns of a vocabulary block of the backward, and of a head that is cast on the way
-SPLIT_COLUMNS = 1024  # columns of dW summed at a time in one_pass: the fp32 product stays in L2
-ONE_PASS_BYTES = 2_600_000_000  # scratch of one_pass: E, and the low halves of dW when there are several blocks of rows
-DIVERGENCE_BYTES = 1 << 30  # scratch of a divergence, and of its backward beside dX in fp32
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def on_its_device(function: Function) -> Function:
+    """Triton launches on the current device: while the function runs, that is the one its rows lie on."""
+
+    @functools.wraps(function)
+    def guarded(first: Any, second: Any, *rest: Any, **more: Any) -> Any:
+        # `loss` takes an objective before its log-probs.
+        with torch.cuda.device_of(first.hidden if isinstance(first, Rows | RowPairs) else second):
+            return function(first, second, *rest, **more)
+
+    return cast(Function, guarded)
+
+
+@on_its_device
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     """See `Backend`. A row's statistics have the same bits in any batch and whichever others are asked for.
 
@@ -88,30 +111,38 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
         some = _slice(tokens, at)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, some, block, head, partials)
-        stats = launch_finish(some, head.vocabulary, partials)[0]
+        stats = launch_finish(some, head, partials)[0]
         if head.grad_filter > 0:
-            stats = replace(stats, mass=_masses(tile, stats.lse, partials))
+            stats = replace(stats, mass=_masses(tile, stats, partials))
         found.append(stats)
     return Stats.joined(found)
 
 
-def mass_blocks(vocabulary: int, device: torch.device) -> int:
-    return triton.cdiv(vocabulary, _columns(device))
+def filter_columns(device: torch.device) -> int:
+    return _columns(device)
 
 
-def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+@on_its_device
+def gradients(
+    rows: Rows,
+    head: Projection,
+    stats: Stats,
+    upstream: TokenGrads,
+    needs: Needs,
+    filtered: tuple[Tensor, ...] | None = None,
+) -> Grads:
     """See `Backend`. Recomputes the logits: 2NVH, and 2NVH for each of dX and dW.
 
-    Rows whose upstream is zero should be dropped by the caller. Under head.grad_filter, a vocabulary block is computed
-    for the rows that need it alone. fp16 gradients are scaled by a power of two on the device, so that dlogits neither
-    overflow nor vanish where the upstream is small.
+    Rows whose upstream is zero should be dropped by the caller. fp16 gradients are scaled by a power of two on the
+    device, so that dlogits neither overflow nor vanish where the upstream is small.
     """
     tokens = _tokens(rows, head)
     tile = _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
+    if filtered is None:  # else the blocks are those of `filter_columns`
+        columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
     row_grads, unscale = _row_grads(stats, upstream, tokens, head)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
-    filtered = _filtered(stats, upstream, rows.targets, head.grad_filter, columns)
 
     width = min(head.vocabulary, columns)
     scratch = _scratch(min(N, ROWS), width, tokens.x.dtype, rows.hidden.device)
@@ -143,6 +174,7 @@ def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, 
     return sink.grads(dx, unscale)
 
 
+@on_its_device
 def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
     """See `Backend`. Repeatable to the bit: a sequence is summed in a fixed order."""
     if not has_twin(objective):
@@ -154,6 +186,7 @@ def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) ->
     return contributions, TokenGrads(slope)
 
 
+@on_its_device
 def one_pass(
     rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
 ) -> tuple[Stats, Tensor, Grads]:
@@ -176,13 +209,11 @@ def one_pass(
     return replace(stats, extra=asked), contributions, grads
 
 
-def _one_pass_rows(N: int, V: int, H: int, dtype: torch.dtype, low_halves: bool) -> int:
-    """Rows that one_pass takes at a time: all N, or what ONE_PASS_BYTES leaves beside the low halves of dW."""
-    per_row = _padded(V) * dtype.itemsize
-    if N * per_row <= ONE_PASS_BYTES:
-        return N
-    low = V * H * dtype.itemsize if low_halves else 0
-    return min(N, max(1024, (ONE_PASS_BYTES - low) // per_row // 1024 * 1024))
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
+    """See `Backend`: where `one_pass` has a way of its own, by `blocks.one_pass_is_faster`."""
+    (N, H), device = rows.hidden.shape, rows.hidden.device
+    sizes = {"multiprocessors": multiprocessors(device), "device_bytes": device_bytes(device)}
+    return one_pass_is_faster(Work("one_pass", N, H, head.vocabulary, head.compute_dtype, needs, **sizes))
 
 
 def _one_pass(
@@ -192,7 +223,7 @@ def _one_pass(
     tile = _tile("stats", tokens, head)
     (N, H), V, device = rows.hidden.shape, head.vocabulary, rows.hidden.device
     halves = needs.weight and head.weight.dtype.itemsize == 2
-    capacity = _one_pass_rows(N, V, H, head.compute_dtype, halves)
+    capacity = one_pass_rows(N, V, H, head.compute_dtype.itemsize, halves, device_bytes(device))
     partials = Partials.empty(tile, capacity, V, outputs, device)
     scratch = _scratch(capacity, V, head.compute_dtype, device)
     dx = torch.zeros_like(rows.hidden) if needs.hidden else None
@@ -206,7 +237,7 @@ def _one_pass(
         row_max = torch.empty_like(reference)
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, some, block, head, partials, exps[:, block.columns], reference)
-        stats, contributions, slope = launch_finish(some, V, partials, row_max, twin, at)
+        stats, contributions, slope = launch_finish(some, head, partials, row_max, twin, at)
         if contributions is None or slope is None:
             contributions, upstream = objective(at, stats.logprobs, stats.entropy)
             slope = torch.zeros_like(contributions) if upstream.logprobs is None else upstream.logprobs
@@ -214,7 +245,7 @@ def _one_pass(
         losses.append(contributions)
         factor = launch_repair(tile, some, head, partials, exps, reference, row_max, stats, slope)
 
-        live = _move_to_front(scratch, slope != 0)
+        live = _move_to_front(scratch, slope != 0)  # waits for the device, once for each block of rows
         exps = scratch[: len(live), :V]
         x, factor = some.x, factor[:, None]
         if len(live) < len(slope):
@@ -241,6 +272,7 @@ def _one_pass(
     return Stats.joined(found), torch.cat(losses), Grads(dx, None, None) if sink is None else sink.grads(dx)
 
 
+@on_its_device
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     """See `Backend`. The products are cuBLAS's: a row's bits may depend on how many rows there are.
 
@@ -249,7 +281,7 @@ def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     """
     x, y, inv_temperature = _pairs(rows, of)
     N, V, device = len(x), of.policy.vocabulary, x.device
-    capacity = _divergence_rows(N, V)
+    capacity = divergence_rows(N, V)
     z_scratch, r_scratch = (_scratch(capacity, V, torch.float32, device) for _ in range(2))
     value, *sums = (torch.empty(N, dtype=torch.float32, device=device) for _ in ("value", *Sums._fields))
     for at in _ranges(N, capacity):
@@ -261,13 +293,14 @@ def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     return value, Sums(*sums)
 
 
+@on_its_device
 def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
     """See `Backend`. The products of both heads again: 4NVH, and 2NVH for each of dX and dW; fp16 as in `gradients`."""
     x, y, inv_temperature = _pairs(rows, of)
     policy, N, V, device = of.policy, len(x), of.policy.vocabulary, x.device
     g, unscale = _divergence_upstream(upstream, sums, inv_temperature, policy)
     ranges = list(_ranges(N, ROWS))
-    width = _divergence_columns(N, V, policy.weight.shape[1], x.dtype)
+    width = divergence_columns(N, V, policy.weight.shape[1], x.dtype.itemsize)
     z_scratch, r_scratch = (_scratch(min(N, ROWS), width, torch.float32, device) for _ in range(2))
     dz_scratch = z_scratch if x.dtype == torch.float32 else _scratch(min(N, ROWS), width, x.dtype, device)
     dx = torch.zeros_like(rows.hidden, dtype=torch.float32) if needs.hidden else None
@@ -304,21 +337,6 @@ def _pairs(rows: RowPairs, of: Comparison) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, rows.temperature.to(torch.float32).reciprocal()
 
 
-def _divergence_rows(N: int, V: int) -> int:
-    """Rows whose products with both heads fit into DIVERGENCE_BYTES."""
-    return max(1, min(N, DIVERGENCE_BYTES // (8 * _padded(V) * 16) * 16))
-
-
-def _divergence_columns(N: int, V: int, H: int, dtype: torch.dtype) -> int:
-    """Columns of a block of the backward: the products, dz and an fp32 dW of it fit into DIVERGENCE_BYTES."""
-    return min(V, max(256, DIVERGENCE_BYTES // (_bytes_per_column(N, H, dtype) * 256) * 256))
-
-
-def _bytes_per_column(N: int, H: int, dtype: torch.dtype) -> int:
-    """fp32 dz lies where the policy's products were."""
-    return min(N, ROWS) * (8 + (0 if dtype == torch.float32 else dtype.itemsize)) + 4 * H
-
-
 def _divergence_upstream(
     upstream: Tensor, sums: Sums, inv_temperature: Tensor, head: Projection
 ) -> tuple[Tensor, Tensor | None]:
@@ -331,27 +349,6 @@ def _divergence_upstream(
     peak = torch.where(bound.isfinite(), bound, 0.0).max()
     scale = torch.exp2(torch.floor(14 - torch.log2(peak.clamp(1e-30, 1e30))))
     return g * scale, 1 / scale
-
-
-def memory(work: Work) -> float:
-    """Statistics per tile, then dlogits of a block of columns and dX in fp32, or, in one pass, exponentials of a block of
-    rows and the low halves of a sum of dW over several blocks. A divergence: fp32 products of both heads for a block."""
-    N, H, V, itemsize = work.rows, work.hidden_size, work.vocabulary, work.dtype.itemsize
-    rows = min(N, ROWS)
-    if work.route == "divergence":
-        forward = 8.0 * _divergence_rows(N, V) * _padded(V)
-        block = _divergence_columns(N, V, H, work.dtype) * _bytes_per_column(N, H, work.dtype)
-        return 64 * N + max(forward, block + 4 * N * H + work.gradients if any(work.needs) else 0)
-    of_tiles = 8.0 * rows * -(-V // 128)
-    if work.route == "forward":
-        return of_tiles + 64 * N
-    if work.route == "one_pass" and not work.needs_entropy:
-        halves = work.needs.weight and itemsize == 2
-        block = _one_pass_rows(N, V, H, work.dtype, halves)
-        low = V * H * itemsize if halves and block < N else 0
-        return block * (V * itemsize + 8 * H + 8 * -(-V // 128)) + low + work.gradients
-    columns = COLUMNS_PER_SM * work.multiprocessors
-    return max(of_tiles, rows * columns * itemsize + 4 * columns * H) + 4 * N * H + work.gradients
 
 
 def _add_head_products(head: Projection, into: BlockGrads, dz: Tensor, x: Tensor) -> None:
@@ -374,8 +371,9 @@ class _SplitSink(HeadSink):
     def __init__(self, head: Projection, needs: Needs, several: bool) -> None:
         in_place = head.weight.dtype == torch.float32
         at_once = not several and head.weight.dtype == head.compute_dtype and _fills_the_device(head.weight)
-        super().__init__(head, needs, SPLIT_COLUMNS, direct=in_place or at_once)
-        self.width = head.vocabulary if self.direct else SPLIT_COLUMNS
+        columns = split_columns(head.weight.shape[1])
+        super().__init__(head, needs, columns, direct=in_place or at_once)
+        self.width = head.vocabulary if self.direct else columns
         self.low: Tensor | None = None
         if several and self.weight is not None and self.scratch is not None:
             self.weight.zero_()
@@ -399,35 +397,27 @@ class _SplitSink(HeadSink):
         return super().grads(hidden, scale)
 
 
-def _masses(tile: Tile, lse: Tensor, partials: Partials) -> Tensor:
+def _masses(tile: Tile, stats: Stats, partials: Partials) -> Tensor:
     """(n, blocks) probability mass of each vocabulary block of `backward`, from the forward's tiles."""
-    n, tiles = len(lse), partials.values.shape[2]
+    n, tiles = len(stats.lse), partials.values.shape[2]
     m, s = partials.values[0, :n], partials.values[1, :n]
-    mass = s * torch.exp(m - lse[:, None])
-    per_block = _columns(lse.device) // tile.block_v
+    assert stats.normaliser is not None
+    mass = s * torch.exp2(m - stats.normaliser[:, None])
+    per_block = _columns(stats.lse.device) // tile.block_v
     blocks = triton.cdiv(tiles, per_block)
     return torch.nn.functional.pad(mass, (0, blocks * per_block - tiles)).view(n, blocks, per_block).sum(2)
 
 
-def _filtered(
-    stats: Stats, grads: TokenGrads, targets: Tensor, grad_filter: float, columns: int
-) -> tuple[Tensor, ...] | None:
-    """The rows that each vocabulary block is needed for, in ascending order; None: all of them."""
-    if stats.mass is None:
-        return None
-    exact = None if grads.entropy is None else grads.entropy != 0
-    keep = kept_blocks(stats.mass, grad_filter, targets, columns, exact)
-    return keep.T.nonzero()[:, 1].split(keep.sum(0).tolist())
-
-
 def _gradients_of_live_rows(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
     """`gradients` without the rows whose upstream is zero."""
-    live = upstream.live(rows.targets).nonzero().squeeze(-1)
-    if not any(needs) or not len(live):
+    nonzero = upstream.live(rows.targets)
+    count = int(nonzero.sum()) if any(needs) else 0
+    if count == 0:
         like = (rows.hidden, head.weight, head.bias, head.lora_b)
         return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
-    if len(live) == rows.count:
+    if count == rows.count:
         return gradients(rows, head, stats, upstream, needs)
+    live = indices(nonzero, count)
     grads = gradients(rows.pick(live), head, stats.pick(live), upstream.pick(live), needs)
     if grads.hidden is None:
         return grads
@@ -437,6 +427,8 @@ def _gradients_of_live_rows(rows: Rows, head: Projection, stats: Stats, upstream
 def _tokens(rows: Rows, head: Projection) -> RowBlock:
     arch(rows.hidden.device), precision(head.compute_dtype)  # raise before any work
     x = rows.hidden.to(head.compute_dtype)
+    if _misplaced(x):
+        x = x.clone()
     return RowBlock(x, rows.targets, rows.temperature.to(torch.float32).reciprocal())
 
 
@@ -465,22 +457,27 @@ def _tile(kernel: str, rows: RowBlock, head: Projection, entropy: bool = False) 
 def _blocks(head: Projection, columns: int) -> Iterator[ColumnBlock]:
     """The vocabulary, `columns` at a time, in the compute dtype."""
     for at in _ranges(head.vocabulary, columns):
-        yield ColumnBlock(at.start, head.rows(at), head.bias_of(at))
+        w = head.rows(at)
+        yield ColumnBlock(at.start, w.clone() if _misplaced(w) else w, head.bias_of(at))
 
 
 def _uncut(head: Projection) -> int:
-    """Columns of a block where only a cast or an adapter asks for blocks."""
+    """Columns of a block where only a cast, an adapter or a copy asks for blocks."""
     return head.weight.shape[0] if _whole(head) else _columns(head.weight.device)
 
 
 def _whole(head: Projection) -> bool:
     """Whether the kernels can read the weight where it lies."""
-    return head.weight.dtype == head.compute_dtype and head.lora_b is None
+    return head.weight.dtype == head.compute_dtype and head.lora_b is None and not _misplaced(head.weight)
+
+
+def _misplaced(operand: Tensor) -> bool:
+    """Whether tensor descriptors could address a copy of it, but not it: as a view into a flat buffer may lie anywhere."""
+    return operand.data_ptr() % 16 != 0 and operand.stride(0) * operand.element_size() % 16 == 0
 
 
 def _columns(device: torch.device) -> int:
-    """Columns of a vocabulary block: with ROWS rows its tiles make whole waves over the multiprocessors."""
-    return triton.cdiv(COLUMNS_PER_SM * multiprocessors(device), 256) * 256  # every tile's width divides 256
+    return unit_columns(multiprocessors(device))
 
 
 def _ranges(count: int, step: int) -> Iterator[slice]:
@@ -491,25 +488,25 @@ def _slice(rows: RowBlock, at: slice | Tensor) -> RowBlock:
     return RowBlock(rows.x[at], rows.targets[at], rows.inv_temperature[at])
 
 
-def _padded(columns: int) -> int:
-    return triton.cdiv(columns, 64) * 64  # whole 128-byte lines, as descriptors and cuBLAS like them
-
-
 def _scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty((rows, _padded(columns)), dtype=dtype, device=device)
+    return torch.empty((rows, padded(columns)), dtype=dtype, device=device)
 
 
 def _move_to_front(scratch: Tensor, keep: Tensor) -> Tensor:
-    """Moves the rows to keep to the front and returns where each came from; holes there are filled from the end."""
-    rows = keep.nonzero().squeeze(-1)
-    count = len(rows)
-    from_end = rows[rows >= count]
-    holes = (~keep[:count]).nonzero().squeeze(-1)
-    for at in _ranges(len(holes), 256):
-        scratch[holes[at]] = scratch.index_select(0, from_end[at])
-    order = torch.arange(count, device=rows.device)
-    order[holes] = from_end
-    return order
+    """Moves the rows to keep to the front and returns where each came from; holes there are filled from the end.
+
+    Waits for the device once: for how many rows are kept, and how many of them are moved.
+    """
+    order = torch.arange(len(keep), device=keep.device)
+    total = keep.sum()
+    hole = ~keep & (order < total)
+    count, moved = torch.stack((total, hole.sum())).tolist()
+    if moved:
+        holes, from_end = indices(hole, moved), indices(keep, count)[count - moved :]
+        for at in _ranges(moved, 256):
+            scratch[holes[at]] = scratch.index_select(0, from_end[at])
+        order[holes] = from_end
+    return order[:count]
 
 
 def _fills_the_device(weight: Tensor, rows: int | None = None) -> bool:
@@ -533,10 +530,11 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection
         g, h, l, unscale = g * scale, h * scale, l * scale, 1 / scale
     with_entropy = grads.entropy is not None
     entropy = stats.entropy if with_entropy else None
-    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.lse, stats.logprobs), unscale
+    assert stats.normaliser is not None
+    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.normaliser, stats.logprobs), unscale
 
 
 def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
     h = None if grads.h is None else grads.h[at]
     entropy = None if grads.entropy is None else grads.entropy[at]
-    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.lse[at], grads.logprobs[at])
+    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.normaliser[at], grads.logprobs[at])

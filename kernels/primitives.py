@@ -1,6 +1,7 @@
 """Device functions shared by the kernels: tile order, tile products, the logit transform, column slices.
 
-N tokens, H hidden, V vocabulary. A tile is `[BLOCK_N, BLOCK_V]` of the matrix of logits.
+N tokens, H hidden, V vocabulary. A tile is `[BLOCK_N, BLOCK_V]` of the matrix of logits. The kernels keep a logit z as its
+score, z log2 e, so that exp z is one exp2 and nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from fused_rlhf.kernels.transforms import Transform
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -110,9 +112,9 @@ def softcap(product, gain, cap):
 
 
 @triton.jit
-def softcap_slope(z, inv_temperature, cap):
-    """1 - tanh(u / cap)^2, from the logits z = cap tanh(u / cap) inv_temperature."""
-    t = z / (cap * inv_temperature)
+def softcap_slope(score, unit, cap):
+    """1 - tanh(u / cap)^2, from the scores cap tanh(u / cap) unit."""
+    t = score / (cap * unit)
     return 1 - t * t
 
 
@@ -120,7 +122,7 @@ class Curve(NamedTuple):
     """The twin of a curve of `transforms.CURVES`."""
 
     apply: Any  # (product, logit_scale, parameter) -> curve(logit_scale product)
-    slope: Any  # (z, inv_temperature, parameter) -> d curve / du, from the logits
+    slope: Any  # (score, unit, parameter) -> d curve / du, where score = unit curve(u)
 
 
 CURVES: dict[str, Curve] = {"softcap": Curve(softcap, softcap_slope)}
@@ -142,14 +144,29 @@ def curve_of(transform: Transform) -> Curve:
 
 
 @triton.jit
-def logits_of(product, bias_ptr, offs_v, V, inv_temperature, logit_scale, parameter, CURVE: tl.constexpr):
-    """Products h W^T [BLOCK_N, BLOCK] of the columns offs_v [BLOCK] -> logits z; bias_ptr and CURVE may be None."""
-    if bias_ptr is not None:
-        product += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+def unit_of(inv_temperature):
+    """A row's score of a logit of 1 before the temperature."""
+    return inv_temperature * LOG2E
+
+
+@triton.jit
+def scores_of(product, bias, unit, logit_scale, parameter, CURVE: tl.constexpr):
+    """Products h W^T -> scores; all but logit_scale and parameter must broadcast, bias and CURVE may be None."""
+    if bias is not None:
+        product += bias
     if CURVE is not None:
-        return CURVE(product, logit_scale, parameter) * inv_temperature[:, None]
+        return CURVE(product, logit_scale, parameter) * unit
     else:
-        return product * (logit_scale * inv_temperature)[:, None]
+        return product * (logit_scale * unit)
+
+
+@triton.jit
+def bias_of(bias_ptr, offs_v, V):
+    """[1, BLOCK] fp32 of these columns, or None."""
+    if bias_ptr is None:
+        return None
+    else:
+        return tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -23,7 +23,7 @@ class Tile:
     block_h: int  # depth of one step of the product
     num_warps: int
     num_stages: int
-    promote: int = 0  # > 0: sums of so many products are added in rounding arithmetic; a multiple of block_h
+    exact: int = 4  # tiles of a row of whose best token the logit is computed exactly, see `exact.py`
     slices: int = 2  # the epilogue works on 1 / slices of the columns at a time, to save registers
     group: int = 8  # tiles of rows that share the columns in L2
     tma: bool = False  # tensor descriptors (Hopper and later)
@@ -41,48 +41,52 @@ class Tile:
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
             "BLOCK_H": self.block_h,
-            "PROMOTE": self.promote,
             "GROUP": self.group,
             "SLICES": self.slices,
             "TMA": self.tma,
         }
 
 
-_AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2)
+# How many tiles are corrected depends on how a tensor core adds: Hopper and the Blackwell of data centres keep a bit more
+# than the others, see tests/test_exact.py.
+_CUT_AT_24 = 15
+_AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2, exact=_CUT_AT_24)
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4, slices=4, group=16, tma=True, programs_per_sm=1)
-_HOPPER_EXACT = Tile(
-    128, 128, 128, num_warps=8, num_stages=3, promote=768, slices=2, group=12, tma=True, programs_per_sm=1
-)
 _BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
-_CDNA = Tile(128, 64, 32, num_warps=8, num_stages=2, slices=2)  # 128 columns take 80 KB of its 64 KB
+_CDNA = Tile(128, 64, 32, num_warps=8, num_stages=2, slices=2, exact=_CUT_AT_24)  # 128 columns take 80 KB of its 64 KB
 _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2, slices=2)
 _TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
-_INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, slices=2, group=2, programs_per_sm=1)
+_INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, exact=3, slices=2, group=2, programs_per_sm=1)
 RAW = Tile(16, 256, 16, num_warps=8, num_stages=2, slices=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
 
 # Kernels: "stats" and "dlogits"; "+" after the name: with a bias, a softcap or (dlogits) an entropy gradient, which
-# need more registers. "stats" keeps the contract of 5e-5 at H = 4096 by `promote`; without it, as in _HOPPER, it takes
-# 0.85 of the time and is as inaccurate as cuBLAS (2e-4). dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two
-# ways of multiplying fp32.
+# need more registers. dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.
 KERNELS = ("stats", "stats+", "dlogits", "dlogits+")
-TILES: dict[tuple[str, str, str], Tile] = {
-    ("stats", "sm_90", "half"): _HOPPER_EXACT,
-    ("stats+", "sm_90", "half"): replace(_HOPPER_EXACT, block_h=64, num_stages=4, slices=4, promote=512),
-    ("dlogits", "sm_90", "half"): _HOPPER,
-    ("dlogits+", "sm_90", "half"): _HOPPER,
-}
+TILES: dict[tuple[str, str, str], Tile] = {}
 for _kernel in KERNELS:
-    TILES[_kernel, "sm_80", "half"] = _AMPERE
+    for _arch in ("sm_80", "sm_86", "sm_89", "sm_120"):
+        TILES[_kernel, _arch, "half"] = _AMPERE
+    TILES[_kernel, "sm_90", "half"] = _HOPPER
     TILES[_kernel, "sm_100", "half"] = _BLACKWELL
     TILES[_kernel, "gfx942", "half"] = _CDNA
-    for _arch in ("sm_80", "sm_90", "sm_100"):
+    for _arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
         TILES[_kernel, _arch, "ieee"] = _SIMT
         TILES[_kernel, _arch, "tf32"] = _TF32
     TILES[_kernel, "gfx942", "ieee"] = _SIMT
     TILES[_kernel, "interpreter", "half"] = TILES[_kernel, "interpreter", "ieee"] = _INTERPRETER
 
-# Shared memory a block can have; a record must fit its architecture. sm_80 records also serve sm_86, sm_89 and sm_120.
-SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TILES["stats+", "sm_90", "half"] = replace(_HOPPER, block_v=128, group=12)  # 256 columns spill registers
+
+# Shared memory a block can have; a record must fit its architecture.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 
 
 @lru_cache
@@ -108,12 +112,19 @@ def arch(device: torch.device) -> str:
         raise RuntimeError(
             f'the Triton kernels need compute capability 8.0 or newer, got {major}.{minor}; use backend="chunked"'
         )
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    own = f"sm_{major}{minor}"
+    # Of one generation, and of what is newer than this file, the record that asks for the least.
+    return own if own in SHARED_MEMORY else {8: "sm_86", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def device_bytes(device: torch.device) -> int:
+    return 80 << 30 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -132,7 +143,7 @@ def lookup(kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool)
         raise RuntimeError(f'the Triton kernels have no {how} products on {name}; use backend="chunked"')
     tile = TILES[kernel, name, how]
     if tile.tma and not aligned:
-        return TILES[kernel, "sm_80", how]
+        return TILES[kernel, "sm_86", how]
     return tile
 
 
@@ -141,13 +152,17 @@ _tuned: dict[Hashable, Tile] = {}
 
 
 def candidates(kernel: str, device: torch.device, dtype: torch.dtype, aligned: bool) -> list[Tile]:
-    """The record in use first, then its neighbours: other group sizes, one stage fewer, cuBLAS for the products."""
+    """The record in use first, then its neighbours: other group sizes, one stage fewer, cuBLAS for the products.
+
+    Not that for statistics: cuBLAS adds in an order that depends on the number of rows, and a ratio of old and new
+    log-probs would not be exactly 1.
+    """
     tile = lookup(kernel, device, dtype, aligned)
     return [
         tile,
         *(replace(tile, group=group) for group in (4, 16) if group != tile.group),
         *([replace(tile, num_stages=tile.num_stages - 1)] if tile.num_stages > 2 else []),
-        RAW,
+        *([] if kernel.startswith("stats") else [RAW]),
     ]
 
 

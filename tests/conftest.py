@@ -7,6 +7,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch finds none")
+
+
 @pytest.fixture(autouse=True)
 def _no_curves(request):
     """Drawing a run's curves takes longer than training it: a test that looks at them is marked `curves`."""

@@ -129,3 +129,8 @@ def worst(a: Tensor, b: Tensor) -> float:
 def relative(found: Tensor, truth: Tensor) -> float:
     """||found - truth|| / ||truth||"""
     return ((found.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-300)).item()
+
+
+def placed(data: dict[str, Any], device: str) -> dict[str, Any]:
+    """The tensors among these, on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in data.items()}

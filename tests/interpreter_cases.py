@@ -7,6 +7,7 @@ products are wrong in the interpreter, so fp32 and fp16 stand for all dtypes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -22,7 +23,16 @@ import fused_rlhf as fr
 from fused_rlhf.backends import reference
 from fused_rlhf.kernels import objectives as twins
 from fused_rlhf.kernels import ops, primitives, tiles, transforms
-from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, Stats, TokenGrads
+from fused_rlhf.kernels.interface import (
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    TokenGrads,
+    kept_blocks,
+    rows_of_blocks,
+)
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.objectives import (
@@ -42,6 +52,7 @@ from fused_rlhf.objectives.registry import keywords
 from fused_rlhf.preferences import PREFERENCES, BoundPreferenceLoss, PreferenceLoss
 from fused_rlhf.segments import Sequences
 from tests.helpers import HARDCAP, listed, projection
+from tests.waits import waits_of
 
 ALL = Needs(True, True, True)
 NO_BIAS = Needs(True, True, False)
@@ -107,12 +118,12 @@ def slack_of(head: Projection) -> float:
     return 1e-5 + (torch.finfo(torch.float16).eps if head.compute_dtype == torch.float16 else 0.0)
 
 
-def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL) -> Stats:
-    """Forward and backward of all that `outputs` offers, against fp64."""
+def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL, step: float = 0.0) -> Stats:
+    """Forward and backward of all that `outputs` offers, against fp64; `step`: what an unfortunate rounding may cost."""
     stats = ops.statistics(*arguments, outputs)
     own, true = reference.statistics(*arguments, outputs), reference.statistics(*truth(*arguments), outputs)
     for triple in zip(listed(stats), listed(own), listed(true)):
-        assert_close(*triple)
+        assert_close(*triple, 1e-5 + step)
     g = torch.Generator().manual_seed(1)
     vectors = [torch.randn(arguments[0].count, generator=g) for _ in range(3)]
     upstream = TokenGrads(
@@ -123,7 +134,7 @@ def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL) ->
     own_grads = reference.gradients(*arguments, own, upstream, needs)
     true_grads = reference.gradients(*truth(*arguments), true, doubled(upstream), needs)
     for found, torchs, right in zip(grads, own_grads, true_grads):
-        assert_close(found, torchs, right, slack_of(arguments[1]))
+        assert_close(found, torchs, right, slack_of(arguments[1]) + step)
     again = ops.gradients(*arguments, stats, upstream, needs)
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(grads, again))
     return stats
@@ -199,7 +210,9 @@ def test_logits_far_from_zero(shift: float) -> None:
     rows, head = inputs(9, 24, 75, bias=True)
     assert head.bias is not None
     arguments = (replace(rows, temperature=torch.ones(9)), replace(head, bias=head.bias + shift))
-    check(arguments, ("entropy", "sum_sq"))
+    # The kernels' unit is ln 2, in which fp32 may be coarser than torch's: half the distance of two neighbours.
+    score = abs(shift) * math.log2(math.e)
+    check(arguments, ("entropy", "sum_sq"), step=math.ulp(score) * 2**29 / 2 * math.log(2))
 
 
 def test_padded_vocabulary() -> None:
@@ -335,7 +348,7 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
     rows, head = inputs(37, 24, 300)
     arguments = (rows, replace(head, weight=head.weight.to(dtype)))
     whole = check_one_pass(arguments)[2]
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     parts = check_one_pass(arguments)[2]
     assert whole.weight is not None
     assert parts.weight is not None
@@ -385,9 +398,10 @@ def test_flat_rows_leave_before_the_products(dead: str) -> None:
         return
     vectors = ("advantages", "old_logprobs", "ref_logprobs", "token_weights")
     fewer = replace(bound, **{name: getattr(bound, name)[~flat] for name in vectors})
-    _, _, expected = reference.one_pass(kept, arguments[1], (), fewer, Needs(True, True, False))
-    torch.testing.assert_close(grads.hidden[~flat], expected.hidden, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(grads.weight, expected.weight, rtol=1e-4, atol=1e-7)
+    _, _, own = reference.one_pass(kept, arguments[1], (), fewer, Needs(True, True, False))
+    _, _, true = reference.one_pass(*truth(kept, arguments[1]), (), fewer, Needs(True, True, False))
+    assert_close(grads.hidden[~flat], own.hidden, true.hidden)
+    assert_close(grads.weight, own.weight, true.weight)
 
 
 def test_an_objective_without_a_twin_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,13 +717,13 @@ def test_one_pass_of_every_twin(preset: Callable[..., PolicyLoss], options: dict
 
 
 def test_one_pass_of_a_tokenwise_objective_without_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=partial(DAPO, use_bias_correction_kl=True), beta=0.1)
 
 
 def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs all rows at once is never cut into blocks of rows."""
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: 8)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: 8)
     check_one_pass(inputs(23, 24, 103), preset=GSPO, beta=0.1)
     arguments = inputs(23, 24, 103)
     bound, _ = preference_of(PreferenceLoss(), [8, 3, 7, 5])
@@ -723,7 +737,7 @@ def test_one_pass_of_whole_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block", [8, 64])
 def test_unit_gradients_under_a_frozen_head(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """reinforce with an advantage of -1: the loss is the sum of the log-probs, dX that of each of them; no dW is made."""
-    monkeypatch.setattr(ops, "_one_pass_rows", lambda *_: block)
+    monkeypatch.setattr(ops, "one_pass_rows", lambda *_: block)
     monkeypatch.delattr(ops, "_SplitSink")
     arguments = inputs(23, 24, 103, softcap=3.0)
     bound = REINFORCE().bind(
@@ -858,7 +872,11 @@ def test_filtered_gradients_stay_within_the_bound(
         rows.clear()
         call = Rows(hidden, targets, torch.ones(N)), projection(weight, torch.zeros(V), grad_filter=f)
         stats = ops.statistics(*call, ("entropy",))
-        gradients = ops.gradients(*call, stats, grads, ALL)
+        filtered = None
+        if stats.mass is not None:
+            keep = kept_blocks(stats.mass, f, targets, 64, None if by_entropy is None else by_entropy != 0)
+            filtered = rows_of_blocks(keep, keep.sum(0).tolist())
+        gradients = ops.gradients(*call, stats, grads, ALL, filtered)
         results.append((sum(rows), gradients, stats))
     (all_rows, exact, _), (some_rows, found, stats) = results
     assert torch.allclose(stats.mass.sum(1), torch.ones(N), atol=1e-5)
@@ -913,8 +931,8 @@ def hardcap(product, gain, cap):
 
 
 @triton.jit
-def hardcap_slope(z, inv_temperature, cap):
-    return tl.where(tl.abs(z) < cap * (1 - 1e-6) * inv_temperature, 1.0, 0.0)
+def hardcap_slope(score, unit, cap):
+    return tl.where(tl.abs(score) < cap * (1 - 1e-6) * unit, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -952,3 +970,49 @@ def test_an_fp32_adapter_on_a_half_precision_head_is_not_rounded() -> None:
     z = hidden.double() @ weight.double().T + 0.7 * (hidden.double() @ a.double().T) @ b.double().T
     true = torch.log_softmax(z, -1).gather(1, targets[:, None])[:, 0]
     assert (found.double() - true).abs().max() <= 5e-5
+
+
+WAITS: dict[str, dict[str, Any]] = {
+    "one pass": {"objective": DAPO(beta=0.1)},
+    "one pass of what takes two": {"objective": PPO(entropy_coef=0.1)},
+    "two phases": {"objective": GSPO()},
+    "a frozen head": {"objective": GSPO(), "trained": False},
+    "log-probs": {},
+    "log-probs under a filter": {"grad_filter": 0.01},
+    "an adapter": {"lora": True},
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_call_waits_twice_and_once_more_for_each_further_block(
+    case: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the door, and for what is live backwards; one pass asks that of each block of rows, after its loss."""
+    monkeypatch.setattr(ops, "ROWS", 16)
+    monkeypatch.setattr(ops, "_columns", lambda device: 64)
+    monkeypatch.setattr(ops, "_one_pass_rows", lambda N, *sizes: -(-N // blocks))
+    options = dict(WAITS[case])
+    rows, head = inputs(48, 16, 150)
+    hidden, weight = rows.hidden.requires_grad_(), head.weight.requires_grad_(options.pop("trained", True))
+    targets = torch.where(torch.arange(48) % 5 == 0, -100, rows.targets)
+    if options.pop("lora", False):
+        options["lora"] = (torch.randn(2, 16).requires_grad_(), torch.randn(150, 2).requires_grad_(), 0.5)
+
+    offsets = torch.tensor([0, 10, 10, 30, 48])
+
+    def call() -> Tensor:
+        given: dict[str, Any] = {**options, "temperature": rows.temperature, "backend": "triton"}
+        if "objective" not in options:
+            return fr.linear_logprobs(hidden, weight, targets, **given).logprobs[::2].sum()
+        advantages = torch.where(torch.arange(48) % 3 == 0, 0.0, 1.0)
+        more: dict[str, Any] = {
+            "advantages": advantages,
+            "old_logprobs": torch.full((48,), -4.0),
+            "ref_logprobs": torch.zeros(48),
+        }
+        return fr.linear_policy_loss(hidden, weight, targets, cu_seqlens=offsets, **more, **given)[0]
+
+    once_a_block = case in ("one pass", "a frozen head")
+    reads = waits_of(call)[1].reads
+    assert len(reads) == 2 + (blocks - 1 if once_a_block else 0), reads

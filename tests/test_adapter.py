@@ -9,6 +9,7 @@ import fused_rlhf as fr
 from tests.helpers import dense, inputs, plausible_logits, relative, worst
 
 BACKENDS = ["reference", "chunked"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def leaf(tensor):
@@ -131,3 +132,26 @@ def test_gradients_of_an_fp32_adapter_on_a_bf16_head(backend):
     exact = torch.autograd.grad((true * upstream).sum(), wide)
     for mine, right in zip(ours, exact):
         assert relative(mine, right) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mode", ["one_pass", "two_phase"])
+def test_a_low_rank_head_on_the_device(device, adapter_dtype, mode):
+    """bf16 operands, the adapter in their dtype or in fp32 as peft keeps it, against fp64 on the same numbers."""
+    data, a, b, scale = lora_case(torch.bfloat16, n=67, h=64, v=301, r=4)
+    data["targets"][5] = -100
+    tensors = [data["hidden"], data["weight"], *(t.detach().to(adapter_dtype) for t in (a, b))]
+    hidden, weight, a, b = (leaf(t.to(device)) for t in tensors)
+    targets = data["targets"].to(device)
+    batch: dict[str, Any] = {"advantages": torch.linspace(-1, 1, 67, device=device), "objective": fr.GRPO()}
+    loss, _ = fr.linear_policy_loss(hidden, weight, targets, lora=(a, b, scale), mode=mode, **batch)
+    exact = [leaf(t.detach().double()) for t in (hidden, weight, a, b)]
+    merged = exact[1] + scale * exact[3] @ exact[2]
+    true, _ = fr.linear_policy_loss(exact[0], merged, targets, mode="two_phase", backend="reference", **batch)
+    (3.7 * loss).backward()
+    (3.7 * true).backward()
+    assert worst(loss, true) < 1e-5
+    for ours, theirs in zip((hidden, weight, a, b), exact):
+        assert ours.grad.dtype == ours.dtype
+        assert relative(ours.grad, theirs.grad) < 2**-7  # of a few roundings to bf16

@@ -27,9 +27,9 @@ from tests.memory import peak_tensor_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Case(N=48, H=64, V=1003, T=12)
-NEEDS = {"trl": "trl", "liger": "liger_kernel"}
+NEEDS = {"trl": "trl", "liger": "liger_kernel", "liger-scaled": "liger_kernel"}
 # What can run on a CPU with what is installed; "auto" means chunked there, which ignores "rounded".
-ELSEWHERE = ("triton", "chunked", "reference-", "-rounded", "cce", "verl", "flce")
+ELSEWHERE = ("triton", "chunked", "reference-", "-rounded", "cce", "verl", "flce", "quack", "-compiled", "-graphs")
 HERE = [n for n in PROVIDERS if not any(part in n for part in ELSEWHERE)]
 HERE = [n for n in HERE if n not in NEEDS or importlib.util.find_spec(NEEDS[n])] + ["ours-one_pass-rounded"]
 
@@ -71,6 +71,46 @@ def test_peers_are_imported_on_use():
     script = "import sys, fused_rlhf.bench.command; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "trl", "liger_kernel", "transformers", "matplotlib"} & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "providers"),
+    [
+        ({"masters": True, "dtype": "bf16"}, ["dense", "ours-one_pass", "ours-two_phase"]),
+        ({"outliers": 2, "H": 512}, ["dense", "trl", "ours"]),
+        ({"dtype": "tf32"}, ["gemm", "dense", "trl", "ours"]),
+        ({"frozen_head": True}, ["dense-lora", "ours-lora"]),
+        ({"op": "logprobs_fwd_bwd"}, ["ours-compiled", "ours-graphs"]),
+        ({"wall": True}, ["dense", "ours"]),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_is_asked_agrees_with_fp64(change, providers):
+    case = replace(TINY, **change)
+    for r in measured(case, [name for name in providers if name not in NEEDS or name in HERE])["rows"]:
+        assert r["error"] is None, (r["provider"], r["error"])
+        assert not r["wrong"], (r["provider"], r["errors"])
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_master_is_in_fp32_and_so_is_its_gradient():
+    case = replace(TINY, masters=True, dtype="bf16")
+    inputs = build(case, "cpu", fp64_reference(case, "cpu"))
+    assert (inputs.weight.dtype, inputs.hidden.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(inputs.weight.bfloat16().float(), inputs.weight)
+    assert case.gradient_bytes - replace(case, masters=False).gradient_bytes == 2 * case.V * case.H
+
+
+def test_outlier_channels_are_large_and_the_logits_are_not():
+    case = replace(TINY, H=512, outliers=4)
+    inputs = build(case, "cpu", fp64_reference(case, "cpu"))
+    hidden = inputs.hidden.detach()
+    assert (hidden[:, :4] == 50).all()
+    assert (hidden[:, -4:] == -50).all()
+    assert hidden[:, 4:-4].abs().max() < 20
+    partial = hidden[:, :4] @ inputs.weight.detach()[:, :4].T
+    assert partial.min() > 10
+    assert (hidden @ inputs.weight.detach().T).amax(1).median() < 30
 
 
 def test_zero_gradients():
@@ -251,6 +291,8 @@ def test_models_are_heads():
         ({"density": 0.0}, "density"),
         ({"zero_rows": 1.0}, "zero_rows"),
         ({"lengths": 13}, "lengths"),
+        ({"masters": True}, "masters must be left out unless dtype is bf16, got dtype fp32"),
+        ({"outliers": 33}, r"outliers must be in \[0, H / 2 = 32\], got 33"),
     ],
 )
 def test_bad_cases_are_refused(change, word):
@@ -265,6 +307,7 @@ def test_bad_cases_are_refused(change, word):
         ({"op": "dpo", "T": 16}, "even number of sequences, got N / T = 3"),
         ({"zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with grpo"),
         ({"op": "ppo", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with ppo"),
+        ({"op": "sft", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with sft"),
         ({"objective": "simpo"}, "objective must be one of .* with grpo, got 'simpo'"),
     ],
 )

@@ -203,8 +203,10 @@ def changed(rows: dict[int, dict]) -> dict:
         ({}, []),
         ({2: {"time_to_dense": 0.76}}, []),  # 1.09 times
         ({2: {"time_to_dense": 0.8}}, ["grpo ours-one_pass: slower, 1.14x over dense"]),
-        ({0: {"both_s": {"median": 1.3, "p20": 1.2, "p80": 1.4}}}, ["grpo dense: slower, 1.30x"]),
-        ({0: {"both_s": {"median": 1.3, "p20": 1.0, "p80": 1.9}}}, []),  # the spreads overlap
+        ({0: {"gemm_share": 0.6}}, ["grpo dense: slower, 1.33x over the bare products"]),
+        ({2: {"time_to_dense": None, "gemm_share": 0.6}}, ["grpo ours-one_pass: slower, 1.33x over the bare products"]),
+        ({2: {"time_to_dense": 0.8, "both_s": {"median": 1.3, "p20": 0.9, "p80": 1.9}}}, []),  # the spreads overlap
+        ({0: {"both_s": {"median": 9.0, "p20": 9.0, "p80": 9.0}}}, []),  # times of two runs
         ({2: {"peak_extra_bytes": 3.3e9}}, ["grpo ours-one_pass: larger, 3.00 GB -> 3.30 GB"]),
         ({2: {"errors": {"dhidden_rel": 9e-6}}}, ["grpo ours-one_pass: less accurate, dhidden_rel 2e-06 -> 9e-06"]),
         ({2: {"wrong": True}}, ["grpo ours-one_pass: wrong now"]),
@@ -217,6 +219,25 @@ def test_compare(rows, words):
     assert worse == words
     assert "commit abc" in text
     assert ("nothing became worse" in text) == (not words)
+
+
+def test_times_without_a_yardstick_are_not_compared():
+    bare = {"time_to_dense": None, "gemm_share": None, "both_s": {"median": 99.0, "p20": 99.0, "p80": 99.0}}
+    text, worse = compare.compare(document(), changed({2: bare}))
+    assert worse == []
+    assert f"{compare.NOT_COMPARED}grpo ours-one_pass\n" in text
+    assert compare.NOT_COMPARED not in compare.compare(document(), document())[0]
+
+
+def test_several_runs_are_told_apart():
+    result = document()
+    assert "several runs" not in report.render(result)
+    for row in result["rows"]:
+        row["run"] = "first" if row["case"] == "grpo" else "second"
+    result["rows"][2]["waits"] = 6
+    text = report.render(result)
+    assert "several runs, and times compare within one alone: grpo | N=1024, N=2048, N=4096" in text
+    assert re.search(r"\| grpo \| ours-one_pass \| 6 ", text)
 
 
 def test_compare_on_the_command_line(tmp_path, capsys):

@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fused_rlhf.bench import checkout, document, gpu
+from fused_rlhf.bench import checkout, document, gpu, probe
 from fused_rlhf.bench import run as running
 from fused_rlhf.bench.cases import Case
 from fused_rlhf.bench.command import main
 from fused_rlhf.bench.document import bf16_products, summarise
-from fused_rlhf.bench.inputs import fp64_reference
-from fused_rlhf.bench.measure import Compilations, PeakMemory, measure
+from fused_rlhf.bench.inputs import build, fp64_reference
+from fused_rlhf.bench.measure import (
+    Clock,
+    Compilations,
+    PeakMemory,
+    Subject,
+    host_waits,
+    measure,
+    take_turns,
+    waits_warned_of,
+)
 from fused_rlhf.bench.ops import OPS
 from fused_rlhf.bench.plan import Plan, Row
 from fused_rlhf.bench.provider import Provider
@@ -63,6 +76,17 @@ def test_targets(target, value, holds):
     assert judged["holds"] is holds
     assert judged["value"] == (None if value is None else pytest.approx(value))
     assert bool(judged["why"]) == (holds is None)
+
+
+@pytest.mark.parametrize(("field", "compared"), [("both_s", False), ("us_per_token", False), ("scratch_bytes", True)])
+def test_times_of_two_runs_are_not_compared(field, compared):
+    result = _result(a={field: 2.0, "run": "first"}, b={field: 4.0, "run": "second"})
+    judged = Target("", 1.0, Figure("c", "a", field), Figure("c", "b", field)).judge(result)
+    assert judged["value"] == (0.5 if compared else None)
+    assert judged["holds"] is (True if compared else None)
+    assert judged["why"] == ("" if compared else "c and c are of two runs, whose times do not compare")
+    result["rows"][1]["run"] = "first"
+    assert Target("", 1.0, Figure("c", "a", field), Figure("c", "b", field)).judge(result)["value"] == 0.5
 
 
 def test_a_wrong_result_reaches_no_target():
@@ -125,6 +149,10 @@ def test_ratios_are_of_the_same_run():
     assert forward["gemm_share"] == pytest.approx(1 / 2)
     assert half["gemm_share"] == pytest.approx(1.5 / 3)
     assert kl["gemm_share"] == pytest.approx(4 / 8)  # a product per head, then two
+    for row, found in figures.items():
+        found["run"] = "first" if row.provider == "ours" else "second"
+    apart = row_of(summarise(Plan("test", cases, list(figures)), figures), "ours")
+    assert apart["time_to_dense"] is apart["memory_to_dense"] is apart["gemm_share"] is None
     assert ours["predicted_bytes"] > 0
     assert ours["gflops"] == pytest.approx(TINY.flops / 4 / 1e9)
 
@@ -180,7 +208,7 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch):
         return [{**times, "cpu_share": share, "peak_extra_bytes": 1, "scratch_bytes": 1}]
 
     waiting = [samples(9.0, 0.4), samples(5.0, 0.9), samples(0.1, 0.4)]
-    monkeypatch.setattr("fused_rlhf.bench.run._spawn", lambda *arguments: {"dense": {"samples": waiting.pop(0)}})
+    monkeypatch.setattr("fused_rlhf.bench.run._spawn", lambda *_: {"case": {"dense": {"samples": waiting.pop(0)}}})
     (row,) = run(Plan("test", {"case": TINY}, [Row("case", "dense", 2)]))["rows"]
     assert [s["both_s"] for s in row["samples"]] == [5.0, 0.1]
     assert row["samples"][0]["taken_twice"]
@@ -199,7 +227,7 @@ CHILD = """
 import json, pathlib, sys, time
 def write(importing, samples):
     new = pathlib.Path(sys.argv[1] + ".new")
-    new.write_text(json.dumps({"importing": importing, "found": {"dense": {"samples": samples}}}))
+    new.write_text(json.dumps({"importing": importing, "found": {"case": {"dense": {"samples": samples}}}}))
     new.replace(sys.argv[1])
 time.sleep(0.3)
 write(True, [])
@@ -218,7 +246,7 @@ def test_the_clock_stands_while_a_process_imports(tmp_path, monkeypatch, count_i
     failed = running._call(plan, {"out": str(tmp_path / "answer.json")}, meter, 0.2, seen.append)
     assert failed == running.OUT_OF_TIME
     assert meter.used >= 0.2
-    assert bool(seen and seen[-1] == {"dense": {"samples": [1]}}) != count_imports
+    assert bool(seen and seen[-1] == {"case": {"dense": {"samples": [1]}}}) != count_imports
 
 
 def test_an_import_that_does_not_end_is_stopped(tmp_path, monkeypatch):
@@ -233,10 +261,10 @@ def test_a_row_is_told_when_it_ends(capsys):
     rows = [Row("case", "dense", 2), Row("case", "ours", 2)]
     progress = running.Progress(Plan("test", {"case": TINY}, rows, together=True))
     sample = {"both_s": 0.5, "peak_extra_bytes": None}
-    progress.watch(rows, {"dense": {"samples": [sample]}})
+    progress.watch(rows, {"case": {"dense": {"samples": [sample]}}})
     assert capsys.readouterr().err == ""
-    progress.watch(rows, {"dense": {"samples": [sample] * 2}, "ours": {"samples": [], "error": "no"}})
-    progress.watch(rows, {"dense": {"samples": [sample] * 2}, "ours": {"samples": [], "error": "no"}})
+    for _ in range(2):
+        progress.watch(rows, {"case": {"dense": {"samples": [sample] * 2}, "ours": {"samples": [], "error": "no"}}})
     assert [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "1/2 case dense: 0.5 s",
         "2/2 case ours: no",
@@ -260,17 +288,96 @@ def test_rows_go_in_turn_or_round_by_round(monkeypatch, in_turn, order):
     assert "".join(seen) == order
 
 
+def test_cases_of_a_group_take_turns_in_one_process(monkeypatch):
+    """Round by round over all their rows; a case with fewer rounds ends earlier."""
+    seen = []
+
+    def setup(inputs):
+        dense = PROVIDERS["dense"].setup(inputs)
+        return lambda: (seen.append(inputs.case.T), dense())[1]
+
+    monkeypatch.setitem(PROVIDERS, "spy", Provider("spy", setup))
+    cases = {"a": TINY, "b": replace(TINY, T=24), "c": replace(TINY, T=48)}
+    rows = [Row("a", "spy", 2), Row("b", "spy", 3), Row("c", "spy", 1)]
+    plan = Plan("test", cases, rows, together=True, groups=[("a", "b")])
+    assert plan.processes == [rows[:2], rows[2:]]
+    reference = fp64_reference(TINY, "cpu")
+    subjects = [Subject(cases[r.case], {"spy": r.rounds}, "cpu", reference, warmup=0) for r in rows[:2]]
+    take_turns(subjects)
+    assert seen == [12, 24, 12, 24, 24]
+
+    def here(plan, scratch, meter, task, until, watch):
+        return {row.case: measure(plan.cases[row.case], ["dense"], "cpu", reference, 1, warmup=0) for row in task.rows}
+
+    monkeypatch.setattr("fused_rlhf.bench.run._spawn", here)
+    result = run(replace(plan, rows=[Row(r.case, "dense") for r in rows]))
+    a, b, c = (r["run"] for r in result["rows"])
+    assert a == b != c
+
+
+@pytest.mark.slow
+def test_a_group_in_a_process_of_its_own():
+    """Over references that they share, and do not."""
+    cases = {"a": TINY, "b": replace(TINY, beta=0.0, zero_rows=0.5), "c": replace(TINY, H=32, wall=True)}
+    rows = [Row(name, provider, 2) for name in cases for provider in ("gemm", "ours")]
+    result = run(Plan("test", cases, rows, together=True, groups=[tuple(cases)]))
+    assert [r["error"] for r in result["rows"]] == [None] * 6
+    assert [r["rounds"] for r in result["rows"]] == [2] * 6
+    assert len({r["run"] for r in result["rows"]}) == 1
+    assert not any(r["wrong"] for r in result["rows"])
+
+
+def test_waits_of_the_host_are_counted(monkeypatch):
+    def setup(inputs):
+        dense = PROVIDERS["dense"].setup(inputs)
+
+        def run():
+            for said in ("called a synchronizing CUDA operation (Triggered internally at ...)", "something else"):
+                warnings.warn(said, stacklevel=1)
+                warnings.warn(said, stacklevel=1)
+            return dense()
+
+        return run
+
+    monkeypatch.setitem(PROVIDERS, "waiting", Provider("waiting", setup))
+    inputs = build(TINY, "cpu", fp64_reference(TINY, "cpu"))
+    assert host_waits("waiting", inputs) == 2
+    assert host_waits("dense", inputs) == 0
+
+
+def test_torch_warns_of_waits_inside_alone(monkeypatch):
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with waits_warned_of("cuda"):
+        assert modes == ["warn"]
+    assert modes == ["warn", "default"]
+
+
+def test_a_clock_by_the_wall_waits_for_the_gpu_at_the_end_alone(monkeypatch):
+    waited, clock = list[int](), Clock("cuda", wall=True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(clock.marks)))
+    clock.mark()
+    clock.mark()
+    clock.last()
+    assert waited == [2]
+    assert len(clock.spans()) == 2
+    assert all(span >= 0 for span in clock.spans())
+    assert Clock("cuda").events
+    assert not Clock("cpu").events
+
+
 def test_rounds_before_the_limit_stand(monkeypatch):
     """The second round meets the end of the time: what the first measured is the row's result."""
     rounds: list[bool] = []
 
     def once(plan, scratch, meter, task, until):
         rounds.append(task.check)
-        case = plan.cases[task.case]
+        (row,) = task.rows
+        case = plan.cases[row.case]
         if len(rounds) == 1:
-            return measure(case, task.providers, "cpu", fp64_reference(case, "cpu"), 1, warmup=0)
+            return {row.case: measure(case, [row.provider], "cpu", fp64_reference(case, "cpu"), 1, warmup=0)}
         meter.used = until
-        return {"dense": {"samples": [], "error": "not reached"}}
+        return {row.case: {"dense": {"samples": [], "error": "not reached"}}}
 
     monkeypatch.setattr("fused_rlhf.bench.run._spawn", once)
     result = run(Plan("test", {"case": TINY}, [Row("case", "dense", rounds=2)], limit_s=2.0))
@@ -297,11 +404,13 @@ def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypat
     tries = []
 
     def here(plan, scratch, meter, task, until, watch):
-        tries.append(list(task.providers))
-        case = plan.cases[task.case]
-        found = measure(case, task.providers, "cpu", fp64_reference(case, "cpu"), task.rounds, warmup=0)
+        tries.append([row.provider for row in task.rows])
+        case = plan.cases["case"]
+        found = measure(case, tries[-1], "cpu", fp64_reference(case, "cpu"), 1, warmup=0)
         return {
-            name: part if (part := found[name])["samples"] else {"error": "stopped", **part} for name in task.providers
+            "case": {
+                name: part if (part := found[name])["samples"] else {"error": "stopped", **part} for name in tries[-1]
+            }
         }
 
     monkeypatch.setattr("fused_rlhf.bench.run._spawn", here)
@@ -310,6 +419,12 @@ def test_a_provider_that_breaks_the_device_is_left_out_of_the_next_try(monkeypat
     assert tries == [["ours", "broken", "dense"], ["ours", "dense"]]
     assert row_of(result, "broken")["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert row_of(result, "ours")["error"] is row_of(result, "dense")["error"] is None
+    assert row_of(result, "ours")["run"] == row_of(result, "dense")["run"] != row_of(result, "broken")["run"]
+
+
+def test_a_case_of_fewer_rows_than_warm_up_a_provider():
+    case = replace(TINY, N=8, T=8)
+    assert len(measure(case, ["dense"], "cpu", fp64_reference(case, "cpu"), rounds=1)["dense"]["samples"]) == 1
 
 
 def test_new_lengths_are_met_before_the_rounds():
@@ -381,7 +496,7 @@ def test_one_case_from_the_command_line(monkeypatch, capsys):
         ("--providers dense --beta nan", "--beta: expected a number, got 'nan'"),
         ("--providers dense --beta -1", "beta must be finite and at least 0, got -1.0"),
         ("--providers dense --density 0", "density must be in (0, 1], got 0.0"),
-        ("--providers dense --dtype fp16", "dtype must be one of ['bf16', 'fp32'], got 'fp16'"),
+        ("--providers dense --dtype fp16", "dtype must be one of ['bf16', 'fp32', 'tf32'], got 'fp16'"),
         ("--providers dense --model qwen", "expected one of deepseek-v3"),
         ("--providers dense --model qwen3-8b --H 8", "--model qwen3-8b says H and V"),
         ("--providers lige", "got 'lige' (did you mean 'liger'?)"),
@@ -434,34 +549,233 @@ def test_what_a_package_lacks_is_said(monkeypatch, tmp_path, capsys):
 
 def test_a_missing_package_is_said_in_a_line(monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", None)
-    found = measure(TINY, ["trl"], "cpu", fp64_reference(TINY, "cpu"), rounds=1)
+    monkeypatch.setitem(sys.modules, "quack", None)
+    case = replace(TINY, op="logprobs_fwd_bwd")
+    found = measure(case, ["trl", "quack"], "cpu", fp64_reference(case, "cpu"), rounds=1)
     assert found["trl"]["error"] == "needs trl, which is not installed: pip install 'fused-rlhf[peers]'"
+    assert found["quack"]["error"] == "needs quack, which is not installed: pip install quack-kernels"
     assert capfd.readouterr().err == ""
 
 
+def where(tmp_path, **options) -> gpu.Where:
+    return gpu.Where(tmp_path, **{"device": "cpu", "tiny": True, **options})
+
+
 def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
-    planned = gpu.stages(tmp_path, "cuda", "gpu", tmp_path, None)
-    assert sum(stage.limit_s for stage in planned) < gpu.LIMIT_S == 9 * 60
-    named = {word for stage in planned for word in stage.command}
-    assert set(SUITES["gpu"]().cases) <= named
+    (tmp_path / "peer.whl").touch()
+    planned = gpu.stages(where(tmp_path, wheels=tmp_path))
+    assert sum(stage.limit_s for stage in planned) == gpu.LIMIT_S == 9 * 60
+    assert [stage.name for stage in planned[:3]] == ["install", "main", "tests"]
+    measured = [case for stage in planned for case in stage.cases]
+    suite = SUITES["gpu"]()
+    assert len(measured) == len(set(measured))
+    assert set(measured) == set(suite.cases)
+    groups = {case: group for group in suite.groups for case in group}
+    for stage in planned:
+        assert {case for name in stage.cases for case in groups[name]} == set(stage.cases)  # a stage is a run
     assert gpu.main([str(tmp_path), "--dry-run"]) == 0
-    assert "pytest -m gpu" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "pytest -m gpu" in shown
+    assert "tests/test_linear_logprobs.py" in shown
     with pytest.raises(SystemExit):
-        gpu.main([str(tmp_path), "--wheels", str(tmp_path), "--dry-run"])
+        gpu.main([str(tmp_path), "--wheels", str(tmp_path / "none"), "--dry-run"])
+
+
+def test_targets_of_a_gpu_are_of_one_run():
+    """Each ratio of times is of cases that share a process; and what a run must reach stands there."""
+    suite = SUITES["gpu"]()
+    groups = {case: group for group in suite.groups for case in group}
+    for target in suite.targets:
+        if target.figure.timed and target.base is not None:
+            assert groups[target.figure.case] == groups[target.base.case], target.what
+    limits = {target.what: target.limit for target in suite.targets}
+    assert limits["forward only / one bare product"] == 1.06
+    assert limits["one-pass / three bare products"] == 1.05
+    assert limits["exact KL / its four bare products"] == 1.35
+    main = suite.cases["main"]
+    assert (main.N, main.H, main.V, main.dtype) == (8192, 4096, 151936, "bf16")
+    assert (suite.cases["n128k"].N, suite.cases["n256"].N, suite.cases["h896-16k"].H) == (131072, 256, 896)
+
+
+def test_a_wheel_that_does_not_fit_leaves_the_others(tmp_path):
+    for name in ("absent-1.0-cp27-none-win32.whl", "empty-1.0-py3-none-any.whl"):
+        (tmp_path / name).write_bytes(b"")
+    assert gpu.run_stage(gpu.install(tmp_path, tmp_path), tmp_path, tmp_path, 600.0) == gpu.Ended("ok")
+    said = (tmp_path / "bench.log").read_text()
+    assert said.count("does not install here: ") == 3  # the command, and both
+
+
+def test_gpu_stages_can_be_run_one_by_one(tmp_path, capsys):
+    at = where(tmp_path)
+    chosen = gpu.chosen(gpu.stages(at), ["tests", "forward", "zero", "tf32"], at)
+    assert [(stage.name, stage.cases) for stage in chosen] == [
+        ("main", ("forward", "zero")),
+        ("tests", ()),
+        ("precision", ("tf32",)),
+    ]
+    assert chosen[0].command[chosen[0].command.index("--only") + 1 :][:3] == ["forward", "zero", "--out"]
+    assert sum(stage.limit_s for stage in gpu.shared(chosen, 300.0)) == pytest.approx(300)
+    assert gpu.main([str(tmp_path), "--only", "small", "--limit", "50", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("small (at least 50 s): ")
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--only", "smal"])
+    assert "no stage or case smal; there are main (main, forward, zero, frozen, kl), tests," in capsys.readouterr().err
+
+
+def test_files_with_gpu_tests_are_found_by_reading_them(tmp_path):
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_a.py").write_text("import nothing_like_it, pytest\n\n@pytest.mark.gpu\ndef test(): ...\n")
+    (folder / "test_b.py").write_text("import pytest\nD = [pytest.param('cuda', marks=pytest.mark.gpu)]\n")
+    (folder / "test_c.py").write_text("import pytest\nTEXT = 'pytest.mark.gpu'\nx = pytest.mark.slow\n")
+    (folder / "cases.py").write_text("import pytest\nx = pytest.mark.gpu\n")
+    assert gpu.gpu_tests(tmp_path) == ["tests/test_a.py", "tests/test_b.py"]
+
+
+def collected(options, without=()):
+    """Test files with GPU tests as pytest finds them, on a machine that lacks some packages; and what it said."""
+    root = Path(__file__).resolve().parent.parent
+    options = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *options]
+    script = f"import sys; sys.modules.update(dict.fromkeys({list(without)})); import pytest; pytest.main({options})"
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True)
+    said = run.stdout + run.stderr
+    return {line.partition("::")[0] for line in said.splitlines() if "::" in line}, said
+
+
+@pytest.mark.slow
+def test_all_tests_that_need_a_gpu_are_in_those_files():
+    found, said = collected([])
+    assert found == set(gpu.gpu_tests(checkout.needed("this test"))), said
+
+
+def test_those_files_need_nothing_that_a_bare_machine_lacks():
+    files = gpu.gpu_tests(checkout.needed("this test"))
+    lacked = (
+        "trl",
+        "datasets",
+        "tyro",
+        "peft",
+        "accelerate",
+        "liger_kernel",
+        "matplotlib",
+        "hypothesis",
+        "transformers",
+    )
+    found, said = collected(files, lacked)
+    assert found == set(files), said
+    assert "error" not in said
+
+
+@pytest.mark.slow
+def test_what_a_machine_lacks_is_told_from_what_fails(tmp_path, monkeypatch):
+    """A test file whose import fails, a test that fails, one that is skipped; then each kind alone."""
+    files = {
+        "good": "def test(): pass",
+        "absent": "import no_such_package.part",
+        "skipped": "import pytest; pytest.importorskip('no_such_thing')",
+        "bad": "def test(): assert 0",
+        "ours": "from fused_rlhf import no_such_module_of_ours; import fused_rlhf.no_such_module",
+    }
+    for name, text in files.items():
+        (tmp_path / f"test_{name}.py").write_text(text + "\n")
+
+    def ended(*names):
+        junit = tmp_path / "tests.xml"
+        command = [*gpu.PYTHON, "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+        paths = [str(tmp_path / f"test_{name}.py") for name in names]
+        stage = gpu.Stage("tests", [*command, f"--junitxml={junit}", *paths], 1.0, junit=junit)
+        return gpu.run_stage(stage, tmp_path, tmp_path, 600.0)
+
+    assert ended("good", "absent", "skipped") == gpu.Ended("ok", ["no_such_package", "no_such_thing"], {"passed": 1})
+    assert ended("absent") == gpu.Ended("missing: no_such_package", ["no_such_package"])
+    assert ended("good", "bad", "absent").how == "1 tests failed"
+    assert ended("ours").how == "1 tests failed"  # what is ours must not be missing
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "how"),
+    [
+        (0, "No module named 'trl'", "ok"),
+        (1, "Traceback ...\nModuleNotFoundError: No module named 'datasets.load'", "missing: datasets"),
+        (1, "/usr/bin/python3: No module named pytest", "missing: pytest"),
+        (1, "No module named 'trl'\nRuntimeError: something else", "exit status 1"),
+        (1, "ModuleNotFoundError: No module named 'fused_rlhf.bench.gone'", "exit status 1"),
+        (-9, "", "exit status -9"),
+    ],
+)
+def test_a_stage_without_a_package_is_missing_it(code, said, how):
+    found = gpu.verdict(gpu.Stage("s", [], 1.0), code, said)
+    assert found.how == how
+    assert found.missing == ([how.removeprefix("missing: ")] if how.startswith("missing") else [])
+    assert found.good == (how == "ok" or how.startswith("missing"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "how", "missing"),
+    [
+        ({"trl": "needs trl, which is not installed: pip install ..."}, 0, "ok", ["trl"]),
+        ({"ours": "ModuleNotFoundError: No module named 'triton'", "trl": None}, 1, "missing: triton", ["triton"]),
+        (
+            {"ours": "needs triton, which is not installed", "trl": "needs trl, which is not installed"},
+            1,
+            "missing: triton",
+            ["triton", "trl"],
+        ),
+        ({"ours": "RuntimeError: wrong", "trl": "needs trl, which is not installed"}, 1, "exit status 1", ["trl"]),
+    ],
+)
+def test_rows_without_a_package_are_no_failure(tmp_path, rows, code, how, missing):
+    result = _result(**{name: {"error": error} for name, error in rows.items()})
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    found = gpu.verdict(gpu.Stage("s", [], 1.0, result=tmp_path / "r.json"), code, "")
+    assert (found.how, found.missing) == (how, missing)
+
+
+def test_what_is_missing_fails_where_that_is_asked():
+    absent = [
+        {"ended": "ok", "missing": ["trl"]},
+        {"ended": "missing: compute-sanitizer", "missing": ["compute-sanitizer"]},
+    ]
+    assert not gpu.failed(absent, strict=False)
+    assert gpu.failed(absent, strict=True)
+    assert not gpu.failed([{"ended": "ok", "missing": []}], strict=True)
+    assert gpu.failed([{"ended": "exit status 1", "missing": []}], strict=False)
+
+
+def test_a_sanitizer_that_is_not_there_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
+    found = gpu.run_stage(gpu.sanitizer("racecheck", "cpu"), tmp_path, tmp_path, 60.0)
+    assert found == gpu.Ended("missing: compute-sanitizer", ["compute-sanitizer"])
+
+
+def test_the_probe_runs_every_op_of_ours(monkeypatch, capsys):
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # as it does: to be undone
+    assert probe.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{op} N=132" in said for op in OPS)
+    assert all(f": {name}: ok" in said for name in probe.OURS)
+
+    def broken(inputs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(PROVIDERS, "ours", replace(PROVIDERS["ours"], setup=broken))
+    assert probe.main(["--device", "cpu"]) == 1
+    assert "ours: RuntimeError: no such kernel" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_gpu_stages_survive_each_other(tmp_path, monkeypatch):
     python = sys.executable
-    real = next(s for s in gpu.stages(tmp_path, "cpu", "gpu-tiny", None, "abc") if s.name == "forward")
+    at = where(tmp_path, commit="abc")
+    (real,) = gpu.chosen(gpu.stages(at), ["forward"], at)
     planned = [
-        gpu.Stage("fails", [python, "-c", "raise SystemExit(3)"], 5),
+        gpu.Stage("fails", [python, "-c", "raise SystemExit(3)"], 0),
         gpu.Stage("hangs", [python, "-c", "import time; time.sleep(600)"], 0, result=tmp_path / "never.json"),
         gpu.Stage("absent", ["/no/such/program"], 1),
         real,
     ]
     # What earlier stages leave over belongs to the later ones, so the hanging one must have nothing left to take.
-    planned[0] = replace(planned[0], limit_s=0)
     allowed, run_stage = {}, gpu.run_stage
 
     def patient(stage, out, scratch, timeout_s):  # the others may take their time on a busy machine
@@ -471,20 +785,65 @@ def test_gpu_stages_survive_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_stage", patient)
     out = tmp_path / "out"
     result = gpu.carry_out(planned, out, tmp_path, SUITES["gpu-tiny"]().targets)
-    assert [s["ended"].split(":")[0] for s in result["stages"]] == [
-        "exit status 3",
-        "stopped after 1 s",
-        "did not start",
-        "ok",
-    ]
+    assert [s["ended"] for s in result["stages"]] == ["exit status 3", "stopped after 1 s", "missing: program", "ok"]
     assert allowed["fails"] == allowed["hangs"] == 1.0
-    assert 1.0 <= allowed["forward"] <= 1.0 + real.limit_s
+    assert 1.0 <= allowed["main"] <= 1.0 + real.limit_s
     assert {r["case"] for r in result["rows"]} == {"forward"}
     assert row_of(result, "ours")["error"] is None
     assert result["commit"] == "abc"
     judged = {t["what"]: t["holds"] for t in result["targets"]}
-    assert judged["forward only / one bare GEMM"] is not None
+    assert judged["forward only / one bare product"] is not None
     assert judged["one-pass / TRL"] is None
     assert json.loads((out / "summary.json").read_text()) == result
     assert "hangs" in (out / "summary.txt").read_text()
     assert sorted(p.name for p in out.iterdir()) == ["bench.log", "summary.json", "summary.txt"]
+
+
+ELSEWHERE = ("cce", "verl", "quack", "liger-flce")  # providers that need a GPU
+
+
+@pytest.mark.parametrize("group", gpu.BENCHES)
+def test_every_row_of_a_gpu_stage_is_right_at_toy_sizes(group):
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    suite = SUITES["gpu-tiny"]()
+    subjects = {}
+    for name in gpu.BENCHES[group][1]:
+        case = suite.cases[name]
+        rounds = {row.provider: 1 for row in suite.rows if row.case == name and not row.provider.startswith(ELSEWHERE)}
+        assert {"ours", "ours-one_pass", "ours-lora"} & set(rounds)
+        subjects[name] = Subject(case, rounds, "cpu", fp64_reference(case, "cpu"), warmup=0)
+    take_turns(list(subjects.values()))
+    for name, subject in subjects.items():
+        for provider, part in subject.found.items():
+            assert "error" not in part, (name, provider, part["error"])
+            allowed = PROVIDERS[provider].tolerance[subject.case.dtype].allows(part.get("errors", {}))
+            assert allowed or not provider.startswith("ours"), (name, provider, part["errors"])
+
+
+@pytest.mark.slow
+def test_a_trial_run_of_gpu_stages_without_a_gpu(tmp_path, monkeypatch):
+    """`make gpu` at toy sizes, a stage of each kind; every test of a GPU is skipped with its reason."""
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
+    only = ["tests", "forward", "zero", "n256", "racecheck", "step"]
+    assert gpu.main([str(tmp_path), "--device", "cpu", "--tiny", "--limit", "7200", "--only", *only]) == 0
+    result = json.loads((tmp_path / "summary.json").read_text())
+    assert {stage["stage"]: stage["ended"] for stage in result["stages"]} == {
+        "main": "ok",
+        "tests": "ok",
+        "small": "ok",
+        "racecheck": "missing: compute-sanitizer",
+        "step": "ok",
+    }
+    assert set(result["stages"][1]["tests"]) == {"skipped"}
+    good = [row for row in result["rows"] if not row["provider"].startswith(ELSEWHERE)]
+    assert {row["case"] for row in good} == {"forward", "zero", "n256"}
+    assert [row["error"] for row in good] == [None] * len(good)
+    runs = {case: {row["run"] for row in good if row["case"] == case} for case in ("forward", "zero", "n256")}
+    assert runs["forward"] == runs["zero"] != runs["n256"]
+    assert len(runs["forward"]) == len(runs["n256"]) == 1
+    judged = {target["what"]: target["holds"] for target in result["targets"]}
+    assert set(judged) > {"forward only / one bare product", "forward only / TRL", "N=256 by the clock: ours / dense"}
+    assert None not in judged.values()
+    assert result["step"]["suite"] == "step"
+    assert "times compare within one alone: forward, zero | n256" in (tmp_path / "summary.txt").read_text()

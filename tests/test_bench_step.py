@@ -26,10 +26,23 @@ from fused_rlhf.bench.step_cases import (
     Way,
     checkpointed,
     full,
+    on_gpu,
     tiny,
 )
 from fused_rlhf.bench.step_child import REFERENCE, Measured, refer, spec_of
-from fused_rlhf.bench.step_run import TOLERANCE, Child, Failed, ask, busy, interval, judge, measured, record, relate
+from fused_rlhf.bench.step_run import (
+    ROUNDED,
+    TOLERANCE,
+    Child,
+    Failed,
+    ask,
+    busy,
+    interval,
+    judge,
+    measured,
+    record,
+    relate,
+)
 
 PLAN = tiny()
 ROWS = [(name, way) for name in PLAN.cases for way in PLAN.ways[name]]
@@ -62,6 +75,25 @@ def test_an_update_is_that_of_each_sequence_by_itself(folders, name, way):
     again = row.time()
     assert again["loss"] == pytest.approx(found["loss"], rel=1e-6)  # the weights stay what they are
     assert again["seconds"] > 0
+
+
+@pytest.mark.parametrize("way", [PADDED, SHARED, TRL, DENSE], ids=lambda way: way.name)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_update_in_bf16_is_that_of_each_sequence_by_itself(tmp_path, way):
+    case = replace(PLAN.cases["prompt-heavy"], dtype="bf16")
+    refer(case, "cpu", tmp_path / REFERENCE)
+    row = Measured(case, way, "cpu", tmp_path)
+    assert {p.dtype for p in row.update.model.parameters()} == {torch.bfloat16}
+    found = record("case", case, way, {"samples": [], "error": None, "check": row.check()})
+    assert not found["wrong"], found["errors"]
+    assert found["tolerance"] == ROUNDED
+
+
+def test_a_gpu_has_a_whole_model_too():
+    whole, plan = on_gpu(), full()
+    assert set(whole.cases) - set(plan.cases) == {"qwen3-0.6b"}
+    assert whole.cases["qwen3-0.6b"].dtype == "bf16"
+    assert BODIES["qwen3-0.6b"].layers == 28
 
 
 def test_trls_trainer_has_our_optimizer_and_checkpointing(folders):

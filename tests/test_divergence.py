@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import fused_rlhf as fr
 from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels import interface
-from tests.helpers import dense_logits, plausible_logits, relative, worst
+from tests.helpers import dense_logits, placed, plausible_logits, relative, worst
 from tests.memory import peak_tensor_bytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "chunked"]
 STREAMED = ["triton"] if INTERPRETED else ["chunked"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 KINDS = [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.95)]
 # bias of both, transform of the policy, transform of the reference, temperature per row
 TRANSFORMS = [
@@ -43,8 +43,8 @@ def _tiling(request, monkeypatch):
         monkeypatch.setattr(linear_kl, "ROW_STEP", 2 * columns)
         monkeypatch.setattr(linear_kl, "TILE", (rows, 2 * columns))
         monkeypatch.setattr(ops, "ROWS", 2 * rows)
-        monkeypatch.setattr(ops, "_divergence_rows", lambda *_: rows)
-        monkeypatch.setattr(ops, "_divergence_columns", lambda *_: 3 * columns)
+        monkeypatch.setattr(ops, "divergence_rows", lambda *_: rows)
+        monkeypatch.setattr(ops, "divergence_columns", lambda *_: 3 * columns)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +89,11 @@ def slack(backend):
 
 def wide(data):
     return {k: v.double() if torch.is_tensor(v) else v for k, v in data.items()}
+
+
+def trl_divergence():
+    """Its function, which a machine without TRL does without."""
+    return pytest.importorskip("trl.kernels.chunked_divergence").ChunkedDivergenceFunction.apply
 
 
 def inputs(n, v, bias=False, per_row=False, dtype=torch.float64, seed=0):
@@ -179,7 +184,7 @@ def test_gradcheck(kind, beta):
 def test_kinds_are_the_betas_of_trl(backend, kind, beta):
     data = inputs(9, 53, bias=True, dtype=torch.float32)
     order = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
-    theirs, _ = ChunkedDivergenceFunction.apply(*(data[k] for k in order), beta, 0.8, 0.9, 6.0, 1.1, 5.0)
+    theirs, _ = trl_divergence()(*(data[k] for k in order), beta, 0.8, 0.9, 6.0, 1.1, 5.0)
     del data["temperature"]
     options: dict[str, Any] = {"logit_scale": 0.9, "softcap": 6.0, "ref_logit_scale": 1.1, "ref_softcap": 5.0}
     options |= {"temperature": 0.8, "beta": beta if kind == "jsd" else 0.5, "backend": backend}
@@ -205,9 +210,7 @@ def test_errors_at_logits_of_25_are_torchs_own_and_values_never_negative(backend
     upstream = torch.randn(96, generator=generator)
 
     def trl(d):
-        return ChunkedDivergenceFunction.apply(
-            d["hidden"], d["weight"], None, d["ref_hidden"], d["ref_weight"], None, beta
-        )[0]
+        return trl_divergence()(d["hidden"], d["weight"], None, d["ref_hidden"], d["ref_weight"], None, beta)[0]
 
     exact, exact_grads = gradients(lambda d: truth(d, kind), wide(data), upstream)
     plain, plain_grads = gradients(lambda d: truth(d, kind), {k: v.float() for k, v in data.items()}, upstream)
@@ -573,3 +576,38 @@ def test_the_environment_decides_auto(monkeypatch):
     monkeypatch.setenv("FUSED_RLHF_BACKEND", "reference")
     monkeypatch.setattr(chunked, "divergence", None)
     assert fr.linear_kl(**data).shape == (6,)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_on_the_device(device, dtype, kind, beta):
+    """The backend that "auto" takes there, against fp64 on the same operands; the yardstick is dense torch with fp32 logits."""
+    data = placed(inputs(37, 1003, bias=True, per_row=True, dtype=dtype), device)
+    upstream = torch.linspace(-1, 2, 37, device=device)
+    upstream[5] = 0.0
+    options: dict[str, Any] = {"kind": kind, "beta": beta, "softcap": 5.0, "ref_logit_scale": 0.7}
+    found, grads = gradients(lambda d: fr.linear_kl(**d, **options), data, upstream)
+    again, same = gradients(lambda d: fr.linear_kl(**d, **options), data, upstream)
+    wide, wider = (
+        {k: v.to(t) if torch.is_tensor(v) else v for k, v in data.items()} for t in (torch.float32, torch.float64)
+    )
+    torchs, dense = gradients(lambda d: truth(d, **options), wide, upstream)
+    expected, exact = gradients(lambda d: truth(d, **options), wider, upstream)
+    assert worst(found, expected) <= 2 * worst(torchs, expected) + 5e-5
+    assert torch.equal(found, again)
+    for name in grads:
+        step = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+        assert relative(grads[name], exact[name]) <= 2 * relative(dense[name], exact[name]) + step, name
+        assert torch.equal(grads[name], same[name])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_outside_the_mask_cost_nothing_on_the_device(device):
+    data = placed(inputs(9, 60, dtype=torch.bfloat16), device)
+    mask = torch.arange(9, device=device) % 3 != 0
+    data["hidden"][~mask] = data["ref_hidden"][~mask] = torch.nan
+    found, grads = gradients(lambda d: fr.linear_kl(**d, mask=mask), data, torch.ones(9, device=device))
+    assert (found[~mask] == 0).all()
+    assert (grads["hidden"][~mask] == 0).all()
+    assert all(g.isfinite().all() for g in (found, *grads.values()))

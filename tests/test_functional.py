@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_rlhf as fr
-from tests.helpers import inputs, relative, worst
+from tests.helpers import inputs, placed, relative, worst
 
 N, H, V, B, T = 6, 4, 20, 2, 3
 
@@ -190,3 +190,45 @@ def test_an_environment_variable_decides_auto_alone(monkeypatch):
     with pytest.raises(ValueError, match="FUSED_RLHF_BACKEND must be one of"):
         fr.linear_logprobs(**good())
     assert fr.linear_logprobs(**good(), backend="chunked").logprobs.shape == (N,)
+
+
+def everything_on(device):
+    """Log-probs, a policy, a preference and a KL with their gradients, of tensors that all lie on `device`."""
+    data = placed(inputs(24, 64, 301, torch.float32), device)
+    hidden, weight = (data[name].bfloat16().requires_grad_() for name in ("hidden", "weight"))
+    targets, ones = data["targets"], torch.ones(24, device=device)
+    halves = {"hidden": hidden.view(4, 6, 64), "weight": weight, "targets": targets.view(4, 6)}
+    values = [
+        fr.linear_logprobs(hidden, weight, targets, outputs=("entropy",)).entropy.sum(),
+        *(
+            fr.linear_policy_loss(hidden, weight, targets, advantages=ones, objective=fr.GRPO(), mode=mode)[0]
+            for mode in ("one_pass", "two_phase")
+        ),
+        fr.linear_preference_loss(**halves, objective=fr.DPO(), ref_logprobs=-30 * torch.ones(4, device=device))[0],
+        fr.linear_kl(hidden, weight, hidden.detach() * 0.9, weight.detach()).sum(),
+    ]
+    results = []
+    for value in values:
+        results += [value.detach(), *torch.autograd.grad(value, (hidden, weight), retain_graph=True)]
+    assert {result.device for result in results} == {hidden.device}
+    return [result.cpu() for result in results]
+
+
+def test_everything_is_repeatable_to_the_bit():
+    results, again = everything_on("cpu"), everything_on("cpu")
+    assert all(result.isfinite().all() for result in results)
+    assert all(map(torch.equal, results, again))
+
+
+@pytest.mark.gpu
+def test_a_head_on_a_device_that_is_not_the_current_one():
+    """As `device_map="auto"` leaves it: kernels must start on the tensors' device, whichever is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, and torch finds {torch.cuda.device_count()}")
+    with torch.cuda.device(0):
+        elsewhere = everything_on("cuda:1")
+        assert torch.cuda.current_device() == 0
+        here = everything_on("cuda:0")
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert all(map(torch.equal, elsewhere, here))
+    assert all(result.isfinite().all() for result in elsewhere)

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fused_rlhf.backends import reference
-from fused_rlhf.kernels import ops, tiles
+from fused_rlhf.kernels import blocks, ops, tiles
 from fused_rlhf.kernels.interface import KINDS, Comparison, Grads, Kind, Needs, RowPairs, Work
 from tests.helpers import projection, relative
 
@@ -33,6 +33,21 @@ def test_in_the_interpreter() -> None:
     run = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("V", [1000, 50257, 151936, 262144, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("N", "H"), [(0, 896), (1, 896), (512, 4096), (10**6, 8192)])
+def test_blocks_fit_the_scratch(N: int, H: int, V: int, dtype: torch.dtype) -> None:
+    rows, columns = blocks.divergence_rows(N, V), blocks.divergence_columns(N, V, H, dtype.itemsize)
+    assert 1 <= rows <= max(N, 1)
+    assert 8 * rows * V <= blocks.DIVERGENCE_BYTES
+    assert rows == max(N, 1) or 8 * (rows + 16) * blocks.padded(V) > blocks.DIVERGENCE_BYTES
+    assert columns == V or columns % 256 == 0
+    work = Work("divergence", N, H, V, dtype, Needs(True, True, False))
+    assert ops.memory(work) <= blocks.DIVERGENCE_BYTES + (64 + 4 * H) * N + work.gradients
+    no_gradient = replace(work, needs=Needs(False, False, False))
+    assert ops.memory(no_gradient) <= blocks.DIVERGENCE_BYTES + 64 * N
 
 
 # What follows needs a GPU. Truth is fp64 on the same operands; "torch" is dense torch with fp32 logits, whose gradient of
@@ -153,7 +168,7 @@ def test_several_blocks_of_rows_and_columns(monkeypatch: pytest.MonkeyPatch) -> 
         return value, grads.hidden, grads.weight
 
     whole = everything()
-    monkeypatch.setattr(ops, "DIVERGENCE_BYTES", 32 << 20)
+    monkeypatch.setattr(blocks, "DIVERGENCE_BYTES", 32 << 20)
     monkeypatch.setattr(ops, "ROWS", 256)
     for found, expected in zip(everything(), whole):
         assert relative(found, expected) <= 3e-3  # both are rounded to bf16

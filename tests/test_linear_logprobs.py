@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fused_rlhf.backends import reference
+import fused_rlhf as fr
+from fused_rlhf.backends import chunked, reference
 from fused_rlhf.kernels import linear_logprobs, ops, tiles
 from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, TokenGrads, Work
+from fused_rlhf.kernels.objectives import has_twin
 from fused_rlhf.kernels.statistics import OUTPUTS
-from fused_rlhf.objectives import DAPO, BoundPolicyLoss
+from fused_rlhf.objectives import CISPO, DAPO, GSPO, REINFORCE, SAPO, BoundPolicyLoss, PolicyLoss
+from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss
 from fused_rlhf.segments import Sequences
-from tests.helpers import listed, projection
+from tests.helpers import inputs as drawn
+from tests.helpers import listed, placed, projection
 
 Arguments = tuple[Rows, Projection]
 
@@ -264,10 +268,11 @@ def test_memory_is_the_formula(N: int) -> None:
     arguments = inputs(N, H, V)
     stats = ops.statistics(*arguments, ())
     needs = Needs(True, True, False)
-    slack, multiprocessors = 64 * N + (8 << 20), tiles.multiprocessors(torch.device("cuda"))
+    slack, device = 64 * N + (8 << 20), torch.device("cuda")
+    sizes = {"multiprocessors": tiles.multiprocessors(device), "device_bytes": tiles.device_bytes(device)}
 
     def formula(route: Any) -> float:
-        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, multiprocessors=multiprocessors)) + slack
+        return ops.memory(Work(route, N, H, V, torch.bfloat16, needs, **sizes)) + slack
 
     assert peak_memory(lambda: ops.statistics(*arguments, ())) <= formula("forward")
     upstream = TokenGrads(stats.lse)
@@ -287,12 +292,9 @@ def test_more_than_two_billion_logits() -> None:
     alone = ops.statistics(rows.pick(tail), head, ())
     assert torch.equal(stats.logprobs[tail], alone.logprobs)
     bound = objective(N, stats.logprobs, 0.0)
-    ops_rows = ops.ONE_PASS_BYTES
-    try:
-        ops.ONE_PASS_BYTES = 2 * N * V  # one block of rows, so that E itself passes 2^31 elements
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "one_pass_rows", lambda *_: N)  # one block of rows, so that E itself passes 2^31 elements
         _, _, grads = ops.one_pass(rows, head, (), bound, Needs(True, False, False))
-    finally:
-        ops.ONE_PASS_BYTES = ops_rows
     vectors = ("advantages", "token_weights", "old_logprobs")
     few = replace(bound, **{name: getattr(bound, name)[tail] for name in vectors})
     _, _, expected = ops.one_pass(rows.pick(tail), head, (), few, Needs(True, False, False))
@@ -323,3 +325,105 @@ def test_autotuning_picks_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen in tiles.candidates("stats", arguments[0].hidden.device, torch.bfloat16, True)
     monkeypatch.setenv("FUSED_RLHF_AUTOTUNE", "0")
     assert (tuned.logprobs - ops.statistics(*arguments, ()).logprobs).abs().max() <= 5e-5
+
+
+# What follows runs on a CPU, too, by the backend that is there.
+
+DEVICES = [("cpu", chunked), pytest.param("cuda", ops, marks=pytest.mark.gpu)]
+POLICIES: dict[str, PolicyLoss] = {
+    "grpo": fr.GRPO(beta=0.1),
+    "dapo, dual clip": DAPO(dual_clip=3.0, delta=4.0),
+    "gspo": GSPO(beta=0.1, kl="k3+", epsilon_low=0.001, epsilon_high=0.002),
+    "cispo": CISPO(ratio_max=1.3, beta=0.05, kl="k1"),
+    "sapo": SAPO(beta=0.1, kl="k2"),
+    "reinforce": REINFORCE(),
+}
+PAIRS: dict[str, PreferenceLoss] = {
+    "dpo": PreferenceLoss(options={"label_smoothing": 0.1}),
+    "hinge, long pairs": PreferenceLoss(("hinge",), ld_alpha=0.5),
+    "ipo": PreferenceLoss(("ipo",)),
+    "mpo": PreferenceLoss(("sigmoid", "ipo", "hinge"), (0.8, -0.2, 1.5)),
+}
+
+
+def tokens(lengths: list[int], device: str) -> tuple[Sequences, Tensor, Tensor]:
+    """Sequences of these lengths; log-probs of their tokens, and those moved by up to 0.3."""
+    g = torch.Generator().manual_seed(0)
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    logprobs = -3 * torch.rand(len(index), generator=g)
+    others = logprobs + 0.1 * torch.randn(len(index), generator=g)
+    return Sequences.of(index.to(device), len(lengths)), logprobs.to(device), others.to(device)
+
+
+def check_loss(backend: Any, bound: BoundPolicyLoss | BoundPreferenceLoss, logprobs: Tensor) -> None:
+    """Values and slopes against fp64, the yardstick being torch in fp32; and their bits."""
+    vectors = {f.name: v for f in fields(bound) if isinstance(v := getattr(bound, f.name), Tensor)}
+    doubled: dict[str, Any] = {name: v.double() for name, v in vectors.items() if v.dtype == torch.float32}
+    wide = replace(bound, **doubled)
+    at = slice(0, len(logprobs))
+    results = [backend.loss(bound, logprobs, None), bound(at, logprobs, None), wide(at, logprobs.double(), None)]
+    assert has_twin(bound)
+    for found, torchs, exact in zip(*((loss, grads.logprobs) for loss, grads in results)):
+        own = (torchs.double() - exact).abs().max()
+        assert (found.double() - exact).abs().max() <= 2 * own + 1e-6 * exact.abs().max()
+    loss, grads = backend.loss(bound, logprobs, None)
+    assert torch.equal(loss, results[0][0])
+    assert torch.equal(grads.logprobs, results[0][1].logprobs)
+
+
+@pytest.mark.parametrize(("device", "backend"), DEVICES)
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("name", POLICIES)
+def test_policy_losses_against_fp64(device: str, backend: Any, name: str, old: bool) -> None:
+    """Sequences of many blocks, of one token and of none."""
+    sequences, logprobs, others = tokens([3, 0, 2500, 1, 1024, 40, 0], device)
+    bound = POLICIES[name].bind(
+        advantages=torch.linspace(-1, 1, len(logprobs), device=device).roll(7),
+        sequences=sequences,
+        old_logprobs=others if old else None,
+        ref_logprobs=others.roll(1),
+        num_sequences=sequences.count,
+        num_tokens=len(logprobs),
+    )
+    check_loss(backend, bound, logprobs)
+
+
+@pytest.mark.parametrize(("device", "backend"), DEVICES)
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair_losses_against_fp64(device: str, backend: Any, name: str) -> None:
+    """Pairs of many blocks; of one token; with one side, the other side or both empty."""
+    sequences, logprobs, others = tokens([2100, 5, 1, 0, 40, 0, 70, 1500, 1, 3, 0, 0], device)
+    bound = PAIRS[name].bind(
+        sequences=sequences,
+        ref_logprobs=others,
+        ref_sums=None,
+        labels=None,
+        kl=None,
+        num_pairs=6,
+        num_tokens=len(logprobs),
+        dtype=torch.float32,
+    )
+    check_loss(backend, bound, logprobs)
+
+
+@pytest.mark.parametrize(("device", "backend"), DEVICES)
+@pytest.mark.parametrize("grad_filter", [1e-4, 0.3])
+def test_filtered_gradients_stay_within_the_bound_on_the_device(device: str, backend: Any, grad_filter: float) -> None:
+    """The bound that `linear_logprobs` states, over several blocks of the vocabulary on any GPU; something is left out."""
+    data = placed(drawn(64, 32, 40000, torch.float32, seed=3), device)
+    data["hidden"] *= 6.0
+    data["targets"] = (data["hidden"] @ data["weight"].T).argmax(1)
+    upstream = torch.linspace(-1, 1, 64, device=device)
+    results = []
+    for share in (0.0, grad_filter):
+        x, w = (data[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        found = fr.linear_logprobs(x, w, data["targets"], outputs=("lse",), grad_filter=share)
+        assert found.lse is not None
+        (found.logprobs * upstream + 0.5 * found.lse * upstream).sum().backward()
+        results.append((found.logprobs.detach(), x.grad, w.grad))
+    (exact_lp, exact_x, exact_w), (lp, x, w) = results
+    assert torch.equal(lp, exact_lp)  # the forward is exact whatever the filter
+    allowed = 0.5 * upstream.abs() * grad_filter
+    assert ((x - exact_x).norm(dim=1) <= allowed * data["weight"].norm(dim=1).max() + 1e-5).all()
+    assert (w - exact_w).norm() <= (allowed * data["hidden"].norm(dim=1)).sum() + 1e-4
+    assert not torch.equal(w, exact_w)

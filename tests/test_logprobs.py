@@ -8,9 +8,11 @@ import fused_rlhf as fr
 from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels.interface import Grads, Needs
 from fused_rlhf.op import logprobs
-from tests.helpers import ALL_OUTPUTS, inputs, relative, worst
+from tests.helpers import ALL_OUTPUTS, inputs, placed, projection, relative, worst
 
 BACKENDS = ["reference", "chunked"]
+GPU = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 def leaf(tensor):
@@ -23,9 +25,9 @@ def backward_calls(monkeypatch):
     calls = []
     original = chunked.gradients
 
-    def watched(rows, head, stats, upstream, needs):
+    def watched(rows, head, stats, upstream, needs, *rest):
         calls.append((rows.count, needs))
-        return original(rows, head, stats, upstream, needs)
+        return original(rows, head, stats, upstream, needs, *rest)
 
     monkeypatch.setattr(chunked, "gradients", watched)
     return calls
@@ -187,23 +189,67 @@ def test_gradient_checkpointing_around_the_op():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiles_without_a_graph_break(masked):
-    data = inputs(12, 6, 70, torch.float32)
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [
+        ("cpu", {"backend": "aot_eager"}),
+        pytest.param("cuda", {}, marks=GPU),
+        pytest.param("cuda", {"mode": "reduce-overhead"}, marks=GPU),
+    ],
+    ids=["aot_eager", "inductor", "reduce-overhead"],
+)
+def test_compiles_without_a_graph_break(device, options, masked):
+    """Under CUDA graphs the later calls replay what the first ones recorded, on other numbers."""
+    data = placed(inputs(12, 6, 70, torch.float32), device)
     if masked:
         data["targets"][::3] = -100
 
     def f(hidden, weight, targets):
-        found = fr.linear_logprobs(torch.tanh(hidden), weight, targets, outputs=("entropy",), backend="chunked")
+        found = fr.linear_logprobs(torch.tanh(hidden), weight, targets, outputs=("entropy",))
         return (found.logprobs - 0.1 * found.entropy).sum()
 
-    results = []
-    for function in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        hidden, weight = leaf(data["hidden"]), leaf(data["weight"])
-        value = function(hidden, weight, data["targets"])
-        value.backward()
-        results.append((value.detach(), hidden.grad, weight.grad))
-    for a, b in zip(*results):
-        assert worst(a, b) < 1e-6
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, **options)
+    for shift in (0.0, 0.1, 0.2, 0.3):
+        results = []
+        for function in (f, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            hidden, weight = leaf(data["hidden"] + shift), leaf(data["weight"])
+            value = function(hidden, weight, data["targets"])
+            value.backward()
+            results.append([t.detach().clone() for t in (value, hidden.grad, weight.grad)])
+        for a, b in zip(*results):
+            assert worst(a, b) <= 1e-5 * max(1.0, a.abs().max().item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad_filter", [0.0, 1e-3])
+def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter):
+    """Their schemas, results without data, and derivatives, also under a compiler and with sizes that it does not know."""
+    data = placed(inputs(12, 16, 70, torch.float32, bias=True), device)
+    data["targets"][2] = -100
+    head = projection(data["weight"], data["bias"], logit_scale=0.7, softcap=5.0, grad_filter=grad_filter)
+    options = logprobs._Options.of(head, -100, ("entropy", "is_top1"), "auto")
+    temperature, absent = torch.ones(12, device=device), torch.empty(0, device=device)
+    free = [leaf(data["weight"]), leaf(data["bias"]), absent]
+    forward = (leaf(data["hidden"]), free, data["targets"], temperature, *options)
+    torch.library.opcheck(torch.ops.fused_rlhf.logprobs.default, forward)
+
+    found = dict(zip(logprobs.RESULTS, torch.ops.fused_rlhf.logprobs(*forward)))
+    kept = [found[name].detach() for name in ("logprobs", "lse", "entropy", "mass")]
+    operands = [t.detach() for t in free]
+    upstream = [torch.linspace(-1, 1, 12, device=device), torch.zeros(12, device=device), absent]
+    backward = (
+        upstream,
+        data["hidden"],
+        operands,
+        data["targets"],
+        temperature,
+        kept,
+        [True, True, True, False],
+        *options,
+    )
+    torch.library.opcheck(torch.ops.fused_rlhf.logprobs_backward.default, backward)
 
 
 def test_gradients_not_needed_are_empty_not_none():

@@ -1,4 +1,4 @@
-"""Liger: its chunked GRPO and DPO losses, and its fused linear cross entropy."""
+"""Liger: its chunked GRPO and DPO losses, its fused linear cross entropy, and its scaled one."""
 
 from __future__ import annotations
 
@@ -95,14 +95,25 @@ def dpo(inputs: Inputs) -> Step:
 
 @provider("liger-flce", packages=PACKAGES, ops=LOGPROB_OPS, tolerance=ROUNDED)
 def cross_entropy(inputs: Inputs) -> Step:
-    """Its fused linear cross entropy with a result per token; Triton alone."""
+    """Its fused linear cross entropy, with a result per token unless the mean is asked for; Triton alone."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     if not inputs.hidden.is_cuda:
         raise ValueError("liger-flce is written in Triton alone; it needs a GPU")
-    module, labels = LigerFusedLinearCrossEntropyLoss(reduction="none"), inputs.labels
+    mean, labels = inputs.case.op == "sft", inputs.labels
+    module = LigerFusedLinearCrossEntropyLoss(reduction="mean" if mean else "none")
 
-    def run() -> Tensor:
-        return -module(inputs.weight, inputs.hidden, labels)
+    def run() -> Tensor | Output:
+        found = module(inputs.weight, inputs.hidden, labels)
+        return Output(found) if mean else -found
 
     return run
+
+
+@provider("liger-scaled", packages=PACKAGES, ops=LOGPROB_OPS, tolerance=ROUNDED)
+def scaled_cross_entropy(inputs: Inputs) -> Step:
+    """What verl calls: a CuTe kernel on Hopper (which needs nvidia-cutlass-dsl), blocks of 512 rows in torch elsewhere."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    labels = inputs.labels
+    return lambda: -LigerFusedLinearScaledCrossEntropyFunction.apply(inputs.hidden, inputs.weight, labels).float()

@@ -1,36 +1,42 @@
-"""fused-rlhf: ours[-BACKEND][-MODE][-rounded]; without a backend it is "auto", without a mode likewise."""
+"""fused-rlhf: ours[-BACKEND][-MODE][-rounded]; without a backend it is "auto", without a mode likewise. ours-lora: with an
+adapter on a frozen head. ours-compiled, ours-graphs: inside torch.compile, in its default mode and in "reduce-overhead"."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from fused_rlhf.bench import objectives
 from fused_rlhf.bench.cases import Case
 from fused_rlhf.bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, Values
 from fused_rlhf.bench.provider import CONTRACT, ROUNDED, Output, Step, provider
+from fused_rlhf.bench.providers.plain import LOGPROB_OPS, adapter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fused_rlhf.bench.inputs import Inputs
 
-OBJECTIVES = ("grpo", "ppo", "dpo")
+PACKAGES = ("fused-rlhf", "torch", "triton")
+OBJECTIVES = ("sft", "grpo", "ppo", "dpo")
 
 
-def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
+def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool = False) -> Step:
     import fused_rlhf as fr
 
     case, labels = inputs.case, inputs.labels
+    on_head: dict[str, Any] = {"lora": adapter(inputs)} if lora else {}
     if case.op == "kl":
         divergence = partial(fr.linear_kl, kind="reverse", mask=inputs.mask, backend=backend)
         assert inputs.ref_hidden is not None
         ref_hidden, ref_weight = inputs.ref_hidden, inputs.weight.detach()
         return lambda: divergence(inputs.hidden, inputs.weight, ref_hidden, ref_weight)
     if case.op not in OBJECTIVES:
-        logprobs = partial(fr.linear_logprobs, backend=backend, round_logits=rounded)
-        return lambda: Values(logprobs(inputs.hidden, inputs.weight, labels).logprobs)
-    batch: dict[str, Any] = {
+        options: dict[str, Any] = {"backend": backend, "round_logits": rounded, **on_head}
+        return lambda: Values(fr.linear_logprobs(inputs.hidden, inputs.weight, labels, **options).logprobs)
+    batch: dict[str, Any] = on_head | {
         "completion_mask": inputs.sequences(inputs.mask) if case.density < 1 else None,
         "ref_logprobs": None if inputs.ref_logprobs is None else inputs.sequences(inputs.ref_logprobs),
     }
@@ -41,6 +47,8 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool) -> Step:
         batch.setdefault("objective", fr.DPO(beta=DPO_BETA))
         if not batch["objective"].needs_reference:
             batch["ref_logprobs"] = None
+    elif case.op == "sft":  # a policy whose advantages are all 1, so that one pass serves
+        batch |= {"advantages": inputs.upstream.new_ones(case.N // case.T), "objective": fr.REINFORCE()}
     else:
         batch["advantages"] = inputs.sequences(inputs.advantages)
         batch["old_logprobs"] = inputs.sequences(inputs.old_logprobs)
@@ -67,7 +75,7 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     from fused_rlhf.kernels.interface import Needs, Route, Work
 
     op, tokens = OPS[case.op], round(case.rows[0])
-    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (case.op in ("grpo", "ppo") or case.frozen_head)
+    one_pass = case.op in OBJECTIVES and mode != "two_phase" and (case.op != "dpo" or case.frozen_head)
     route: Route = (
         "divergence" if op.values == "kl" else "one_pass" if one_pass else "two_phase" if op.backward else "forward"
     )
@@ -76,7 +84,9 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     needs = Needs(op.backward, op.backward and not case.frozen_head, False)
     work = Work(route, tokens, case.H, case.V, DTYPES[case.dtype], needs, needs_entropy=op.entropy)
     if device == "cuda" and torch.cuda.is_available():
-        work = replace(work, multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
+        device_of = torch.cuda.get_device_properties(0)
+        sizes = {"multiprocessors": device_of.multi_processor_count, "device_bytes": device_of.total_memory}
+        work = replace(work, **sizes)
     # Rows outside the mask have gradients too, which are zero.
     return backends.load(backend).memory(work) + case.gradient_bytes - work.gradients
 
@@ -98,8 +108,44 @@ for _backend in ("auto", "triton", "chunked", "reference"):
             _parts = ["ours", *(p for p in (_backend, _mode) if p != "auto"), *(["rounded"] if _rounded else [])]
             provider(
                 "-".join(_parts),
-                packages=("fused-rlhf", "torch", "triton"),
+                packages=PACKAGES,
                 where=partial(has, backend=_backend, mode=_mode, rounded=_rounded),
                 tolerance=ROUNDED if _rounded else CONTRACT,
                 memory=partial(memory, backend=_backend, mode=_mode),
             )(partial(ours, backend=_backend, mode=_mode, rounded=_rounded))
+
+
+LORA_OPS = ("logprobs_fwd_bwd", "grpo")
+provider("ours-lora", packages=PACKAGES, ops=LORA_OPS, where=lambda case: case.frozen_head)(
+    partial(ours, backend="auto", mode="auto", rounded=False, lora=True)
+)
+
+
+@cache
+def compiled(device: str, mode: str) -> Callable[..., Tensor]:
+    """For all samples, so that one compilation serves them. On a CPU the graph is made and run, but no code of it."""
+    import torch
+
+    import fused_rlhf as fr
+
+    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return fr.linear_logprobs(hidden, weight, labels).logprobs
+
+    options: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+    return torch.compile(logprobs, fullgraph=True, **options)
+
+
+def inside_torch_compile(inputs: Inputs, *, mode: str) -> Step:
+    import torch
+
+    function, labels = compiled(inputs.hidden.device.type, mode), inputs.labels
+
+    def run() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return function(inputs.hidden, inputs.weight, labels)
+
+    return run
+
+
+for _name, _mode in (("ours-compiled", "default"), ("ours-graphs", "reduce-overhead")):
+    provider(_name, packages=PACKAGES, ops=LOGPROB_OPS)(partial(inside_torch_compile, mode=_mode))

@@ -53,6 +53,32 @@ def dense(inputs: Inputs) -> Step:
     return run
 
 
+RANK, SCALE = 16, 2.0
+
+
+def adapter(inputs: Inputs) -> tuple[Tensor, Tensor, float]:
+    """A (RANK, H), B (V, RANK) and their scale, as an adapter begins: B is 0, and the log-probs are those without it."""
+    import torch
+
+    weight = inputs.weight.detach()
+    rng = torch.Generator(weight.device).manual_seed(inputs.case.seed)
+    a = torch.randn(RANK, inputs.case.H, generator=rng, device=weight.device) / inputs.case.H**0.5
+    b = torch.zeros(inputs.case.V, RANK, dtype=weight.dtype, device=weight.device)
+    return a.to(weight.dtype).requires_grad_(), b.requires_grad_(), SCALE
+
+
+@provider("dense-lora", tolerance=ROUNDED, ops=("logprobs_fwd_bwd", "grpo"), where=lambda case: case.frozen_head)
+def dense_lora(inputs: Inputs) -> Step:
+    """Dense torch under an adapter of the head."""
+    a, b, scale = adapter(inputs)
+
+    def run() -> Tensor | Values:
+        logits = inputs.hidden @ inputs.weight.T + scale * (inputs.hidden @ a.T) @ b.T
+        return log_softmax_values(logits.float(), None, inputs)
+
+    return run
+
+
 def converted_memory(case: Case, device: str) -> float:
     copies = 4.0 * (case.N + case.V) * case.H if case.itemsize < 4 else 0.0
     return dense_memory(case, device) + OPS[case.op].heads * copies
@@ -99,18 +125,18 @@ def gemm(inputs: Inputs) -> Step:
     return bare_products(inputs, len(inputs.hidden))
 
 
-ROWS = 512
+ROWS = {"cpu": 512, "cuda": 8192}
 
 
 def blocked_products_memory(case: Case, device: str) -> float:
     d_weight = case.V * case.H if OPS[case.op].backward and not case.frozen_head else 0
-    return (min(ROWS, case.N) * (case.V + case.H) + d_weight) * case.itemsize
+    return (min(ROWS[device], case.N) * (case.V + case.H) + d_weight) * case.itemsize
 
 
 @provider("gemm-blocked", roof=True, memory=blocked_products_memory)
 def gemm_blocked(inputs: Inputs) -> Step:
-    """The same products, 512 rows at a time: on a CPU faster than whole ones, and possible at any N."""
-    return bare_products(inputs, ROWS)
+    """The same products, 512 rows at a time (8192 on a GPU): on a CPU faster than whole ones, and possible at any N."""
+    return bare_products(inputs, ROWS[inputs.hidden.device.type])
 
 
 def bare_products(inputs: Inputs, rows: int) -> Step:

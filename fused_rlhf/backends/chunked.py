@@ -32,18 +32,19 @@ from fused_rlhf.kernels.interface import (
     Stats,
     TokenGrads,
     Work,
-    kept_blocks,
+    indices,
 )
 from fused_rlhf.kernels.statistics import FAR, Partials, Tile, parts_of, reference_of
 
 __all__ = [
     "divergence",
     "divergence_gradients",
+    "filter_columns",
     "gradients",
     "loss",
-    "mass_blocks",
     "memory",
     "one_pass",
+    "one_pass_pays",
     "statistics",
 ]
 
@@ -62,7 +63,7 @@ class _Running:
         self.partials = Partials.none(like, outputs)
         self.log_mass: Tensor | None = None  # (N, tiles) log sum exp z of each tile
         if head.grad_filter > 0:
-            self.log_mass = op.new(rows.count, mass_blocks(self.vocabulary, like.device))
+            self.log_mass = op.new(rows.count, -(-self.vocabulary // tiling.TILE))
         size = min(op.rows, rows.count) * tiling.TILE
         self.exps, self.work = op.new(size), op.new(size) if self.of_exps else None
 
@@ -114,7 +115,6 @@ class _BackwardBlock:
     onehot: Tensor  # dz = onehot at the target + p (constant - slope log p)
     constant: Tensor
     slope: Tensor | None
-    keep: Tensor | None  # (n, tiles) bool: the tiles that a filter leaves to a row
     d_x: Tensor | None  # (n, H)
     head: Projection
 
@@ -129,13 +129,10 @@ class _BackwardBlock:
         g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
         if op.curved:  # else it is part of scale
             g, h, k = g / temperature, h / temperature, k / temperature
-        constant, keep = k - g, None
+        constant = k - g
         if grads.entropy is not None:
             assert stats.entropy is not None
             constant = constant - h * stats.entropy
-        if stats.mass is not None:
-            exact = None if grads.entropy is None else grads.entropy != 0
-            keep = kept_blocks(stats.mass, op.head.grad_filter, targets, tiling.TILE, exact)
         return _BackwardBlock(
             x=x,
             narrow_x=x.to(op.narrow),
@@ -146,7 +143,6 @@ class _BackwardBlock:
             onehot=g,
             constant=constant,
             slope=None if grads.entropy is None else h,
-            keep=keep,
             d_x=torch.zeros_like(x) if needs.hidden else None,
             head=op.head,
         )
@@ -214,29 +210,34 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     return running.stats()
 
 
-def mass_blocks(vocabulary: int, device: torch.device) -> int:
-    return -(-vocabulary // tiling.TILE)
+def filter_columns(device: torch.device) -> int:
+    return tiling.TILE
 
 
-def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+def gradients(
+    rows: Rows,
+    head: Projection,
+    stats: Stats,
+    upstream: TokenGrads,
+    needs: Needs,
+    filtered: tuple[Tensor, ...] | None = None,
+) -> Grads:
     """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
     op = Operands(rows, head)
     sink = head.sink(needs, tiling.TILE)
     tile = op.new(min(op.rows, rows.count) * tiling.TILE)
     blocks = [
         (some, _BackwardBlock.of(op, op.x(some), some, stats.pick(some), upstream.pick(some), needs))
-        for some in slices(rows.count, op.rows)
+        for some in slices(rows.count, op.rows if filtered is None else rows.count)
     ]
     for number, columns in enumerate(slices(head.vocabulary, tiling.TILE)):
         w = op.w(columns)
         into = sink.open(columns)
-        for _, whole in blocks:
-            block, index = whole, None
-            if whole.keep is not None:
-                index = whole.keep[:, number].nonzero().squeeze(1)
-                if index.numel() == 0:
-                    continue
-                block = whole.pick(index)
+        parts: list[tuple[_BackwardBlock, Tensor | None]] = [(block, None) for _, block in blocks]
+        if filtered is not None:  # one block of all rows, from which each tile takes its own
+            parts = [(parts[0][0], index) for index in filtered[number].split(op.rows) if len(index)]
+        for whole, index in parts:
+            block = whole if index is None else whole.pick(index)
             out = tile[: block.x.shape[0] * w.shape[0]].view(block.x.shape[0], w.shape[0])
             block.add(op.logits_of(block.x, w, block.scale, block.temperature, columns, out), w, into)
             if index is not None and whole.d_x is not None and block.d_x is not None:
@@ -279,10 +280,11 @@ def one_pass(
         stats = running.stats(some)
         losses[some], upstream = objective(some, stats.logprobs, stats.entropy)
         live = upstream.live(rows.targets[some])
-        if not live.any():
+        count = int(live.sum())  # of each block of rows: a GPU is waited for once a block
+        if count == 0:
             continue
-        index = live.nonzero().squeeze(1)
-        every = index.numel() == live.numel()
+        index = indices(live, count)
+        every = count == live.numel()
         here = index + some.start
         block = _BackwardBlock.of(op, x if every else x[index], here, stats.pick(index), upstream.pick(index), needs)
         for columns, reference in zip(slices(head.vocabulary, tiling.TILE), references):
@@ -293,6 +295,10 @@ def one_pass(
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(rows.hidden.dtype)
     return running.stats(), losses, sink.grads(d_hidden)
+
+
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
+    return True
 
 
 def memory(work: Work) -> float:

@@ -46,7 +46,7 @@ def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return depth - log_total[:, None], reference_of(maximum) + log_total
 
 
-def mass_blocks(vocabulary: int, device: torch.device) -> int:
+def filter_columns(device: torch.device) -> int:
     return 0  # nothing is left out here, whatever the filter
 
 
@@ -57,7 +57,14 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
     return Stats.of(log_p.gather(-1, rows.targets[:, None]).squeeze(-1), found)
 
 
-def gradients(rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs) -> Grads:
+def gradients(
+    rows: Rows,
+    head: Projection,
+    stats: Stats,
+    upstream: TokenGrads,
+    needs: Needs,
+    filtered: tuple[Tensor, ...] | None = None,
+) -> Grads:
     z = logits(rows.hidden, head, rows.temperature)
     temperature = rows.temperature.to(z.dtype)
     log_p = z - stats.lse[:, None]
@@ -116,7 +123,7 @@ def _divergence(rows: RowPairs, of: Comparison) -> Tensor:
         return _kl(log_q, log_p)
     if of.kind == "reverse":
         return _kl(log_p, log_q)
-    beta = torch.tensor(of.beta, dtype=log_p.dtype, device=log_p.device)
+    beta = log_p.new_full((), of.beta)
     floor = torch.finfo(log_p.dtype).min / 4  # -inf in both would make the gradient of logaddexp a NaN
     log_m = torch.logaddexp(log_q.clamp(min=floor) + beta.log(), log_p.clamp(min=floor) + (1 - beta).log())
     return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
@@ -142,6 +149,10 @@ def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: T
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(values, wanted, upstream.to(values.dtype)))
     return Grads(*(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves))
+
+
+def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
+    return True
 
 
 def memory(work: Work) -> float:

@@ -43,15 +43,13 @@ class Operands:
         scale = torch.full_like(rows.temperature, head.transform.logit_scale)
         # Without a curve the whole transform is one factor per row, which the (n, H) operand can carry.
         self.row_scale = scale if self.curved else scale / rows.temperature
-        self.scaled = not bool((self.row_scale == 1).all())
 
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.hidden.device)
 
     def x(self, rows: slice) -> Tensor:
         """(n, H) hidden states times row_scale."""
-        x = self.hidden[rows].to(self.compute).to(self.wide)
-        return x * self.row_scale[rows, None] if self.scaled else x
+        return self.hidden[rows].to(self.compute).to(self.wide) * self.row_scale[rows, None]
 
     def w(self, columns: slice) -> Tensor:
         """(v, H) rows of the head, as the products want them."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fused_rlhf import notices
 from fused_rlhf.checks import shape
+from fused_rlhf.door import Door
 from fused_rlhf.functional import linear_kl, linear_logprobs, linear_policy_loss
 from fused_rlhf.kernels.interface import Stats
 from fused_rlhf.objectives import PRESETS, Count, PolicyLoss
@@ -92,16 +93,17 @@ def _score(
 ) -> _Completions:
     """(S, T, H) hidden states of (S, T) targets."""
     head = Head(weight, bias)
-    projection, temperature = check_head(hidden, head, target, Call(ignore_index=ignore_index))
+    door, call = Door(), Call(ignore_index=ignore_index)
+    projection, temperature = check_head(hidden, head, target, call)
     _announce(hidden, head)
     if target.dim() != 2:
         raise ValueError(f"target must be (S, T), one row for each completion, got {shape(target)}")
     reference = check_reference(hidden, head, projection, None, ref_input, ref_weight, ref_bias)
-    sequence_of, count = flat_sequences(target, None)
-    tokens = tokens_of(target, None, ignore_index, projection.vocabulary, temperature, sequence_of, count)
+    sequence_of, count = flat_sequences(door, target, None)
+    tokens = tokens_of(door, target, None, call, projection.vocabulary, temperature, sequence_of, count)
     ref_logprobs = None if reference is None else reference_logprobs(reference, tokens, "auto")
     rows = tokens.rows(hidden, head, projection)
-    stats = statistics(rows, projection, ("mean_logit",), ignore_index, "auto")
+    stats = statistics(rows, projection, ("mean_logit",), "auto")
     return _Completions(tokens.sequences, stats, ref_logprobs)
 
 
@@ -126,7 +128,7 @@ def _loss(
     """Mean of the objective over pairs, or over single completions."""
     logprobs, sequences = scored.logprobs, scored.sequences
     if average:  # then a sum of them is a mean
-        logprobs = logprobs / sequences.spread(sequences.lengths.clamp(min=1))
+        logprobs = logprobs / sequences.spread(sequences.divisors)
     bound = objective.bind(
         sequences=sequences,
         ref_logprobs=None,
@@ -647,12 +649,11 @@ class LigerFusedLinearGRPOLoss(_Loss):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         ranks = torch.distributed.get_world_size() if distributed else 1
         if num_items_in_batch is None:
-            total = mask.bool().sum()
+            num_items_in_batch = mask.bool().sum()
             if distributed:
-                torch.distributed.all_reduce(total)
-        else:
-            total = torch.as_tensor(num_items_in_batch, device=mask.device)
-        return (total / ranks).clamp(min=1)
+                torch.distributed.all_reduce(num_items_in_batch)
+        share = num_items_in_batch / ranks
+        return share.clamp(min=1) if isinstance(share, Tensor) else max(share, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- distillation

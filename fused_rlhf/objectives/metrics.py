@@ -30,34 +30,39 @@ class Reduce:
     per_sequence: bool
 
     def tokens(self, values: Tensor) -> Metric:
-        return reductions.mean(values.sum() / max(values.numel(), 1), values.numel())
+        return reductions.mean(_mean(values), values.numel())
 
     def first(self, values: Tensor, empty: float = 0.0) -> Tensor:
         """(S,) the value at each sequence's first token."""
         if values.numel() == 0:
             return values.new_full((self.sequences.count,), empty)
         at = self.sequences.offsets[:-1].clamp(max=values.numel() - 1)
-        return values[at].masked_fill(self.sequences.lengths == 0, empty)
+        return values[at].masked_fill(self.sequences.empty, empty)
 
     def over_sequences(self, values: Tensor, empty: float = 0.0) -> Metric:
-        count = self.sequences.count
-        return reductions.mean(self.first(values, empty).sum() / max(count, 1), count)
+        return reductions.mean(_mean(self.first(values, empty)), self.sequences.count)
 
     def mean(self, values: Tensor) -> Metric:
         return self.over_sequences(values) if self.per_sequence else self.tokens(values)
 
     def min(self, values: Tensor) -> Metric:
         """The least of the sequences' means; 0 where there are no tokens."""
-        return reductions.least(self._extreme(values, math.inf).min(), values.numel())
+        return reductions.least(self._extreme(values, math.inf, torch.amin), values.numel())
 
     def max(self, values: Tensor) -> Metric:
-        return reductions.most(self._extreme(values, -math.inf).max(), values.numel())
+        return reductions.most(self._extreme(values, -math.inf, torch.amax), values.numel())
 
-    def _extreme(self, values: Tensor, empty: float) -> Tensor:
-        without = self.sequences.lengths == 0
-        means = self.first(values) if self.per_sequence else self.sequences.mean(values).masked_fill(without, empty)
-        none = without.all()
-        return torch.cat([means, means.new_full((1,), empty)]).masked_fill(none, 0.0)
+    def _extreme(self, values: Tensor, empty: float, extreme: Callable[[Tensor], Tensor]) -> Tensor:
+        if values.numel() == 0:
+            return values.new_zeros(())
+        if self.per_sequence:
+            return extreme(self.first(values))
+        return extreme(self.sequences.mean(values).masked_fill(self.sequences.empty, empty))
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 of none."""
+    return values.mean() if values.numel() else values.sum()
 
 
 METRICS: dict[str, Callable[[BoundPolicyLoss, Tensor, Tensor, Tensor, Reduce], dict[str, Metric]]] = {}
@@ -166,7 +171,7 @@ def preference_metrics(
     weighted = logprobs if bound.token_weights is None else logprobs * bound.token_weights
     total = sequences.sum(precise(weighted))
     if PREFERENCES[bound.losses[0]].averaged:
-        total = total / sequences.lengths.clamp(min=1)
+        total = total / sequences.divisors
     against = total if bound.ref_sums is None else total - bound.ref_sums
     reward = bound.beta * alpha_reward(against, bound.options.get("alpha") or 0.0)
     if bound.labels is None:

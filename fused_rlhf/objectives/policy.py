@@ -338,7 +338,7 @@ def _of_all_ranks(values: Tensor) -> Tensor:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values
     world = torch.distributed.get_world_size()
-    count = torch.tensor([values.numel()], device=values.device)
+    count = torch.full((1,), values.numel(), device=values.device)
     counts = [torch.zeros_like(count) for _ in range(world)]
     torch.distributed.all_gather(counts, count)
     sizes = torch.cat(counts).tolist()

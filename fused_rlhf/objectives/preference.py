@@ -220,7 +220,7 @@ class BoundPreferenceLoss(BoundPreference):
         plain = total if self.token_weights is None else self.sequences.sum(logprobs)
         ref = torch.zeros_like(total) if self.ref_sums is None else self.ref_sums
         score = score_of(total - ref, self.objective.f_divergence, self.objective.f_alpha)
-        lengths = self.sequences.lengths.clamp(min=1).to(total.dtype)
+        lengths = self.sequences.divisors.to(total.dtype)
         chosen, rejected = zip(*(values.chunk(2) for values in (total, ref, score, plain, lengths)))
         return Side(*chosen), Side(*rejected)
 

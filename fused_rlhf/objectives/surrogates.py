@@ -227,7 +227,8 @@ def clip_cov(
     ratio, cov = (logprob - old).detach().exp(), _covariance(logprob, advantage)
     unclipped = ratio * advantage <= ratio.clamp(1 - epsilon_low, 1 + epsilon_high) * advantage
     eligible = unclipped & (cov > cov_low) & (cov < cov_high)
-    lot = torch.rand(len(cov), generator=torch.Generator().manual_seed(int(seed))).to(cov.device)
+    lot = torch.rand(len(cov), generator=torch.Generator().manual_seed(int(seed)))
+    lot = lot.to(cov.device, non_blocking=True)
     count = max(int(share * len(cov)), 1)
     drawn = lot.masked_fill(~eligible, -1.0).topk(min(count, len(cov))).indices
     keep = torch.ones_like(loss)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_rlhf.checks import check_count, check_zero_or_one
+from fused_rlhf.checks import check_count
+from fused_rlhf.door import Door
 from fused_rlhf.objectives.registry import check_number
 from fused_rlhf.objectives.surrogates import Count
 
@@ -38,7 +39,14 @@ def value_loss(
     for name, other in (("returns", returns), ("old_values", old_values), ("mask", mask)):
         if other is not None and other.shape != values.shape:
             raise ValueError(f"{name} must have the shape of values {tuple(values.shape)}, got {tuple(other.shape)}")
-    check_zero_or_one("mask", mask)
+    door, active = Door(), None if mask is None else mask.bool()
+    door.zero_or_one("mask", mask)
+    if num_tokens is None:
+        door.read()
+        count = values.numel() if active is None else active.sum()
+    else:
+        (live,) = (values.numel(),) if active is None else door.read(active)
+        count = check_count("num_tokens", num_tokens, live)
     loss = (_masked(values, mask) - _masked(returns, mask)).square()
     if cliprange_value is not None:
         check_number("cliprange_value", cliprange_value, above=0)
@@ -46,9 +54,6 @@ def value_loss(
             raise ValueError(f"old_values must be given with cliprange_value={cliprange_value}, got None")
         clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
         loss = torch.maximum(loss, (_masked(clipped, mask) - _masked(returns, mask)).square())
-    count = num_tokens if num_tokens is not None else (values.numel() if mask is None else mask.sum())
-    if num_tokens is not None:
-        count = check_count("num_tokens", num_tokens, values.numel() if mask is None else int(mask.sum()))
     return 0.5 * loss.sum() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 

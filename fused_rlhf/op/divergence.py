@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.kernels.interface import Comparison, Needs, Projection, RowPairs, Sums, pick
+from fused_rlhf.kernels.interface import Comparison, Needs, Projection, RowPairs, Sums, indices, pick
 from fused_rlhf.op.once import once_differentiable
-from fused_rlhf.op.rows import check_temperature, scatter
+from fused_rlhf.op.rows import scatter
 
 
 def divergence(rows: RowPairs, of: Comparison, backend: str) -> Tensor:
     """(N,), differentiable in rows.hidden and the operands of of.policy, once."""
-    check_temperature(rows.temperature)
     with torch.autocast(rows.hidden.device.type, enabled=False):  # the compute dtypes were read from it already
         policy = of.policy
         return _Divergence.apply(rows.hidden, policy.weight, policy.bias, policy.lora_b, rows, of, backend)
@@ -69,8 +68,9 @@ class _Divergence(torch.autograd.Function):
             return (None,) * 7
         hidden, ref_hidden, temperature, *kept = ctx.saved_tensors
         of = replace(ctx.of, policy=_with(ctx.of.policy, *kept[:3]), ref=_with(ctx.of.ref, *kept[3:6]))
-        live = (upstream != 0).nonzero().squeeze(1)  # a NaN is not zero: it stays, and is seen
-        some = None if len(live) == len(upstream) else live
+        live = upstream != 0  # a NaN is not zero: it stays, and is seen
+        count = int(live.sum())
+        some = None if count == len(live) else indices(live, count)
         rows = RowPairs(hidden, ref_hidden, temperature).pick(some)
         g, *sums = (pick(v, some) for v in (upstream, *kept[6:]))
         computed = backends.resolve(ctx.backend, hidden)

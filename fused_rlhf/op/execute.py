@@ -29,7 +29,6 @@ from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.logprobs import linear_logprobs
 from fused_rlhf.op.once import once_differentiable
-from fused_rlhf.op.rows import check_temperature
 
 Mode = Literal["auto", "one_pass", "two_phase"]
 
@@ -57,28 +56,30 @@ def execute(
     head: Projection,
     objective: Objective,
     outputs: tuple[str, ...],
-    ignore_index: int,
     mode: Mode,
     backend: str,
 ) -> tuple[Tensor, Stats]:
-    """Sum of the objective over the rows, differentiable, and the statistics asked for and needed, (N,) each."""
+    """Sum of the objective over the rows, differentiable, and the statistics asked for and needed, (N,) each.
+
+    Here and below rows are real tokens that a `Door` has let in.
+    """
     computed = tuple(name for name in OUTPUTS if name in outputs or name in objective.outputs)
     serves = serves_one_pass(objective.tokenwise, objective.has_entropy_term, trains(head))
-    one_pass = mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head))
-    if one_pass and rows.count > 0 and objective.tokenwise:
+    one_pass = rows.count > 0 and (mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head, backend)))
+    if one_pass and objective.tokenwise:
         return _one_pass_loss(rows, head, computed, objective, backend)
-    if one_pass and rows.count > 0:
+    if one_pass:
         stats = _frozen_logprobs(rows, head, computed, backend)
     else:
-        stats = linear_logprobs(rows, head, ignore_index, computed, backend)
+        stats = linear_logprobs(rows, head, None, computed, backend)
     return loss_of(stats, objective, backend), stats
 
 
-def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], ignore_index: int, backend: str) -> Stats:
+def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
     """For a loss of log-probs alone: those are differentiable, the other statistics maybe not."""
-    if rows.count > 0 and not trains(head) and _pays(rows, head):
+    if rows.count > 0 and not trains(head) and _pays(rows, head, backend):
         return _frozen_logprobs(rows, head, outputs, backend)
-    return linear_logprobs(rows, head, ignore_index, outputs, backend)
+    return linear_logprobs(rows, head, None, outputs, backend)
 
 
 def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
@@ -109,11 +110,15 @@ def trains(head: Projection) -> bool:
     return any(t is not None and t.requires_grad for t in (head.weight, head.bias, head.lora_b))
 
 
-def _pays(rows: Rows, head: Projection) -> bool:
-    """Whether gradients are wanted at all, and can be held: those of fp16 would underflow before a loss scale."""
-    wanted = torch.is_grad_enabled() and (rows.hidden.requires_grad or trains(head))
+def _pays(rows: Rows, head: Projection, backend: str) -> bool:
+    """Whether gradients are wanted at all, can be held (those of fp16 would underflow before a loss scale) and are
+    predicted to come sooner."""
+    operands = (rows.hidden, head.weight, head.bias, head.lora_b)
+    needs = Needs(*(t is not None and t.requires_grad for t in operands))
     half = torch.float16 in (rows.hidden.dtype, head.weight.dtype)
-    return wanted and not half and not torch.compiler.is_compiling()
+    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling():
+        return False
+    return backends.resolve(backend, rows.hidden).one_pass_pays(rows, head, needs)
 
 
 class _Loss(torch.autograd.Function):
@@ -178,7 +183,6 @@ class _OnePassLoss(torch.autograd.Function):
 def _one_pass_loss(
     rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, backend: str
 ) -> tuple[Tensor, Stats]:
-    check_temperature(rows.temperature)
     total, *values = _OnePassLoss.apply(
         rows.hidden, head.weight, head.bias, head.lora_b, rows, head, outputs, objective, backend
     )
@@ -224,7 +228,7 @@ class _Unit(BoundPolicy):
             beta=0.0,
             options={},
             level="token",
-            offsets=torch.tensor([0, like.numel()], device=like.device),
+            offsets=torch.arange(2, device=like.device) * like.numel(),
             plain=True,
         )
 
@@ -255,5 +259,4 @@ class _FrozenLogprobs(torch.autograd.Function):
 
 def _frozen_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
     """Only the log-probs are differentiable, and only in hidden."""
-    check_temperature(rows.temperature)
     return _named(_FrozenLogprobs.apply(rows.hidden, rows, head, outputs, backend), outputs)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.checks import check_tensor, check_zero_or_one, shape
+from fused_rlhf.checks import check_tensor, shape
+from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import CURVES, Transform
@@ -221,6 +222,11 @@ def _temperatures(temperature: float | Tensor, targets: Tensor, wide: torch.dtyp
             raise ValueError("temperature must not require a gradient: it takes none")
         return temperature.reshape(-1).to(wide)
     check_number("temperature", temperature, positive=True)
+    limits = torch.finfo(wide)
+    if not limits.tiny <= temperature <= limits.max:
+        raise ValueError(
+            f"temperature must lie in [{limits.tiny:g}, {limits.max:g}], as {wide} does, got {temperature}"
+        )
     return torch.full((targets.numel(),), float(temperature), dtype=wide, device=targets.device)
 
 
@@ -287,6 +293,7 @@ def _check_ref_operands(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref:
 
 
 def check_divergence(
+    door: Door,
     hidden: Tensor,
     head: Head,
     ref_hidden: Tensor,
@@ -311,7 +318,7 @@ def check_divergence(
     for name, of_rows in (("mask", mask), ("temperature", call.temperature)):
         if isinstance(of_rows, Tensor) and of_rows.shape != hidden.shape[:-1]:
             raise ValueError(f"{name} must have the shape of the rows {shape(hidden)[:-1]}, got {shape(of_rows)}")
-    check_zero_or_one("mask", mask)
+    door.zero_or_one("mask", mask)
     anything = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     projection, flat = check_head(hidden, head, anything, call)
     for name, given in (("ref_hidden", ref_hidden), ("ref_weight", ref.weight), ("ref_bias", ref.bias)):

@@ -16,20 +16,33 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.kernels.interface import Grads, Needs, Projection, Rows, Stats, TokenGrads
+from fused_rlhf.door import Door
+from fused_rlhf.kernels.interface import (
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    TokenGrads,
+    indices,
+    kept_blocks,
+    pick,
+    rows_of_blocks,
+)
 from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.op.adapter import no_autocast
-from fused_rlhf.op.rows import check_temperature, live_rows, scatter
+from fused_rlhf.op.rows import check_targets, check_temperature, scatter
 
-RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass")
+# The last two are for the backward alone.
+RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser")
 DIFFERENTIABLE = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
 
 
 class _Options(NamedTuple):
     """What is no tensor, as a custom op takes it."""
 
-    ignore_index: int
+    ignore_index: int | None
     numbers: list[float]  # logit_scale, the curve's parameter, grad_filter
     names: str  # the curve, the backend and the outputs, between commas
     compute_dtype: torch.dtype
@@ -37,7 +50,7 @@ class _Options(NamedTuple):
     round_logits: bool
 
     @staticmethod
-    def of(head: Projection, ignore_index: int, outputs: tuple[str, ...], backend: str) -> _Options:
+    def of(head: Projection, ignore_index: int | None, outputs: tuple[str, ...], backend: str) -> _Options:
         transform = head.transform
         numbers = [transform.logit_scale, transform.parameter, head.grad_filter]
         names = ",".join((transform.curve, backend, *outputs))
@@ -66,8 +79,13 @@ class _Options(NamedTuple):
         return tuple(self.names.split(",")[2:])
 
 
-def linear_logprobs(rows: Rows, head: Projection, ignore_index: int, outputs: tuple[str, ...], backend: str) -> Stats:
-    """Statistics of any flat rows, zero where the target is `ignore_index`; differentiable."""
+def linear_logprobs(
+    rows: Rows, head: Projection, ignore_index: int | None, outputs: tuple[str, ...], backend: str
+) -> Stats:
+    """Statistics of any flat rows, zero where the target is `ignore_index`; differentiable.
+
+    ignore_index None: a `Door` has let the rows in, and all are to be computed.
+    """
     absent = rows.hidden.new_empty(0)
     operands = [absent if t is None else t for t in (head.weight, head.bias, head.lora_b)]
     options = _Options.of(head, ignore_index, outputs, backend)
@@ -81,31 +99,50 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 
 
 _OPTIONS = (
-    "SymInt ignore_index, float[] numbers, str names, ScalarType compute_dtype, ScalarType adapter_dtype, "
+    "SymInt? ignore_index, float[] numbers, str names, ScalarType compute_dtype, ScalarType adapter_dtype, "
     "bool round_logits"
 )
 _OPERANDS = "Tensor hidden, Tensor[] head, Tensor targets, Tensor temperature"
 
 
+# They wait for the device: torch.compile must not capture them in a CUDA graph.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
 @torch.library.custom_op(
     "fused_rlhf::logprobs",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"({_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(RESULTS))})",
 )
 def _logprobs(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-def]
     asked = _Options(*options)
     projection = asked.head(*head)
-    index = live_rows(targets, asked.ignore_index, projection.vocabulary)
-    empty = _empty(hidden, projection, targets, temperature, asked)
+    index = None if asked.ignore_index is None else _checked(targets, temperature, asked.ignore_index, projection)
     rows = Rows(hidden, targets, temperature).pick(index)
     if rows.count == 0:
-        return empty
-    check_temperature(rows.temperature)
+        return _empty(hidden, projection, targets, temperature, asked)
     with no_autocast(hidden):
         stats = backends.resolve(asked.backend, hidden).statistics(rows, projection, asked.outputs)
-    found = {"logprobs": stats.logprobs, "lse": stats.lse, "mass": stats.mass, **stats.extra}
+    found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
     full = [scatter(found.get(name), index, targets.numel()) for name in RESULTS]
-    return tuple(e if value is None else value for value, e in zip(full, empty))
+    return tuple(
+        hidden.new_empty(0, dtype=dtype) if value is None else value for value, dtype in zip(full, _dtypes(temperature))
+    )
+
+
+def _checked(targets: Tensor, temperature: Tensor, ignore_index: int, head: Projection) -> Tensor | None:
+    """The rows that are not ignored, None for all of them."""
+    door, live = Door(), targets != ignore_index
+    check_targets(door, targets, live, ignore_index, head.vocabulary)
+    check_temperature(door, temperature, live)
+    return door.rows(live)
+
+
+def _dtypes(temperature: Tensor) -> list[torch.dtype]:
+    """Of RESULTS."""
+    boolean = {name for name, record in STATISTICS.items() if record.boolean}
+    return [torch.bool if name in boolean else temperature.dtype for name in RESULTS]
 
 
 def _empty(
@@ -113,13 +150,14 @@ def _empty(
 ) -> tuple[Tensor, ...]:
     """Zeros of the op's result shapes; what was not asked for has no elements."""
     count = targets.numel()
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", *asked.outputs), (count,))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "lse", "normaliser", *asked.outputs), (count,))
     if head.grad_filter > 0:
-        blocks = backends.resolve(asked.backend, hidden).mass_blocks(head.vocabulary, hidden.device)
-        shapes["mass"] = (count, blocks)
-    boolean = {name for name, record in STATISTICS.items() if record.boolean}
-    dtypes = {name: torch.bool if name in boolean else temperature.dtype for name in RESULTS}
-    return tuple(torch.zeros(shapes.get(n, (0,)), dtype=dtypes[n], device=hidden.device) for n in RESULTS)
+        columns = backends.resolve(asked.backend, hidden).filter_columns(hidden.device)
+        shapes["mass"] = (count, -(-head.vocabulary // columns) if columns else 0)
+    return tuple(
+        torch.zeros(shapes.get(name, (0,)), dtype=dtype, device=hidden.device)
+        for name, dtype in zip(RESULTS, _dtypes(temperature))
+    )
 
 
 @_logprobs.register_fake
@@ -131,7 +169,7 @@ def _(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, head, targets, temperature, *options = inputs
     found = dict(zip(RESULTS, output))
-    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass")]
+    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass", "normaliser")]
     ctx.save_for_backward(hidden, *head, targets, temperature, *kept)
     ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
@@ -164,24 +202,39 @@ _logprobs.register_autograd(_backward, setup_context=_save)
 @torch.library.custom_op(
     "fused_rlhf::logprobs_backward",
     mutates_args=(),
+    tags=_TAGS,
     schema=f"(Tensor[] upstream, {_OPERANDS}, Tensor[] kept, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs, *options):  # type: ignore[no-untyped-def]
     asked, wanted = _Options(*options), Needs(*needs)
     given = TokenGrads(*map(_or_none, upstream))
-    index = (given.live(targets) & (targets != asked.ignore_index)).nonzero().squeeze(-1)
-    operands = (hidden, *head)
-    if index.numel() == 0:
-        return _materialise(Grads(None, None, None), operands, wanted)
-    some = None if index.numel() == targets.numel() else index
-    logprobs, lse, entropy, mass = kept
+    backend, projection = backends.resolve(asked.backend, hidden), asked.head(*head)
+    logprobs, lse, entropy, mass, normaliser = kept
+    live, keep = given.live(targets), None
+    if asked.ignore_index is not None:
+        live &= targets != asked.ignore_index
+    if mass.numel():
+        keep = _kept(mass, projection.grad_filter, targets, backend.filter_columns(hidden.device), given, live)
+    # The one wait of the backward: how many rows are live, and how many each vocabulary block keeps of them.
+    counts = live.sum()[None] if keep is None else torch.cat([live.sum()[None], keep.sum(0)])
+    count, *of_blocks = counts.tolist()
+    if count == 0:
+        return _materialise(Grads(None, None, None), (hidden, *head), wanted)
+    some = None if count == targets.numel() else indices(live, count)
+    filtered = None if keep is None else rows_of_blocks(pick(keep, some), of_blocks)
     extra = {"entropy": entropy} if entropy.numel() else {}
-    stats = Stats(logprobs, lse, extra, _or_none(mass)).pick(some)
+    stats = Stats(logprobs, lse, extra, normaliser=normaliser).pick(some)
     rows = Rows(hidden, targets, temperature).pick(some)
     with no_autocast(hidden):
-        backend = backends.resolve(asked.backend, hidden)
-        grads = backend.gradients(rows, asked.head(*head), stats, given.pick(some), wanted)
-    return _materialise(grads._replace(hidden=scatter(grads.hidden, some, targets.numel())), operands, wanted)
+        grads = backend.gradients(rows, projection, stats, given.pick(some), wanted, filtered)
+    return _materialise(grads._replace(hidden=scatter(grads.hidden, some, targets.numel())), (hidden, *head), wanted)
+
+
+def _kept(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, given: TokenGrads, live: Tensor) -> Tensor:
+    """`kept_blocks` (N, blocks) of the live rows, none of the others."""
+    exact = None if given.entropy is None else given.entropy != 0
+    inside = targets.masked_fill(~live, 0)
+    return kept_blocks(mass, grad_filter, inside, columns, exact) & live[:, None]
 
 
 def _materialise(grads: Grads, operands: tuple[Tensor, ...], needs: Needs) -> tuple[Tensor, ...]:

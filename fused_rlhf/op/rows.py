@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.checks import check_tensor, shape
+from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Maybe, Projection, Rows, pick
 from fused_rlhf.op.adapter import with_adapter
-from fused_rlhf.op.head import Head
+from fused_rlhf.op.head import Call, Head
 from fused_rlhf.segments import Sequences
 
 
@@ -24,7 +25,6 @@ class Tokens:
     targets: Tensor  # (N,)
     temperature: Tensor  # (N,)
     sequences: Sequences
-    ignore_index: int
 
     @property
     def count(self) -> int:
@@ -37,6 +37,10 @@ class Tokens:
             x = with_adapter(x, head.lora[0], head.lora[2], projection)
         return Rows(x, self.targets, self.temperature)
 
+    def of_sequences(self, values: Tensor) -> Tensor:
+        """(S,) -> (N,): to each token its sequence's value, without its graph."""
+        return self.sequences.spread(values.detach().to(self.temperature.dtype))
+
     def vector(self, values: Maybe) -> Maybe:
         """(N,) of a tensor in the shape of the targets, without its graph; None of None."""
         if values is None:
@@ -46,36 +50,41 @@ class Tokens:
 
 
 def tokens_of(
+    door: Door,
     targets: Tensor,
     completion_mask: Tensor | None,
-    ignore_index: int,
+    call: Call,
     vocabulary: int,
     temperature: Tensor,
     sequence_of: Tensor,
     num_sequences: int,
 ) -> Tokens:
-    """The tokens inside the mask whose target is not ignored; temperature and sequence_of are (B T,)."""
+    """The tokens inside the mask whose target is not ignored, once `door` has let them in.
+
+    temperature and sequence_of are (B T,).
+    """
     flat = targets.reshape(-1)
+    live = flat != call.ignore_index
     if completion_mask is not None:
-        flat = flat.masked_fill(~completion_mask.reshape(-1).bool(), ignore_index)
-    index = live_rows(flat, ignore_index, vocabulary)
+        live = live & completion_mask.reshape(-1).bool()
+    check_targets(door, flat, live, call.ignore_index, vocabulary)
+    if isinstance(call.temperature, Tensor):
+        check_temperature(door, temperature, live)
+    index = door.rows(live)
     some = partial(pick, rows=index)
-    sequences = Sequences.of(some(sequence_of), num_sequences)
-    return Tokens(index, some(flat), some(temperature), sequences, ignore_index)
+    return Tokens(index, some(flat), some(temperature), Sequences.of(some(sequence_of), num_sequences))
 
 
-def live_rows(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
-    """Indices of the rows to compute; None for all of them. Refuses a target outside the vocabulary."""
-    live = targets != ignore_index
-    rows = live.nonzero().squeeze(-1)  # on a GPU this waits for the device: the one sync of the op
-    wrong = live & ((targets < 0) | (targets >= vocabulary))
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
+def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Those of the live rows must lie in the vocabulary; (N,) each."""
+
+    def error(at: int) -> ValueError:
+        return ValueError(
             f"targets must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, "
-            f"got {int(targets[row])} at flat position {row}"
+            f"got {int(targets[at])} at flat position {at}"
         )
-    return None if rows.numel() == targets.numel() else rows
+
+    door.refuse(live & (targets != targets.clamp(0, vocabulary - 1)), error)
 
 
 def scatter(values: Maybe, rows: Tensor | None, count: int) -> Maybe:
@@ -85,11 +94,17 @@ def scatter(values: Maybe, rows: Tensor | None, count: int) -> Maybe:
     return cast(Maybe, values.new_zeros((count, *values.shape[1:])).index_copy_(0, rows, values))
 
 
-def check_temperature(temperature: Tensor) -> None:
-    """Of the rows that are computed: those that are left out may hold anything."""
-    if not bool((temperature > 0).all() & temperature.isfinite().all()):
-        wrong = temperature[~((temperature > 0) & temperature.isfinite())]
-        raise ValueError(f"temperature must be positive and finite for every scored token, got {wrong[0]:g}")
+def check_temperature(door: Door, temperature: Tensor, live: Tensor | None) -> None:
+    """Of the live rows, (N,); None: all. Those that are left out may hold anything."""
+
+    def error(at: int) -> ValueError:
+        return ValueError(
+            f"temperature must be positive and finite for every scored token, got {temperature[at]:g} "
+            f"at flat position {at}"
+        )
+
+    wrong = ~((temperature > 0) & (temperature < torch.inf))  # a NaN is neither
+    door.refuse(wrong if live is None else live & wrong, error)
 
 
 def check_shapes(targets: Tensor, **tensors: Tensor | None) -> None:
@@ -101,14 +116,15 @@ def check_shapes(targets: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have the shape of targets {shape(targets)}, got {shape(value)}")
 
 
-def flat_sequences(targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
-    """The sequence each flat token belongs to, (N,), and how many sequences there are."""
+def flat_sequences(door: Door, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int]:
+    """The sequence each flat token belongs to, (N,), and how many sequences there are; what cu_seqlens hold is checked
+    by the door."""
     if targets.dim() == 2:
         if cu_seqlens is not None:
             check_tensor("cu_seqlens", cu_seqlens)
             raise ValueError(f"cu_seqlens must be None for (B, T) targets, got {shape(cu_seqlens)}")
         b, t = targets.shape
-        return torch.arange(b, device=targets.device).repeat_interleave(t), b
+        return torch.arange(b, device=targets.device)[:, None].expand(b, t).reshape(-1), b
     if cu_seqlens is None:
         return torch.zeros_like(targets), 1
     check_tensor("cu_seqlens", cu_seqlens, targets.device)
@@ -116,7 +132,8 @@ def flat_sequences(targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, 
         raise ValueError(
             f"cu_seqlens must be (B + 1,) integers, int32 or int64, got {shape(cu_seqlens)} {cu_seqlens.dtype}"
         )
-    sizes = cu_seqlens.diff()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != targets.numel() or bool((sizes < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to N={targets.numel()}, got {cu_seqlens.tolist()}")
-    return torch.arange(sizes.numel(), device=targets.device).repeat_interleave(sizes), sizes.numel()
+    edges, N = cu_seqlens.long(), targets.numel()
+    wrong = torch.cat([edges[:1] != 0, edges.diff() < 0, edges[-1:] != N])
+    door.refuse(wrong, lambda _: ValueError(f"cu_seqlens must rise from 0 to N={N}, got {cu_seqlens.tolist()}"))
+    ends = edges[1:].contiguous()
+    return torch.searchsorted(ends, torch.arange(N, device=ends.device), right=True), ends.numel()

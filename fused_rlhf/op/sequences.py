@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fused_rlhf.checks import check_tensor, check_zero_or_one, shape
+from fused_rlhf.checks import check_tensor, shape
+from fused_rlhf.door import Door
 from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
 from fused_rlhf.op.head import Reference
@@ -17,6 +18,7 @@ from fused_rlhf.segments import precise
 
 
 def check_policy(
+    door: Door,
     targets: Tensor,
     objective: PolicyLoss,
     completion_mask: Tensor | None,
@@ -25,7 +27,7 @@ def check_policy(
     advantages: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, int]:
-    """-> the sequence of each flat position, (B T,), and the number of sequences."""
+    """-> the sequence of each flat position, (B T,), and the number of sequences. Values are checked by the door."""
     if not isinstance(objective, PolicyLoss):
         raise TypeError(f"objective must be a PolicyLoss such as GRPO(), got {type(objective).__name__}")
     check_shapes(targets, completion_mask=completion_mask, **per_token)
@@ -33,8 +35,8 @@ def check_policy(
         raise ValueError(
             f"ref_logprobs or ref_hidden must be given when beta is not 0, got neither with beta={objective.beta}"
         )
-    sequence_of, count = flat_sequences(targets, cu_seqlens)
-    check_zero_or_one("completion_mask", completion_mask)
+    sequence_of, count = flat_sequences(door, targets, cu_seqlens)
+    door.zero_or_one("completion_mask", completion_mask)
     check_tensor("advantages", advantages, targets.device)
     if advantages.shape not in (targets.shape, (count,)):
         raise ValueError(
@@ -44,6 +46,7 @@ def check_policy(
 
 
 def check_preference(
+    door: Door,
     targets: Tensor,
     objective: PreferenceLoss,
     completion_mask: Tensor | None,
@@ -58,12 +61,12 @@ def check_preference(
         raise TypeError(f"objective must be a PreferenceLoss such as DPO(), got {type(objective).__name__}")
     if targets.dim() == 1 and cu_seqlens is None:
         raise ValueError("cu_seqlens must be given for flat (N,) targets, got None")
-    sequence_of, count = flat_sequences(targets, cu_seqlens)
-    check_zero_or_one("completion_mask", completion_mask)
+    sequence_of, count = flat_sequences(door, targets, cu_seqlens)
     if ref_logprobs is not None:
         check_tensor("ref_logprobs", ref_logprobs, targets.device)
     summed = ref_logprobs is not None and of_sequences(ref_logprobs, count)
     check_shapes(targets, completion_mask=completion_mask, ref_logprobs=None if summed else ref_logprobs)
+    door.zero_or_one("completion_mask", completion_mask)
     given = ref_logprobs is not None or ref_computed
     if objective.needs_reference and not given:
         raise ValueError(f"ref_logprobs or ref_hidden must be given for {objective.losses}, got neither")
@@ -81,15 +84,15 @@ def check_preference(
         if labels is None or labels.shape != (count,):
             got = "None" if labels is None else shape(labels)
             raise ValueError(f"labels must be ({count},), one for each sequence, for {objective.losses}; got {got}")
-        check_zero_or_one("labels", labels)
+        door.zero_or_one("labels", labels)
     if kl is not None:
         check_tensor("kl", kl, targets.device)
         if "kto" not in objective.losses or kl.dim() != 0:
             raise ValueError(
                 f"kl must be a 0-d tensor, and given for kto alone; got {shape(kl)} with {objective.losses}"
             )
-        if not kl >= 0:
-            raise ValueError(f"kl must be at least 0, got {kl.item():g}")
+        value = kl.detach()
+        door.refuse(~(value >= 0), lambda _: ValueError(f"kl must be at least 0, got {value.item():g}"))
     sums = precise(ref_logprobs.detach()).contiguous() if summed and ref_logprobs is not None else None
     return sequence_of, count, sums
 
@@ -107,4 +110,4 @@ def reference_logprobs(reference: Reference, tokens: Tokens, backend: str) -> Te
     """(N,), without a graph."""
     with torch.no_grad():
         rows = tokens.rows(reference.hidden, reference.head, reference.projection)
-        return linear_logprobs(rows, reference.projection, tokens.ignore_index, (), backend).logprobs
+        return linear_logprobs(rows, reference.projection, None, (), backend).logprobs
