@@ -18,7 +18,8 @@ bracket from maxima and sums apart, so that it keeps its digits. Back: the produ
 at a time, which `divergence_dlogits_kernel` turns into dz times the slope of the transform, in the compute dtype; the two
 products that follow are left to cuBLAS.
 
-N tokens, V vocabulary; z are the policy's logits, r the reference's: scores in units of 1 rather than of ln 2, since d is one.
+N tokens, V vocabulary; z are the policy's logits and r the reference's, in natural units (a score's unit is 1 / temperature
+here, without log2 e), since d enters the formulas as it is.
 """
 
 from __future__ import annotations
