@@ -2,8 +2,8 @@
 
     ratio      of two rows' times, in each round, where they follow each other: the mean of its logarithm over the rounds, and
                Student's 95 % interval of that
-    wrong      further from each sequence by itself than a row may be: `TOLERANCE`, or what dense logits in the same case leave, as
-               fp32 rounds in the body, too, and the loss of a pair is of sums of hundreds of log-probs
+    wrong      further from each sequence by itself than a row may be: `TOLERANCE`, or what dense logits in the same case leave,
+               as fp32 rounds in the body, too, and the loss of a pair is of sums of hundreds of log-probs
 
 The processes of a case stay, each with its model, while the others are measured.
 """

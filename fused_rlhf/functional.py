@@ -339,7 +339,8 @@ def linear_kl(
         temperature: of both, one positive number or one per row. Not differentiable.
         logit_scale, softcap; ref_logit_scale, ref_softcap: as in `linear_logprobs`, of each head its own.
         beta: in (0, 1), weight of the reference in "jsd"; for no other kind.
-        backend: "auto" and "chunked" stream over tiles on any device; "reference" is dense.
+        backend: as in `linear_logprobs`. "triton" and "chunked" hold fp32 logits of both heads for a block of rows, of
+            1 GiB and 320 MiB together; "reference" holds them all.
 
     Returns:
         fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Repeatable to the
@@ -347,7 +348,7 @@ def linear_kl(
 
     Raises:
         ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.
-        NotImplementedError: backend "triton".
+        RuntimeError: backend "triton" where it cannot run: without a GPU, or on fp64 operands.
     """
     head = head_of(weight, bias, logit_scale, softcap)
     ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")

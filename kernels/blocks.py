@@ -15,6 +15,7 @@ BLOCK_BYTES = 280_000_000  # two_phase: dlogits of a vocabulary block, and again
 SPLIT_BYTES = 16 << 20  # one_pass: the fp32 product of the columns of dW that are summed at a time; it stays in L2
 ONE_PASS_SHARE = 32  # one_pass: of the device's memory, one part in so many is for E and the low halves of dW
 ONE_PASS_ROWS = 1024  # one_pass: rows of a block at least
+DIVERGENCE_BYTES = 1 << 30  # divergence: both heads' products for some rows; back for some columns, and their dz and dW
 
 # H200 (bench/results/h200): a product of N=8192, H=4096, V=151936 takes 14.7 ms; bytes by its data sheet.
 PRODUCTS_PER_S = 694e12  # floating-point operations of a product in half precision
@@ -55,6 +56,22 @@ def one_pass_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, l
     return min(rows, max(ONE_PASS_ROWS, fits))
 
 
+def divergence_rows(rows: int, vocabulary: int) -> int:
+    """Rows whose products with both heads, in fp32, are held at a time."""
+    return max(1, min(rows, DIVERGENCE_BYTES // (8 * padded(vocabulary) * 16) * 16))
+
+
+def _divergence_bytes(rows: int, hidden_size: int, itemsize: int) -> int:
+    """Of one column of its backward: both products, dz (which takes the place of a product where it is fp32) and dW."""
+    return min(rows, ROWS) * (8 + (itemsize if itemsize < 4 else 0)) + 4 * hidden_size
+
+
+def divergence_columns(rows: int, vocabulary: int, hidden_size: int, itemsize: int) -> int:
+    """Columns of a vocabulary block of its backward."""
+    per_column = _divergence_bytes(rows, hidden_size, itemsize)
+    return min(vocabulary, max(256, DIVERGENCE_BYTES // (per_column * 256) * 256))
+
+
 def _halves(work: Work) -> bool:
     return work.needs.weight and work.dtype.itemsize == 2
 
@@ -66,8 +83,12 @@ def _one_pass_rows(work: Work) -> int:
 
 def memory(work: Work) -> float:
     """Statistics per tile, then dlogits of a block of columns and dX in fp32, or, in one pass, exponentials of a block of
-    rows and the low halves of a sum of dW over several blocks."""
+    rows and the low halves of a sum of dW over several blocks. A divergence: products of both heads for a block."""
     N, H, V, itemsize = work.rows, work.hidden_size, work.vocabulary, work.dtype.itemsize
+    if work.route == "divergence":
+        forward = 8.0 * divergence_rows(N, V) * padded(V)
+        block = divergence_columns(N, V, H, itemsize) * _divergence_bytes(N, H, itemsize)
+        return 64 * N + max(forward, block + 4 * N * H + work.gradients if any(work.needs) else 0)
     rows, tiles = min(N, ROWS), -(-V // 128)
     of_tiles = 12.0 * rows * tiles
     if work.route == "forward":

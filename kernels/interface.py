@@ -484,10 +484,6 @@ class Backend(Protocol):
         """Whether its statistics have a normaliser of their own."""
         ...
 
-    def has_divergence(self) -> bool:
-        """Whether "auto" may choose it for a divergence."""
-        ...
-
     def memory(self, work: Work) -> float:
         """Bytes at the peak beyond the inputs, gradients included."""
         ...

@@ -3,10 +3,11 @@
     statistics rows outermost        scratch: ROWS x (tiles of the vocabulary) x statistics, fp32
     gradients  vocabulary outermost  scratch: dlogits of ROWS rows and a block of the vocabulary; dX in fp32
     one_pass   rows outermost        scratch: rows x V of E, and what dW needs
+    divergence rows outermost        scratch: rows x V of both heads' products, in fp32; back the vocabulary
 
-How large these are is said in `blocks.py`. Logits are fp32 in registers and never rounded; the products of the backward run
-in cuBLAS. An fp32 head that computes in half precision is cast block by block. FLOPs in NVH: statistics 2, gradients 6 (4
-with one operand frozen), one_pass 6.
+How large these are is said in `blocks.py`. Logits are fp32 in registers (their products in memory, for a divergence) and
+never rounded; the products of the backward run in cuBLAS. An fp32 head that computes in half precision is cast block by
+block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from fused_rlhf.kernels.blocks import (
     ROWS,
+    divergence_columns,
+    divergence_rows,
     gradient_columns,
     memory,
     one_pass_is_faster,
@@ -48,6 +51,7 @@ from fused_rlhf.kernels.interface import (
     Work,
     indices,
 )
+from fused_rlhf.kernels.linear_kl import launch_divergence, launch_divergence_dlogits
 from fused_rlhf.kernels.linear_logprobs import (
     ColumnBlock,
     Partials,
@@ -70,7 +74,6 @@ __all__ = [
     "divergence_gradients",
     "filter_columns",
     "gradients",
-    "has_divergence",
     "has_normaliser",
     "loss",
     "memory",
@@ -165,13 +168,7 @@ def gradients(
                 part = dx.index_select(0, at)
                 matmul(dz, block.w, part, accumulate=True)
                 dx.index_copy_(0, at, part)
-            x, parts = head.split(some.x)
-            if into.weight is not None:
-                matmul(dz.T, x, into.weight, accumulate=not into.fresh)
-            if into.lora is not None:
-                for activations in parts:
-                    matmul(dz.T, activations, into.lora, accumulate=True)
-            into.fresh = False
+            _add_head_products(head, into, dz, some.x)
         sink.close(into, unscale)
     if dx is not None:
         dx = (dx if unscale is None else dx.mul_(unscale)).to(rows.hidden.dtype)
@@ -281,18 +278,94 @@ def has_normaliser() -> bool:
     return True
 
 
-def has_divergence() -> bool:
-    return False
-
-
 @on_its_device
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
-    raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
+    """See `Backend`. The products are cuBLAS's: a row's bits may depend on how many rows there are.
+
+    Raises:
+        RuntimeError: as `statistics`.
+    """
+    x, y, inv_temperature = _pairs(rows, of)
+    N, V, device = len(x), of.policy.vocabulary, x.device
+    capacity = divergence_rows(N, V)
+    z_scratch, r_scratch = (_scratch(capacity, V, torch.float32, device) for _ in range(2))
+    value, *sums = (torch.empty(N, dtype=torch.float32, device=device) for _ in ("value", *Sums._fields))
+    for at in _ranges(N, capacity):
+        z, r = (scratch[: at.stop - at.start, :V] for scratch in (z_scratch, r_scratch))
+        for hidden, head, out in ((x, of.policy, z), (y, of.ref, r)):
+            for block in _blocks(head, _uncut(head)):
+                matmul(hidden[at], block.w.T, out[:, block.columns])
+        launch_divergence(of, z, r, inv_temperature[at], value[at], Sums(*(v[at] for v in sums)))
+    return value, Sums(*sums)
 
 
 @on_its_device
 def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
-    raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
+    """See `Backend`. The products of both heads again: 4NVH, and 2NVH for each of dX and dW; fp16 as in `gradients`."""
+    x, y, inv_temperature = _pairs(rows, of)
+    policy, N, V, device = of.policy, len(x), of.policy.vocabulary, x.device
+    g, unscale = _divergence_upstream(upstream, sums, inv_temperature, policy)
+    ranges = list(_ranges(N, ROWS))
+    width = divergence_columns(N, V, policy.weight.shape[1], x.dtype.itemsize)
+    z_scratch, r_scratch = (_scratch(min(N, ROWS), width, torch.float32, device) for _ in range(2))
+    dz_scratch = z_scratch if x.dtype == torch.float32 else _scratch(min(N, ROWS), width, x.dtype, device)
+    dx = torch.zeros_like(rows.hidden, dtype=torch.float32) if needs.hidden else None
+    fits = policy.weight.dtype == x.dtype and _fills_the_device(policy.weight, width)
+    sink = policy.sink(needs, width, direct=len(ranges) == 1 and unscale is None and fits)
+    for columns in _ranges(V, width):
+        w, ref_w = policy.rows(columns), of.ref.rows(columns)
+        into = sink.open(columns)
+        for at in ranges:
+            z, r, dz = (scratch[: at.stop - at.start, : len(w)] for scratch in (z_scratch, r_scratch, dz_scratch))
+            matmul(x[at], w.T, z)
+            matmul(y[at], ref_w.T, r)
+            some = Sums(*(v[at] for v in sums))
+            of_bias = launch_divergence_dlogits(
+                of, columns, z, r, inv_temperature[at], some, g[at], dz, into.bias is not None
+            )
+            if into.bias is not None and of_bias is not None:
+                into.bias += of_bias
+            if dx is not None:
+                matmul(dz, w, dx[at], accumulate=True)
+            _add_head_products(policy, into, dz, x[at])
+        sink.close(into, unscale)
+    if dx is not None:
+        dx = (dx if unscale is None else dx.mul_(unscale)).to(rows.hidden.dtype)
+    return sink.grads(dx, unscale)
+
+
+def _pairs(rows: RowPairs, of: Comparison) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states of policy and reference, each in the compute dtype of its head, and 1 / temperature (N,)."""
+    arch(rows.hidden.device)  # like the next two lines, raises before any work
+    precision(of.policy.compute_dtype)
+    precision(of.ref.compute_dtype)
+    x, y = rows.hidden.to(of.policy.compute_dtype), rows.ref_hidden.to(of.ref.compute_dtype)
+    return x, y, rows.temperature.to(torch.float32).reciprocal()
+
+
+def _divergence_upstream(
+    upstream: Tensor, sums: Sums, inv_temperature: Tensor, head: Projection
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream (n,) times dz / du, and for fp16 what the results must be multiplied by, as in `_row_grads`."""
+    g = upstream.to(torch.float32) * inv_temperature * head.transform.logit_scale
+    if head.compute_dtype != torch.float16:
+        return g, None
+    # |p s| <= mean + 1 in every kind, hence |dz| <= |g| (1 + 2 |mean|): 2^14 leaves room below 65504. Without rows: 0.
+    bound = torch.nn.functional.pad(g.abs() * (1 + 2 * sums.mean.abs()), (0, 1))
+    peak = torch.where(bound.isfinite(), bound, 0.0).max()
+    scale = torch.exp2(torch.floor(14 - torch.log2(peak.clamp(1e-30, 1e30))))
+    return g * scale, 1 / scale
+
+
+def _add_head_products(head: Projection, into: BlockGrads, dz: Tensor, x: Tensor) -> None:
+    """Adds dz^T x to a block's gradients of weight and adapter; dz (n, v) and x (n, H + copies r) in one dtype."""
+    hidden, parts = head.split(x)
+    if into.weight is not None:
+        matmul(dz.T, hidden, into.weight, accumulate=not into.fresh)
+    if into.lora is not None:
+        for activations in parts:
+            matmul(dz.T, activations, into.lora, accumulate=True)
+    into.fresh = False
 
 
 class _SplitSink(HeadSink):

@@ -73,11 +73,15 @@ def expm1(x):
 
 
 @triton.jit
-def log_sigmoid(x):
+def log1p(t):
     # log(1 + t) = t log(u) / (u - 1) with u the rounded 1 + t: the two roundings cancel (Goldberg, 1991).
-    t = tl.exp2(-tl.abs(x) * LOG2E)
     u = 1 + t
-    return tl.minimum(x, 0.0) - tl.where(u == 1, t, t * tl.log(u) / (u - 1))
+    return tl.where(u == 1, t, t * tl.log(u) / (u - 1))
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - log1p(tl.exp2(-tl.abs(x) * LOG2E))
 
 
 @triton.jit

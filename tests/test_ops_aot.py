@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fused_rlhf.kernels import linear_logprobs, objectives, ops, primitives, tiles  # noqa: E402
-from fused_rlhf.kernels.interface import Needs, Rows, TokenGrads  # noqa: E402
+from fused_rlhf.kernels import linear_kl, linear_logprobs, objectives, ops, primitives, tiles  # noqa: E402
+from fused_rlhf.kernels.interface import KINDS, Comparison, Needs, RowPairs, Rows, TokenGrads  # noqa: E402
 from fused_rlhf.kernels.statistics import OUTPUTS  # noqa: E402
 from fused_rlhf.objectives import BoundPolicyLoss, PolicyLoss  # noqa: E402
 from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss  # noqa: E402
@@ -50,6 +50,8 @@ TENSOR_CORES = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
+KERNEL_FILES = (linear_logprobs, linear_kl, objectives)
+TWINS = ("SURROGATE", "KL", "LEVEL", "PREFERENCE", "TERMS", "PUSH")  # what picks a device function or a branch
 GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -75,7 +77,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        twins = [str(v) for k, v in self.constants if k in ("SURROGATE", "KL", "LEVEL", "PREFERENCE") and v]
+        twins = [str(v) for k, v in self.constants if k in TWINS and v]
         asked = [k for k in ("ENTROPY", "MARGIN") if dict(self.constants).get(k)]
         constants, types = dict(self.constants), dict(self.signature)
         present = [k for k in ("bias_ptr", "exps", "h_ptr", "raw_ptr") if types.get(k, "constexpr") != "constexpr"]
@@ -122,11 +124,11 @@ class Recorder:
 
 
 def record(arch: str, how: str) -> list[Launch]:
-    """Launches of forward, backward and one_pass on `arch`, over the options that change the code."""
+    """Launches of forward, backward, one_pass and divergence on `arch`, over the options that change the code."""
     launches: dict[Launch, None] = {}
     dtype = torch.bfloat16 if how == "half" else torch.float32
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear_logprobs, objectives):
+        for module in KERNEL_FILES:
             for name in filter(lambda name: name.endswith("_kernel"), dir(module)):
                 patch.setattr(module, name, Recorder(getattr(module, name), arch, how, launches))
         for module in (ops, tiles):
@@ -150,6 +152,12 @@ def record(arch: str, how: str) -> list[Launch]:
         if how != "tf32":
             for head, outputs in ((plain, ()), (plain, ("entropy",)), (replace(full, bias=None), ("entropy",))):
                 ops.one_pass(rows, head, outputs, objective, Needs(True, True, False))
+        pairs = RowPairs(hidden, hidden, ones)
+        for kind in KINDS if how == "half" else KINDS[-1:]:  # fp32 differs in the dtype of dz alone
+            for head in (plain, full):
+                of = Comparison(head, head, kind, 0.5)
+                _, sums = ops.divergence(pairs, of)
+                ops.divergence_gradients(pairs, of, sums, ones, Needs(True, True, head.bias is not None))
         if how == "half":
             # cuBLAS products with the kernels as their epilogue, and an fp32 dW over several blocks of rows.
             patch.setattr(ops, "tune", lambda *args: tiles.RAW)
@@ -191,10 +199,7 @@ def pairs_of(name: str, ld_alpha: float | None, ref: torch.Tensor | None, N: int
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     functions = {
-        f.__name__: f
-        for m in (linear_logprobs, objectives, primitives)
-        for f in vars(m).values()
-        if hasattr(f, "arg_names")
+        f.__name__: f for m in (*KERNEL_FILES, primitives) for f in vars(m).values() if hasattr(f, "arg_names")
     }
     kernel = functions[launch.kernel]
     constants = {
@@ -256,7 +261,7 @@ def compiled() -> Iterator[list[tuple[Launch, dict[str, Any]]]]:
 @pytest.mark.slow
 def test_every_launch_compiles_within_its_architecture(compiled: list[tuple[Launch, dict[str, Any]]]) -> None:
     assert {launch.kernel for launch, _ in compiled} == {
-        name for module in (linear_logprobs, objectives) for name in dir(module) if name.endswith("_kernel")
+        name for module in KERNEL_FILES for name in dir(module) if name.endswith("_kernel")
     }
     for launch, result in compiled:
         assert result["shared"] <= tiles.SHARED_MEMORY[launch.arch], result

@@ -80,7 +80,7 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
         "divergence" if op.values == "kl" else "one_pass" if one_pass else "two_phase" if op.backward else "forward"
     )
     if backend == "auto":
-        backend = "triton" if device == "cuda" and case.op != "kl" else "chunked"
+        backend = "triton" if device == "cuda" else "chunked"
     needs = Needs(op.backward, op.backward and not case.frozen_head, False)
     work = Work(route, tokens, case.H, case.V, DTYPES[case.dtype], needs, needs_entropy=op.entropy)
     if device == "cuda" and torch.cuda.is_available():
@@ -91,8 +91,8 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
 
 
 def has(case: Case, *, backend: str, mode: str, rounded: bool) -> bool:
-    if case.op == "kl":  # which has no modes, no Triton kernel and nothing to round
-        return mode == "auto" and not rounded and backend != "triton"
+    if case.op == "kl":  # which has no modes and nothing to round
+        return mode == "auto" and not rounded
     if case.op not in OBJECTIVES:
         return mode == "auto"
     if case.objective and case.op == "grpo" and mode == "one_pass" and not case.frozen_head:

@@ -26,26 +26,20 @@ VARIABLE = "FUSED_RLHF_BACKEND"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(name: str, tensor: Tensor, divergence: bool = False) -> str:
+def choose(name: str, tensor: Tensor) -> str:
     """The backend that `name` means: "auto" takes `FUSED_RLHF_BACKEND`, else triton for a GPU tensor, else chunked.
-
-    divergence: it is to compute one; "auto" passes over a backend that has none.
 
     Raises:
         ValueError: the name is not one of "auto", "triton", "chunked", "reference".
         RuntimeError: triton was asked for by name and is not installed, or the tensor is not on a GPU.
-        NotImplementedError: a backend was asked for by name, or by the variable, that has no divergence.
     """
     source = "backend"
     if name == "auto" and os.environ.get(VARIABLE, "auto") != "auto":
         name, source = os.environ[VARIABLE], VARIABLE
     if name == "auto":
-        found = "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
-        return "chunked" if divergence and not load(found).has_divergence() else found
+        return "triton" if tensor.is_cuda and _HAS_TRITON else "chunked"
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {['auto', *BACKENDS]}, got {name!r}")
-    if name == "triton" and divergence:
-        raise NotImplementedError('backend="triton": the divergence has no Triton kernel yet; use backend="chunked"')
     if name == "triton":
         if not _HAS_TRITON:
             raise RuntimeError(
@@ -59,9 +53,9 @@ def choose(name: str, tensor: Tensor, divergence: bool = False) -> str:
     return name
 
 
-def resolve(name: str, tensor: Tensor, divergence: bool = False) -> Backend:
-    """The backend that `name` means for this tensor; arguments and errors as `choose`."""
-    return load(choose(name, tensor, divergence))
+def resolve(name: str, tensor: Tensor) -> Backend:
+    """The backend that `name` means for this tensor; errors as `choose`."""
+    return load(choose(name, tensor))
 
 
 def load(name: str) -> Backend:

@@ -41,7 +41,6 @@ __all__ = [
     "divergence_gradients",
     "filter_columns",
     "gradients",
-    "has_divergence",
     "has_normaliser",
     "loss",
     "memory",
@@ -301,10 +300,6 @@ def one_pass(
 
 def has_normaliser() -> bool:
     return False
-
-
-def has_divergence() -> bool:
-    return True
 
 
 def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:

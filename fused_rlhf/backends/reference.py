@@ -133,10 +133,6 @@ def has_normaliser() -> bool:
     return False
 
 
-def has_divergence() -> bool:
-    return True
-
-
 def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     nothing = torch.zeros_like(rows.temperature)  # the gradient is taken from the definition once more
     with torch.no_grad():

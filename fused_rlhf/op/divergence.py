@@ -53,7 +53,7 @@ class _Divergence(torch.autograd.Function):
         of: Comparison,
         backend: str,
     ) -> Tensor:
-        value, sums = backends.resolve(backend, hidden, divergence=True).divergence(rows, of)
+        value, sums = backends.resolve(backend, hidden).divergence(rows, of)
         ctx.save_for_backward(
             hidden, rows.ref_hidden, rows.temperature, *_operands(of.policy), *_operands(of.ref), *sums
         )
@@ -73,7 +73,7 @@ class _Divergence(torch.autograd.Function):
         some = None if count == len(live) else indices(live, count)
         rows = RowPairs(hidden, ref_hidden, temperature).pick(some)
         g, *sums = (pick(v, some) for v in (upstream, *kept[6:]))
-        computed = backends.resolve(ctx.backend, hidden, divergence=True)
+        computed = backends.resolve(ctx.backend, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             grads = computed.divergence_gradients(rows, of, Sums(*sums), g, Needs(*ctx.needs_input_grad[:4]))
         return (scatter(grads.hidden, some, len(hidden)), *grads[1:], None, None, None)

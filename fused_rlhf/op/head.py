@@ -315,7 +315,6 @@ def check_divergence(
         check_tensor(name, value, hidden.device if name != "hidden" else None)
     if mask is not None:
         check_tensor("mask", mask, hidden.device)
-    backends.choose(call.backend, hidden, divergence=True)
     for name, of_rows in (("mask", mask), ("temperature", call.temperature)):
         if isinstance(of_rows, Tensor) and of_rows.shape != hidden.shape[:-1]:
             raise ValueError(f"{name} must have the shape of the rows {shape(hidden)[:-1]}, got {shape(of_rows)}")
