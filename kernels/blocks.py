@@ -8,9 +8,7 @@ from __future__ import annotations
 from fused_rlhf.kernels.interface import Work
 
 ROWS = 8192  # of one launch
-COLUMNS_PER_SM = (
-    64  # columns of the smallest vocabulary block: with ROWS rows its tiles make whole waves over the device
-)
+COLUMNS_PER_SM = 64  # of the smallest vocabulary block: with ROWS rows its tiles make whole waves over the device
 BLOCK_BYTES = 280_000_000  # two_phase: dlogits of a vocabulary block, and again for its dW in fp32
 SPLIT_BYTES = 16 << 20  # one_pass: the fp32 product of the columns of dW that are summed at a time; it stays in L2
 ONE_PASS_SHARE = 32  # one_pass: of the device's memory, one part in so many is for E and the low halves of dW

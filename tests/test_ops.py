@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from fused_rlhf.kernels import ops
 from fused_rlhf.kernels.interface import RowPairs, Rows
+from fused_rlhf.kernels.linear_logprobs import descriptors_fit
+from tests.helpers import projection
 
 LAUNCHING = {*ops.__all__} - {"filter_columns", "has_normaliser", "memory", "one_pass_pays"}
 
@@ -46,3 +48,27 @@ def test_rows_to_keep_move_to_the_front(keep):
     assert sorted(order.tolist()) == mask.nonzero().squeeze(1).tolist()
     assert torch.equal(scratch[: len(order), 0], order.float())
     assert torch.equal(order[mask[: len(order)]], torch.arange(len(order))[mask[: len(order)]])  # the others stay
+
+
+def at_odds(*shape):
+    """A view that starts in the middle of 16 bytes, as one into a flat buffer may."""
+    count = torch.Size(shape).numel()
+    return torch.randn(count + 1).bfloat16()[1:].view(shape)
+
+
+def test_operands_at_odd_places_are_copied_to_where_descriptors_fit(monkeypatch):
+    monkeypatch.setattr(ops, "arch", lambda device: "sm_90")
+    hidden, weight = at_odds(6, 16), at_odds(300, 16)
+    assert not descriptors_fit(hidden)
+    head = projection(weight)
+    rows = ops._tokens(Rows(hidden, torch.zeros(6, dtype=torch.int64), torch.ones(6)), head)
+    assert descriptors_fit(rows.x)
+    assert torch.equal(rows.x, hidden)
+    assert not ops._whole(head)
+    blocks = list(ops._blocks(head, 256))
+    assert all(descriptors_fit(block.w) for block in blocks)
+    assert torch.equal(torch.cat([block.w for block in blocks]), weight)
+    # What no copy could mend is left where it is; so is what fits.
+    for w in (at_odds(300, 15), torch.randn(300, 16).bfloat16()):
+        assert ops._whole(projection(w))
+        assert next(ops._blocks(projection(w), 300)).w.data_ptr() == w.data_ptr()

@@ -23,7 +23,17 @@ def no_cache() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_80")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 0), "sm_120"),
+        ((13, 0), "sm_120"),
+    ],
 )
 def test_architecture_of_an_nvidia_device(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
@@ -83,6 +93,20 @@ def test_every_record_fits_blocks_of_256_columns() -> None:
     assert all(
         256 % tile.block_v == 0 and tile.block_v % tile.slices == 0 for tile in (*tiles.TILES.values(), tiles.RAW)
     )
+
+
+def test_statistics_never_take_their_products_from_cublas() -> None:
+    """It adds in an order that depends on the number of rows: a ratio of old and new log-probs would not be 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "arch", lambda _: "sm_90")
+        for kernel in tiles.KERNELS:
+            found = tiles.candidates(kernel, CUDA, torch.bfloat16, aligned=True)
+            assert (tiles.RAW in found) == kernel.startswith("dlogits")
+
+
+def test_sums_that_are_cut_earlier_are_corrected_by_more_tokens() -> None:
+    exact = {arch: tile.exact for (kernel, arch, how), tile in tiles.TILES.items() if (kernel, how) == ("stats", "half")}
+    assert min(exact[arch] for arch in ("sm_80", "sm_86", "sm_89", "sm_120")) > exact["sm_90"] == exact["sm_100"] == 4
 
 
 def test_autotuning_times_each_candidate_once(monkeypatch: pytest.MonkeyPatch) -> None:
