@@ -445,14 +445,7 @@ def test_a_step_is_the_same_in_every_layout(tmp_path, changes, tokens):
     for more in ({"layout": "padded", "micro_batch_size": 1}, {"micro_batch_tokens": tokens}):
         trainer = grpo.prepare(small(tmp_path, overwrite=True, **(options | more)), TASK, [digits])
         batch = rolled(trainer, 1, SEVEN[:4])
-        grads: list[Any] = []
-        step = trainer.engine.optimizer.step
-
-        def keep(trainer=trainer, grads=grads, step=step):
-            grads.append([p.grad.clone() for p in trainer.engine.module.parameters() if p.grad is not None])
-            step()
-
-        trainer.engine.optimizer.step = keep
+        grads = tiny.gradients_of_updates(trainer)
         found.append((grpo.update(trainer, batch), grads[0], batch))
     (one, its, rows), (other, mine, laid) = found
     assert torch.equal(rows.completions.input_ids, laid.completions.input_ids)

@@ -182,7 +182,7 @@ def test_what_a_run_takes_and_refuses():
     loaded, cpu = Loaded(model, tokenizer, None), torch.device("cpu")
 
     def settle(loaded=loaded, **options):
-        return layout_trial.settle(Config(**options), cpu, loaded, 64, [])
+        return layout_trial.settled(Config(**options), cpu, loaded, 64, []).layout
 
     assert settle().name == "shared"
     assert settle(layout="packed").name == "packed"

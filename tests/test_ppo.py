@@ -753,14 +753,7 @@ def test_a_step_is_the_same_in_every_layout(tmp_path, value_model, changes):
             for p in head.parameters():
                 p.add_(0.01)
         batch = one(trainer)
-        grads: list[Any] = []
-        step = trainer.engine.optimizer.step
-
-        def keep(trainer=trainer, grads=grads, step=step):
-            grads.append([p.grad.clone() for p in trainer.engine.module.parameters() if p.grad is not None])
-            step()
-
-        trainer.engine.optimizer.step = keep
+        grads = tiny.gradients_of_updates(trainer)
         found.append((ppo.update(trainer, batch), grads[0], batch))
     (its, want, rows), (mine, got, laid) = found
     torch.testing.assert_close(laid.values, rows.values, atol=1e-5, rtol=0)

@@ -105,7 +105,9 @@ def test_statistics_never_take_their_products_from_cublas() -> None:
 
 
 def test_sums_that_are_cut_earlier_are_corrected_by_more_tokens() -> None:
-    exact = {arch: tile.exact for (kernel, arch, how), tile in tiles.TILES.items() if (kernel, how) == ("stats", "half")}
+    exact = {
+        arch: tile.exact for (kernel, arch, how), tile in tiles.TILES.items() if (kernel, how) == ("stats", "half")
+    }
     assert min(exact[arch] for arch in ("sm_80", "sm_86", "sm_89", "sm_120")) > exact["sm_90"] == exact["sm_100"] == 4
 
 

@@ -56,3 +56,16 @@ def logprob_loss(model: Any, input_ids: torch.Tensor, count: int) -> tuple[torch
     out = fr.lm_head.logprobs(model, input_ids).logprobs
     found = {"tokens": total(torch.tensor(float(out.numel()))), "worst": least(out.detach().min())}
     return -out.sum() / count, Metrics(found)
+
+
+def gradients_of_updates(trainer: Any) -> list[list[torch.Tensor]]:
+    """A list to which each update of the trainer from now on adds the gradients that it steps by."""
+    found: list[list[torch.Tensor]] = []
+    step = trainer.engine.optimizer.step
+
+    def keep() -> None:
+        found.append([p.grad.clone() for p in trainer.engine.module.parameters() if p.grad is not None])
+        step()
+
+    trainer.engine.optimizer.step = keep
+    return found

@@ -37,7 +37,7 @@ from fused_rlhf.trainers.dpo_reference import Precomputed, logprobs, reference_m
 from fused_rlhf.trainers.engine import shared
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.layout import Layout, tokens_in
-from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.layout_trial import check_budget, settled
 from fused_rlhf.trainers.minibatches import balanced, counted, split
 from fused_rlhf.trainers.pair_rows import Preference
 from fused_rlhf.trainers.pairs import Encoder, Pair, PairBatch, Totals
@@ -181,9 +181,8 @@ def prepare(
     found = data.fingerprint([p.prompt, p.chosen, p.rejected, p.images, p.ref] for p in both)
     work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found)
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
-    layout = settle(config, accelerator.device, loaded, length, [] if frozen is None else [frozen])
-    loaded = replace(loaded, layout=layout)
-    largest = max(tokens_of([pair], layout) for pair in (*train, *test))
+    loaded = settled(config, accelerator.device, loaded, length, [frozen])
+    largest = max(tokens_of([pair], loaded.layout) for pair in (*train, *test))
     check_budget(config, largest, "the longest pair's two sequences")
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = ready(placed, loaded, any(pair.images for pair in (*train, *test)))

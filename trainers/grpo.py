@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from fused_rlhf.trainers.grpo_rollout import (
     ready,
     summary,
 )
-from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.layout_trial import check_budget, settled
 from fused_rlhf.trainers.minibatches import ANY, counted, everyones
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.sampler import Sampler, takes
@@ -162,9 +162,8 @@ def prepare(
     loaded = models.load_for(config, model, tokenizer, task.pictures)
     work = rollouts.workload(loaded, task, config, config.num_generations, config.num_iterations)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.beta > 0)
-    layout = settle(config, accelerator.device, loaded, work.length, [] if frozen is None else [frozen])
+    loaded = settled(config, accelerator.device, loaded, work.length, [frozen])
     check_budget(config, work.length, "the longest prompt with max_new_tokens")
-    loaded = replace(loaded, layout=layout)
     placed, reference = place(config, accelerator, loaded, work, frozen)
     loaded = collation.ready(placed, loaded, task.pictures)
     sees = sampler is None or not task.pictures or takes(sampler, "images")

@@ -14,6 +14,7 @@ import functools
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ def choose(models: Sequence[Model], vocabulary: int, longest: int, names: Sequen
     return Layout(masked=masked, why=why)
 
 
-def settle(config: TrainConfig, device: torch.device, loaded: Loaded, longest: int, others: Sequence[Any]) -> Layout:
-    """The layout of a run: what `config` asks for, proven for sequences of `longest` tokens on the loaded model and the
-    others that read them: causal models and `ScalarModel`s.
+def settled(config: TrainConfig, device: torch.device, loaded: Loaded, longest: int, others: Sequence[Any]) -> Loaded:
+    """`loaded` with the layout of its run: what `config` asks for, proven for sequences of `longest` tokens on the loaded
+    model and the others that read them: causal models and `ScalarModel`s; None among these is none.
 
     Raises ValueError where the one asked for cannot be had, with the difference found.
     """
@@ -74,9 +75,10 @@ def settle(config: TrainConfig, device: torch.device, loaded: Loaded, longest: i
         why = "router_aux_loss_coef is of the tokens of padded rows"
     if why:
         require(asked in ("auto", "padded"), "layout", asked, f"'padded': {why}")
-        return Layout(why=why)
+        return replace(loaded, layout=Layout(why=why))
     names: Sequence[Name] = ORDER if asked == "auto" else () if asked == "padded" else (asked,)
-    models = [of_values(it) if isinstance(it, ScalarModel) else of_policy(it) for it in (loaded.model, *others)]
+    there = [it for it in (loaded.model, *others) if it is not None]
+    models = [of_values(it) if isinstance(it, ScalarModel) else of_policy(it) for it in there]
     if not (config.fsdp or launcher.shards()):  # else they are tried where they are
         for model, _ in models:
             model.to(device)
@@ -85,7 +87,7 @@ def settle(config: TrainConfig, device: torch.device, loaded: Loaded, longest: i
     require(
         asked in ("auto", found.name), "layout", asked, f"'auto', which takes {found.name} rows here, for {found.why}"
     )
-    return found
+    return replace(loaded, layout=found)
 
 
 def check_budget(config: TrainConfig, tokens: int, what: str) -> None:

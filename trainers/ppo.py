@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from fused_rlhf.trainers.config import require
 from fused_rlhf.trainers.data import Sample, Task
 from fused_rlhf.trainers.engine import Placed, copy_parameters
 from fused_rlhf.trainers.kl_control import KLController
-from fused_rlhf.trainers.layout_trial import check_budget, settle
+from fused_rlhf.trainers.layout_trial import check_budget, settled
 from fused_rlhf.trainers.minibatches import (
     ANY,
     Rows,
@@ -219,10 +219,9 @@ def prepare(
     judge = None if scorer is None else reward_of(config, scorer, loaded)
     frozen = models.reference_for(config, loaded, ref_model, needed=config.kl_coef > 0)
     value = value_of(config, loaded, value_model)
-    others = [it for it in (frozen, value) if it is not None and not isinstance(it, torch.nn.Linear)]
-    layout = settle(config, accelerator.device, loaded, work.length, others)
+    others = [frozen, None if isinstance(value, torch.nn.Linear) else value]
+    loaded = settled(config, accelerator.device, loaded, work.length, others)
     check_budget(config, work.length, "the longest prompt with max_new_tokens")
-    loaded = replace(loaded, layout=layout)
     both = PolicyAndValue(loaded.model, value).eval()
     rate = config.value_learning_rate or max(config.learning_rate, VALUE_RATE)
     placed, reference = place(config, accelerator, loaded, work, frozen, both, [(both.value, rate)])
