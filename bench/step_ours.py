@@ -12,6 +12,7 @@ from fused_rlhf.bench.step_cases import Case, Way
 from fused_rlhf.bench.step_update import LEARNING_RATE, MAX_GRAD_NORM, Update
 from fused_rlhf.trainers import dpo, grpo, planning
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.attention import Group
 from fused_rlhf.trainers.grpo_rollout import Rollout
 from fused_rlhf.trainers.inputs import Encoded
 from fused_rlhf.trainers.minibatches import turns_of
@@ -60,15 +61,17 @@ def build(case: Case, way: Way, model: Any, folder: str) -> Update:
     return Update(trainer.loaded.model, trainer.engine.optimizer.optimizer, prepare, run, formula)
 
 
-def predicted_bytes(case: Case, way: Way, trainer: Any) -> float | None:
-    """The peak over weights, gradients and optimiser, by the plan of a run of one micro-batch; None where prompts are shared or
-    lengths differ in a row, which a plan does not know."""
-    if way.layout == "shared" or (way.layout == "packed" and len(set(case.completions)) > 1):
-        return None
+def predicted_bytes(case: Case, way: Way, trainer: Any) -> float:
+    """The peak over weights, gradients and optimiser, by the plan of a run of one micro-batch."""
     length = case.prompt + max(case.completions)
     batch = replace(trainer.workload, sequences=case.micro_batch, length=length, updates=1)
     need = planning.memory(trainer.engine, trainer.loaded, batch, reference=False)
-    need = planning.with_activations(need, trainer.engine, case.micro_batch, length, trainer.loaded.layout)
+    if way.layout == "shared":
+        groups = [Group(case.prompt, case.completions)]
+    else:
+        groups = [Group(case.prompt + completion) for completion in case.completions]
+    groups *= max(case.micro_batch // len(case.completions), 1)
+    need = planning.with_activations(need, trainer.engine, groups, trainer.loaded.layout)
     # The gradients are there before the update: beside them the head's and the embedding's new one.
     return max(need.kept + need.head, need.activations + need.hidden) + need.early
 

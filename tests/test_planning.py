@@ -6,11 +6,13 @@ import torch
 
 from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels.interface import Work
-from fused_rlhf.trainers import engine, planning
+from fused_rlhf.trainers import attention, engine, planning
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.activations import trial
+from fused_rlhf.trainers.attention import Group
 from fused_rlhf.trainers.engine import Engine
 from fused_rlhf.trainers.grpo_config import Config
+from fused_rlhf.trainers.layout import Layout
 from fused_rlhf.trainers.planning import Memory, Workload
 from tests import tiny
 
@@ -60,10 +62,26 @@ def test_the_peak_is_at_the_loss_in_the_backward_or_elsewhere():
 def test_activations_come_from_a_trial_and_gradients_grow_with_the_backward(tmp_path):
     own, loaded = tiny.build(tmp_path, num_layers=3, gradient_checkpointing=True)
     need = planning.memory(own, loaded, WORK, False)
-    found = planning.with_activations(need, own, 40, 20)
-    one = trial(loaded.model, own.config, own.device, 40, 20)
+    found = planning.with_activations(need, own, [Group(20)] * 40)
+    one = trial(loaded.model, own.config, own.device, [Group(20)] * 40)
     assert (found.activations, found.kept) == (one.peak, one.kept)
     assert need.late < found.late <= need.gradients
+
+
+def test_a_prompt_that_sequences_share_is_counted_once(tmp_path):
+    mine = dataclasses.replace(WORK, sharing=8, prompt=15)
+    assert mine.groups(20, Layout("shared")) == [Group(15, (5,) * 8), Group(15, (5,) * 8), Group(15, (5,) * 4)]
+    assert mine.groups(2, Layout("packed")) == WORK.groups(2, Layout("shared")) == [Group(20)] * 2
+    own, loaded = tiny.build(tmp_path, micro_batch_size=20)
+    assert attention.adopt(loaded.model)
+    loaded = dataclasses.replace(loaded, layout=Layout("shared"))
+    text = planning.describe(own, loaded, mine, reference=False)
+    assert "20 sequences of one process, shared: 400 tokens at most, of which 145 go through the body" in text
+    once, each = (
+        planning.with_activations(Memory(1, 1, 1, 1), own, it.groups(20, loaded.layout), loaded.layout).kept
+        for it in (mine, WORK)
+    )
+    assert once < 0.5 * each
 
 
 def test_replicas_hold_their_buckets_and_shards_what_is_whole_for_a_while(tmp_path):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fused_rlhf.trainers import activations, adapters, tiled_mlp
 from fused_rlhf.trainers import model as models
+from fused_rlhf.trainers.attention import Group
 from tests import tiny
 from tests.launch import run, worst
 from tests.test_activations import FAMILIES, WIDE, B, T, build, saved_bytes
@@ -111,7 +112,7 @@ def test_the_plan_counts_tiles(tmp_path, options):
     for tokens in (0, 8):
         model, config = build("qwen3"), tiny.config(tmp_path, tiled_mlp=tokens, **options)
         models.prepare_body(config, model)
-        found.append(activations.trial(model, config, torch.device("cpu"), B, T))
+        found.append(activations.trial(model, config, torch.device("cpu"), [Group(T)] * B))
         saved = 0 if config.offload_activations else saved_bytes(model.train(), False)
         assert found[-1].kept >= saved
         assert config.offload_activations or found[-1].kept <= 1.05 * saved + 3 * B * T * 64 * 4

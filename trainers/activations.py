@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,22 +81,23 @@ class _Reached(Exception):
 
 
 def trial(
-    model: PreTrainedModel, config: TrainConfig, device: torch.device, rows: int, length: int, layout: Layout = PADDED
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, groups: Sequence[Group], layout: Layout = PADDED
 ) -> Activations:
-    """A forward and backward of `model`, up to its head, over so many sequences of `length` tokens in their layout (none of
-    which shares its prompt), as `config` trains it on `device`.
+    """A forward and backward of `model`, up to its head, over groups of sequences in their layout, as `config` trains it on
+    `device`. In padded rows a group is one sequence.
 
     Raises whatever the model raises where what it does depends on numbers, as the routing of some experts.
     """
+    rows, length = len(groups), max(group.length for group in groups)
+    packed = layout.name != "padded"
+    tokens = sum(group.length for group in groups) if packed else rows * length
     with torch.device("meta"):
-        made = _alike(model, config, rows * length)
-    groups = [Group(length)] * rows
+        made = _alike(model, config, tokens)
     table = table_of(groups)
     table.__dict__["made_of_it"] = {"groups": groups}  # its numbers could not be read below
-    packed = layout.name != "padded"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         made.to_empty(device=device)
-        ids = torch.zeros((1, rows * length) if packed else (rows, length), dtype=torch.int64)
+        ids = torch.zeros((1, tokens) if packed else (rows, length), dtype=torch.int64)
         # A row alone has no padding, for which transformers makes no (T, T) mask.
         padding = torch.ones(rows, length, dtype=torch.bool) if layout.masked and rows > 1 else None
         told: dict[str, Any] = {"attention_mask": padding}

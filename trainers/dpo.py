@@ -179,7 +179,9 @@ def prepare(
     splits, length = (len(train), len(test)), max(pair.length for pair in train)
     both = [*preferences.train, *preferences.test]
     found = data.fingerprint([p.prompt, p.chosen, p.rejected, p.images, p.ref] for p in both)
-    work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found)
+    # The pair that has most tokens where its prompt is there once, in the form of two sequences of the longest.
+    prompt = 2 * length - max(tokens_of([pair], Layout("shared")) for pair in train)
+    work = Workload("pairs", size, *splits, preferences.note, 2 * size, length, 1, found, 2, prompt)
     frozen = reference_model(config, [*train, *test], loaded, ref_model)
     loaded = settled(config, accelerator.device, loaded, length, [frozen])
     largest = max(tokens_of([pair], loaded.layout) for pair in (*train, *test))

@@ -19,7 +19,7 @@ of one, that of the head at the loss, and each weight's as the backward makes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +30,7 @@ from fused_rlhf import backends
 from fused_rlhf.kernels.interface import Needs, Work
 from fused_rlhf.trainers.activations import trial
 from fused_rlhf.trainers.adapters import base_of
+from fused_rlhf.trainers.attention import Group
 from fused_rlhf.trainers.config import TrainConfig
 from fused_rlhf.trainers.engine import Engine, transformers_models
 from fused_rlhf.trainers.generation import row_bytes, rows_together
@@ -51,6 +52,16 @@ class Workload:
     length: int  # tokens of the longest
     updates: int  # in a step
     fingerprint: str = ""  # of the samples, to tell whether a resumed run has the same
+    sharing: int = 1  # sequences that may begin with one prompt, one after the other
+    prompt: int = 0  # of `length`, tokens of that
+
+    def groups(self, count: int, layout: Layout) -> list[Group]:
+        """So many sequences as the body reads them, each the longest."""
+        if layout.name != "shared" or self.sharing == 1:
+            return [Group(self.length)] * count
+        whole, rest = divmod(count, self.sharing)
+        sizes = [self.sharing] * whole + [rest] * (rest > 0)
+        return [Group(self.prompt, (self.length - self.prompt,) * size) for size in sizes]
 
     @property
     def samples(self) -> str:
@@ -69,10 +80,12 @@ def describe(engine: Engine, loaded: Loaded, workload: Workload, reference: bool
     V, H, layers = text.vocab_size, text.hidden_size, text.num_hidden_layers
     sequences, length, updates = workload.sequences, workload.length, workload.updates
     micro = micro_batch(config, workload, world)
-    N = micro * length
+    N, groups = micro * length, workload.groups(micro, loaded.layout)
+    read = sum(group.length for group in groups)
+    once = "" if read == N else f", of which {read:,} go through the body where prompts are shared"
     need, why = memory(engine, loaded, workload, reference), ""
     try:
-        need = with_activations(need, engine, micro, length, loaded.layout)
+        need = with_activations(need, engine, groups, loaded.layout)
     except Exception as error:  # of any model's own code
         why = f"; at least, for its layers could not be tried: {str(error).splitlines()[0]}"
     if loaded.processor is not None:
@@ -83,7 +96,7 @@ def describe(engine: Engine, loaded: Loaded, workload: Workload, reference: bool
         f"processes       {world} on {engine.device.type}, {'sharded (FSDP2)' if engine.sharded else 'replicated'}",
         f"steps           {config.steps}, {updates} updates each; {config.steps * updates} in all",
         f"a step          {sequences} sequences of at most {length} tokens: {sequences * length:,} tokens",
-        f"a micro-batch   {micro} sequences of one process, {loaded.layout.name}: {N:,} tokens at most",
+        f"a micro-batch   {micro} sequences of one process, {loaded.layout.name}: {N:,} tokens at most{once}",
         "memory of one process",
         *(f"  {name:<14}{size(value)}" for name, value in need.parts().items()),
         f"  {'at its peak':<14}{size(need.peak)}{why}",
@@ -174,10 +187,10 @@ def gathered(engine: Engine, table: Tensor, dtype: torch.dtype) -> int:
     return count * dtype.itemsize
 
 
-def with_activations(need: Memory, engine: Engine, rows: int, length: int, layout: Layout = PADDED) -> Memory:
+def with_activations(need: Memory, engine: Engine, groups: Sequence[Group], layout: Layout = PADDED) -> Memory:
     """With those of all the models that an update goes through. Raises as `activations.trial`."""
     every = transformers_models(engine.module)
-    found = [trial(model, engine.config, engine.device, rows, length, layout) for model in every]
+    found = [trial(model, engine.config, engine.device, groups, layout) for model in every]
     peak, both = sum(it.peak for it in found), sum(it.with_gradients for it in found)
     shards = engine.world if engine.sharded else 1
     late = min(need.late + (both - peak) // shards, need.gradients)

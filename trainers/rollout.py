@@ -342,11 +342,12 @@ def logprobs_of(inputs: HeadInputs, targets: Tensor, temperature: float, backend
 
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:
     """That of steps with so many completions of each prompt and passes over them. Raises as `longest_prompt`."""
-    n, longest = config.prompts_per_step, longest_prompt(loaded, task, config) + config.max_new_tokens
+    n, prompt = config.prompts_per_step, longest_prompt(loaded, task, config)
+    longest = prompt + config.max_new_tokens
     splits, updates = (len(task.train), len(task.test)), passes * config.num_minibatches
     found = fingerprint([*task.train, *task.test])
     sequences = n * generations
-    return Workload("prompts", n, *splits, task.note, sequences, longest, updates, found)
+    return Workload("prompts", n, *splits, task.note, sequences, longest, updates, found, generations, prompt)
 
 
 def longest_prompt(loaded: Loaded, task: Task, config: RolloutConfig) -> int:
