@@ -14,7 +14,7 @@ from tests.helpers import dense, inputs, worst
 
 def test_what_follows_from_the_records():
     assert fr.LogProbs._fields == ("logprobs", *STATISTICS)
-    assert set(logprobs.RESULTS) == {"logprobs", "mass", *STATISTICS}
+    assert set(logprobs.RESULTS) == {"logprobs", "mass", "normaliser", *STATISTICS}
     returned = torch.ops.fused_rlhf.logprobs.default._schema.returns
     assert len(returned) == len(logprobs.RESULTS)
     differentiable = [name for name, record in STATISTICS.items() if record.differentiable]

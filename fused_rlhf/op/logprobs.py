@@ -36,6 +36,7 @@ from fused_rlhf.op.rows import check_targets, check_temperature, scatter
 
 # The last two are for the backward alone.
 RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser")
+KEPT = ("logprobs", "lse", "entropy", "mass", "normaliser")  # of these for the backward
 DIFFERENTIABLE = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
 
 
@@ -172,7 +173,7 @@ def _(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, head, targets, temperature, *options = inputs
     found = dict(zip(RESULTS, output))
-    kept = [found[name] for name in ("logprobs", "lse", "entropy", "mass", "normaliser")]
+    kept = [found[name] for name in KEPT]
     ctx.save_for_backward(hidden, *head, targets, temperature, *kept)
     ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
