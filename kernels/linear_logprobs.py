@@ -710,7 +710,7 @@ def launch_finish(
         beta=0.0 if objective is None else float(objective.beta), option_a=options[0], option_b=options[1],
         option_c=options[2], option_d=options[3], **partials.slots, CURVE=curve_of(head.transform).apply,
         COMPUTE=_TRITON_DTYPES[rows.x.dtype], ADAPTER=_TRITON_DTYPES[head.adapter_dtype], T_PARTS=head.t_parts,
-        EXACT=partials.exact, K=count, SURROGATE=surrogate, KL=kl, BLOCK_T=1024, BLOCK_H=4096 // count, num_warps=4,
+        EXACT=partials.exact, K=count, SURROGATE=surrogate, KL=kl, BLOCK_T=1024, BLOCK_H=4096 // count, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
     return Stats(logprobs, lse, extra, normaliser=normaliser), loss, slope
