@@ -54,8 +54,8 @@ _AMPERE = Tile(128, 128, 32, num_warps=8, num_stages=4, slices=2, exact=_CUT_AT_
 _HOPPER = Tile(128, 256, 64, num_warps=8, num_stages=4, slices=4, group=16, tma=True, programs_per_sm=1)
 _BLACKWELL = Tile(128, 128, 64, num_warps=8, num_stages=4, slices=4, tma=True, programs_per_sm=1)
 _CDNA = Tile(128, 64, 32, num_warps=8, num_stages=2, slices=2, exact=_CUT_AT_24)  # 128 columns take 80 KB of its 64 KB
-_SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2, slices=4)
-_TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=4)
+_SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2, slices=2)
+_TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
 _INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, exact=3, slices=2, group=2, programs_per_sm=1)
 RAW = Tile(16, 256, 16, num_warps=8, num_stages=2, slices=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
 
@@ -75,7 +75,13 @@ for _kernel in KERNELS:
     TILES[_kernel, "gfx942", "ieee"] = _SIMT
     TILES[_kernel, "interpreter", "half"] = TILES[_kernel, "interpreter", "ieee"] = _INTERPRETER
 
-TILES["stats+", "sm_90", "half"] = replace(_HOPPER, block_v=128, group=12)  # 256 columns spill registers
+# Where the others spill registers:
+TILES["stats+", "sm_90", "half"] = replace(_HOPPER, block_v=128, group=12)
+for _kernel in KERNELS:
+    TILES[_kernel, "sm_100", "ieee"] = replace(_SIMT, slices=1)
+    TILES[_kernel, "sm_120", "tf32"] = replace(_TF32, slices=4)
+for _kernel in ("stats", "stats+"):
+    TILES[_kernel, "sm_100", "tf32"] = replace(_TF32, slices=4)
 
 # Shared memory a block can have; a record must fit its architecture.
 SHARED_MEMORY = {
