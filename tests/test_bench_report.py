@@ -19,7 +19,8 @@ from fused_rlhf.bench.registry import PROVIDERS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "bench/results").glob("*/*.json"))
 OF_RUNS = [path for path in RESULTS if "rows" in json.loads(path.read_text())]
-OF_SUITES = [path for path in OF_RUNS if path.stem != "step"]  # which has rows of its own kind: test_bench_step.py
+# Those of whole updates have rows of their own kind: test_bench_step.py.
+OF_SUITES = [path for path in OF_RUNS if not path.stem.startswith("step")]
 
 
 def record(case: str, provider: str, shape: Case, seconds: float, **fields) -> dict:
