@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,3 +138,14 @@ def relative(found: Tensor, truth: Tensor) -> float:
 def placed(data: dict[str, Any], device: str) -> dict[str, Any]:
     """The tensors among these, on a device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in data.items()}
+
+
+def passes_in_the_interpreter(*arguments: str) -> None:
+    """Has pytest run these files by Triton's interpreter, which must be chosen before triton is imported: in a process of
+    its own, from the root of the checkout."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.helpers import passes_in_the_interpreter
 from tests.tensor_core import AMPERE, HOPPER, TensorCore, compiler
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +57,4 @@ def test_the_emulator_is_its_model_to_the_bit(core: TensorCore) -> None:
 
 @pytest.mark.slow
 def test_log_probs_of_emulated_sums_in_the_interpreter() -> None:
-    """The interpreter must be chosen before triton is imported, hence another process; see exact_cases.py."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/exact_cases.py"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    passes_in_the_interpreter("tests/exact_cases.py")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,21 +14,16 @@ pytest.importorskip("triton")
 from fused_rlhf.backends import reference
 from fused_rlhf.kernels import blocks, ops, tiles
 from fused_rlhf.kernels.interface import KINDS, Comparison, Grads, Kind, Needs, RowPairs, Work
-from tests.helpers import projection, relative
+from tests.helpers import passes_in_the_interpreter, projection, relative
 
 Arguments = tuple[RowPairs, Comparison]
 
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """What every backend passes and what is Triton's own, in a process that chooses the interpreter before its import."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton or interpreter_kl_cases"]
-    command += [str(here / "test_divergence.py"), str(here / "interpreter_kl_cases.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=here.parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    """What every backend passes, and what is Triton's own."""
+    files = ("tests/test_divergence.py", "tests/interpreter_kl_cases.py")
+    passes_in_the_interpreter("-k", "triton or interpreter_kl_cases", *files)
 
 
 @pytest.mark.parametrize("V", [1000, 50257, 151936, 262144, 2**20])

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,28 +21,14 @@ from fused_rlhf.objectives import CISPO, DAPO, GSPO, REINFORCE, SAPO, BoundPolic
 from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss
 from fused_rlhf.segments import Sequences
 from tests.helpers import inputs as drawn
-from tests.helpers import listed, placed, projection
+from tests.helpers import listed, passes_in_the_interpreter, placed, projection
 
 Arguments = tuple[Rows, Projection]
 
 
 @pytest.mark.slow
 def test_against_fp64_in_the_interpreter() -> None:
-    """The interpreter must be chosen before triton is imported, hence another process; see interpreter_cases.py."""
-    root = Path(__file__).parent.parent
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(Path(__file__).parent / "interpreter_cases.py"),
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
+    passes_in_the_interpreter("tests/interpreter_cases.py")
 
 
 # What follows needs a GPU. Truth is fp64 on the same operands; "torch" is dense torch with fp32 logits, whose gradient
