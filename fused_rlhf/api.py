@@ -48,6 +48,7 @@ from fused_rlhf.objectives import (
 from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.objectives.reductions import combine as combine_metrics
 from fused_rlhf.op.head import Head, LoRA
+from fused_rlhf.op.truncation import Truncation
 from fused_rlhf.preferences import CPO, DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "PreferenceLoss",
     "ReinforcePP",
     "SimPO",
+    "Truncation",
     "combine_metrics",
     "linear_kl",
     "linear_logprobs",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_rlhf.checks import check_count
 from fused_rlhf.door import Door
-from fused_rlhf.kernels.interface import Kind, RowPairs, Rows, pick
+from fused_rlhf.kernels.interface import Kind, Projection, RowPairs, Rows, Stats, pick
 from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
 from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
@@ -28,16 +28,20 @@ from fused_rlhf.op.head import (
     check_reference,
     head_of,
 )
+from fused_rlhf.op.kept import ADDED, FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
-from fused_rlhf.op.rows import check_temperature, scatter, tokens_of
+from fused_rlhf.op.logprobs import linear_logprobs_of_ids as logprobs_of_ids
+from fused_rlhf.op.rows import check_id_shape, check_temperature, scatter, tokens_of
 from fused_rlhf.op.sequences import check_policy, check_preference, of_sequences, reference_logprobs
+from fused_rlhf.op.truncation import WITHIN, Kept, Truncation, check_sampling
 
 
 class LogProbs(NamedTuple):
     """Results of `linear_logprobs`, each of the targets' shape; None where not asked for.
 
-    fp32 (fp64 for fp64 inputs), `is_top1` bool. Rows with `ignore_index` hold 0 (False). `logprobs`, `entropy` and
-    `lse` are differentiable. The fields are the records of `kernels/statistics.py`.
+    fp32 (fp64 for fp64 inputs), `is_top1` and `target_added` bool. Rows with `ignore_index` hold 0 (False). `logprobs`,
+    `entropy`, `lse`, `full_logprobs` and `id_logprobs` (of the shape of `ids`) are differentiable. The other fields are the
+    records of `kernels/statistics.py`.
     """
 
     logprobs: Tensor
@@ -47,6 +51,9 @@ class LogProbs(NamedTuple):
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     margin: Tensor | None = None
+    full_logprobs: Tensor | None = None  # of the whole vocabulary, beside those of kept sets
+    id_logprobs: Tensor | None = None  # with `ids`
+    target_added: Tensor | None = None  # with `truncation`: the target was not in the set that was found
 
 
 def linear_logprobs(
@@ -65,6 +72,9 @@ def linear_logprobs(
     *,
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None,
     round_logits: bool = False,
+    ids: Tensor | None = None,
+    kept: Kept | None = None,
+    truncation: Truncation | None = None,
 ) -> LogProbs:
     """Log-probabilities of `targets` under an LM head, without its logits.
 
@@ -84,7 +94,8 @@ def linear_logprobs(
         ignore_index: the target that marks a row to leave out.
         outputs: what else to return, of "entropy" (nats), "lse" (log sum_v exp z_v), "sum_sq" (sum_v p_v^2),
             "mean_logit" (mean_v z_v), "is_top1" (the target is the first of the largest logits), "margin" (the largest
-            logit less the second largest, >= 0; infinite where V is 1).
+            logit less the second largest, >= 0; infinite where V is 1). With `kept` or `truncation` of "entropy", "lse",
+            "sum_sq", all over the kept set, and "full_logprobs" (those of the whole vocabulary).
         grad_filter: in [0, 1): the share of probability mass per token that the backward may leave out; 0 is exact.
             Blocks of the vocabulary that hold next to nothing of a token are not recomputed for it; the target's block
             always is, and a token with an entropy gradient is exact. With g and k the loss gradients of logprob and
@@ -97,28 +108,74 @@ def linear_logprobs(
         backend: "auto", "triton", "chunked" or "reference". A name never falls back; the variable `FUSED_RLHF_BACKEND`
             overrides "auto".
         round_logits: allow logits rounded to the operands' dtype where that is faster. Costs accuracy.
+        ids: (N, K) or (B, T, K), int64: further tokens whose log-probs are wanted in `id_logprobs`, at the cost of their rows
+            of `weight`; repeated ones are fine. One equal to ignore_index gives 0 and takes no gradient.
+        kept: (ids (E,), offsets (N + 1,)), int64 or int32: the tokens that a truncated sampler kept for each of the N rows (B T
+            of them), as inference engines report them, in any order, each row's target among them. Log-probs are those of
+            the distribution over these, z_y - log sum_kept exp z, and nothing else of the vocabulary is touched unless
+            "full_logprobs" is asked for. What is told of an ignored row may be anything.
+        truncation: how the sampler cut its distribution, as a `Truncation`: the kept sets are found from the logits. The
+            target always belongs to its set, as rounding may have moved the border since; `target_added` says where it
+            had to be added. Not beside `kept`; neither beside `ids` or grad_filter.
 
     Returns:
         `LogProbs`, differentiable in hidden, weight, bias, A and B; repeatable to the bit. Rows whose upstream gradient is
-        exactly zero are skipped in the backward.
+        exactly zero are skipped in the backward. torch.compile breaks its graph at `kept` and `truncation`.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
         NotImplementedError: process_group (OP12).
     """
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    call = Call(temperature, ignore_index, backend, round_logits, grad_filter)
+    call = Call(temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation)
+    check_sampling(kept, truncation, targets, grad_filter, ids)
     projection, flat_temperature = check_head(hidden, head, targets, call)
-    names = check_outputs(outputs)
     if process_group is not None:
         raise NotImplementedError("process_group (row OP12) is not implemented yet; use process_group=None")
+    if kept is not None or truncation is not None:
+        return _within_sets(hidden, head, projection, targets, flat_temperature, call, outputs)
+    names = check_outputs(outputs)
     flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     if head.lora is not None:
         # A row that is left out may hold anything, and its activations meet those of the others in dA.
         some = x.masked_fill((flat == ignore_index)[:, None], 0.0)
         x = with_adapter(some, head.lora[0], head.lora[2], projection)
-    stats = logprobs_of_rows(Rows(x, flat, flat_temperature), projection, ignore_index, names, backend)
-    return LogProbs(stats.logprobs.view(targets.shape), **{name: stats[name].view(targets.shape) for name in names})
+    rows, of_ids = Rows(x, flat, flat_temperature), None
+    if ids is None:
+        stats = logprobs_of_rows(rows, projection, ignore_index, names, backend)
+    else:
+        check_id_shape(ids, targets)
+        some = ids.detach().reshape(len(flat), -1)
+        stats, of_ids = logprobs_of_ids(rows, projection, ignore_index, some, names, backend)
+        of_ids = of_ids.view(ids.shape)
+    found = {name: stats[name].view(targets.shape) for name in names}
+    return LogProbs(stats.logprobs.view(targets.shape), **found, id_logprobs=of_ids)
+
+
+def _within_sets(
+    hidden: Tensor,
+    head: Head,
+    projection: Projection,
+    targets: Tensor,
+    temperature: Tensor,
+    call: Call,
+    outputs: Sequence[str],
+) -> LogProbs:
+    """`linear_logprobs` with kept or truncation; temperature (N,)."""
+    names = check_outputs(outputs, WITHIN)
+    one = targets.new_zeros(targets.numel())
+    tokens = tokens_of(Door(), targets, None, call, projection.vocabulary, temperature, one, 1)
+    rows = tokens.rows(hidden, head, projection)
+    if tokens.sets is None:  # a truncation that keeps everything
+        inner = tuple(name for name in names if name != FULL)
+        stats = logprobs_of_rows(rows, projection, None, inner, call.backend)
+        stats = Stats(stats.logprobs, stats.lse, {**stats.extra, FULL: stats.logprobs})
+    else:
+        stats = kept_statistics(rows, projection, tokens.sets, names, call.backend)
+    wanted = (*names, *((ADDED,) if ADDED in stats.extra else ()))
+    some = {"logprobs": stats.logprobs} | {name: stats[name] for name in wanted}
+    found = {name: scatter(values, tokens.index, targets.numel()) for name, values in some.items()}
+    return LogProbs(**{name: values.view(targets.shape) for name, values in found.items()})
 
 
 def linear_policy_loss(
@@ -148,6 +205,8 @@ def linear_policy_loss(
     mode: Mode = "auto",
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None,
     round_logits: bool = False,
+    kept: Kept | None = None,
+    truncation: Truncation | None = None,
 ) -> tuple[Tensor, Metrics]:
     """A policy objective of an LM head's log-probabilities, without the logits.
 
@@ -168,12 +227,14 @@ def linear_policy_loss(
         cu_seqlens: (B + 1,) int, offsets of the sequences in a flat (N,) input; None there means one sequence.
         num_sequences, num_tokens: counts that normalise the loss; give the global ones when this is one micro-batch or
             rank of several. Default: those of this call.
-        outputs: "entropy" adds it to the metrics.
+        outputs: "entropy" adds it to the metrics; "full_logprobs", with kept or truncation, those of the untruncated ratio.
         mode: "one_pass" computes gradients together with the loss (three matrix products instead of four; under a
             frozen head two more than the forward, and any objective without entropy terms). It does not serve fp16,
             whose gradients would underflow before a loss scale reaches them, nor a trainable head with an objective
             that looks beyond a token (sequence level, entropy quantile ...). "two_phase" recomputes the logits in the
             backward; "auto" takes one_pass where gradients are wanted and it applies.
+        kept, truncation: as in `linear_logprobs`: how the sampler cut its distribution. The ratio and the entropy are then
+            those of what it kept, as old_logprobs must be; the KL compares whole distributions, as ref_logprobs must be.
 
     Returns:
         loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `objectives.metrics.policy_metrics`;
@@ -183,15 +244,16 @@ def linear_policy_loss(
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    door, call = Door(), Call(temperature, ignore_index, backend, round_logits)
+    door = Door()
+    call = Call(temperature, ignore_index, backend, round_logits, kept=kept, truncation=truncation)
     projection, flat_temperature = check_head(hidden, head, targets, call)
-    names = check_outputs(outputs, allowed=("entropy",))
+    names = check_outputs(outputs, allowed=("entropy", *((FULL,) if call.samples else ())))
     reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
     sequence_of, count = check_policy(
         door, targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens
     )
-    check_mode(mode, hidden, projection, objective.tokenwise, objective.entropy_coef != 0)
+    check_mode(mode, hidden, projection, objective.tokenwise, objective.entropy_coef != 0, call.cuts)
 
     tokens = tokens_of(
         door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
@@ -211,8 +273,10 @@ def linear_policy_loss(
         **vectors,
     )
     rows = tokens.rows(hidden, head, projection)
-    loss, stats = execute(rows, projection, bound, names, mode, backend)
-    return loss, policy_metrics(bound, stats.logprobs.detach(), stats.entropy)
+    loss, stats = execute(rows, projection, bound, names, mode, backend, tokens.sets)
+    return loss, policy_metrics(
+        bound, stats.logprobs.detach(), stats.entropy, stats.extra.get(FULL), stats.extra.get(ADDED)
+    )
 
 
 def linear_preference_loss(
@@ -241,6 +305,8 @@ def linear_preference_loss(
     mode: Mode = "auto",
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None,
     round_logits: bool = False,
+    kept: Kept | None = None,
+    truncation: Truncation | None = None,
 ) -> tuple[Tensor, Metrics]:
     """A preference objective of an LM head's log-probabilities, without the logits.
 
@@ -262,8 +328,10 @@ def linear_preference_loss(
         cu_seqlens: (S + 1,) int, offsets of the sequences in a flat (N,) input, where it must be given.
         num_pairs: pairs (examples, where unpaired) that the mean is over; num_tokens: chosen tokens that the NLL is a
             mean over. Give the global counts when this is one micro-batch or rank of several. Default: of this call.
-        outputs: of "entropy", "mean_logit", "is_top1": adds them to the metrics.
+        outputs: of "entropy", "mean_logit", "is_top1": adds them to the metrics; "entropy" alone with kept or truncation.
         mode: as in `linear_policy_loss`; "one_pass" needs a frozen head.
+        kept, truncation: as in `linear_logprobs`: how the completions' sampler cut its distribution. Log-probs are then those
+            of what it kept, but for what is compared with a reference: both sides of that are of the whole vocabulary.
 
     Returns:
         loss (scalar, fp32) and metrics (0-d, see `objectives.metrics.preference_metrics`).
@@ -272,14 +340,15 @@ def linear_preference_loss(
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    door, call = Door(), Call(temperature, ignore_index, backend, round_logits)
+    door = Door()
+    call = Call(temperature, ignore_index, backend, round_logits, kept=kept, truncation=truncation)
     projection, flat_temperature = check_head(hidden, head, targets, call)
-    names = check_outputs(outputs, allowed=("entropy", "mean_logit", "is_top1"))
+    names = check_outputs(outputs, allowed=("entropy",) if call.samples else ("entropy", "mean_logit", "is_top1"))
     sequence_of, count, sums = check_preference(
         door, targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
     )
     reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
-    check_mode(mode, hidden, projection, tokenwise=False, entropy_term=False)
+    check_mode(mode, hidden, projection, tokenwise=False, entropy_term=False, cuts=call.cuts)
 
     tokens = tokens_of(
         door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
@@ -299,9 +368,10 @@ def linear_preference_loss(
         dtype=tokens.temperature.dtype,
     )
     rows = tokens.rows(hidden, head, projection)
-    loss, stats = execute(rows, projection, bound, names, mode, backend)
+    loss, stats = execute(rows, projection, bound, names, mode, backend, tokens.sets)
     extra = {name: stats.extra.get(name) for name in ("entropy", "mean_logit", "is_top1")}
-    return loss, preference_metrics(bound, stats.logprobs.detach(), **extra)
+    full, added = stats.extra.get(FULL), stats.extra.get(ADDED)
+    return loss, preference_metrics(bound, stats.logprobs.detach(), **extra, full=full, added=added)
 
 
 def linear_kl(

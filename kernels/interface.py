@@ -11,8 +11,8 @@ This file needs torch alone, so that a machine without triton can import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import torch
@@ -39,6 +39,24 @@ def indices(mask: Tensor, count: int) -> Tensor:
     return torch.nonzero_static(mask, size=count).squeeze(1)
 
 
+class Border(NamedTuple):
+    """Where the kept sets of some rows end.
+
+    Kept are the columns v with z_v > floor, of those with z_v = floor the ones from `first` on, and always the target.
+    """
+
+    floor: Tensor  # (N,), as logits are; -inf keeps everything
+    first: Tensor  # (N,) int64
+
+    def pick(self, rows: slice | Tensor | None) -> Border:
+        return Border(pick(self.floor, rows), pick(self.first, rows))
+
+    @staticmethod
+    def joined(parts: Sequence[Border]) -> Border:
+        """Of rows one after the other."""
+        return Border(torch.cat([part.floor for part in parts]), torch.cat([part.first for part in parts]))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Real tokens, with everything that is a token's own."""
@@ -46,13 +64,104 @@ class Rows:
     hidden: Tensor  # (N, H); with an adapter on the head (N, H + copies r)
     targets: Tensor  # (N,) int64, in [0, V)
     temperature: Tensor  # (N,) fp32 (fp64 for fp64 inputs)
+    border: Border | None = None  # what is beyond it has no probability; None: the whole vocabulary has
 
     @property
     def count(self) -> int:
         return self.targets.numel()
 
     def pick(self, rows: slice | Tensor | None) -> Rows:
-        return Rows(*(pick(t, rows) for t in (self.hidden, self.targets, self.temperature)))
+        border = None if self.border is None else self.border.pick(rows)
+        return Rows(pick(self.hidden, rows), pick(self.targets, rows), pick(self.temperature, rows), border)
+
+    def bounded(self) -> Border:
+        """Their border, which keeps everything where there is none."""
+        if self.border is not None:
+            return self.border
+        return Border(torch.full_like(self.temperature, -torch.inf), torch.zeros_like(self.targets))
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """One after the other, each with a border."""
+        hidden, targets, temperature = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "targets", "temperature")
+        )
+        return Rows(hidden, targets, temperature, Border.joined([part.bounded() for part in parts]))
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Some of the logits of some rows, row by row: a sparse (N, V)."""
+
+    hidden: Tensor  # (N, H), as in `Rows`
+    temperature: Tensor  # (N,)
+    rows: Tensor  # (E,) int64, ascending
+    ids: Tensor  # (E,) int64, in [0, V)
+
+    @property
+    def count(self) -> int:
+        return self.ids.numel()
+
+
+@dataclass(frozen=True)
+class EntryGrads:
+    """Entries on their way back."""
+
+    entries: Entries
+    logits: Tensor  # (E,)
+    upstream: Tensor  # (E,): dloss / dlogits
+
+    def products(self, head: Projection) -> Tensor:
+        """(E,): dloss by the products h W^T + b, in the dtype of the logits."""
+        transform, temperature = head.transform, self.entries.temperature[self.entries.rows].to(head.wide)
+        slope = transform.slope(self.logits[:, None], temperature)
+        by_u = self.upstream.to(head.wide) / temperature * transform.logit_scale
+        return by_u if slope is None else by_u * slope[:, 0]
+
+
+def live_entries(grads: EntryGrads) -> EntryGrads:
+    """Without those whose upstream is exactly zero. Waits for the device."""
+    live = grads.upstream != 0
+    count = int(live.sum())
+    if count == len(live):
+        return grads
+    some = indices(live, count)
+    entries = replace(grads.entries, rows=grads.entries.rows[some], ids=grads.entries.ids[some])
+    return EntryGrads(entries, grads.logits[some], grads.upstream[some])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the distributions of N rows are truncated before a token is sampled; vectors are (N,), None: not at all.
+
+    top_k, then top_p of what that left, then min_p; or with `min_p_first` min_p before both. `op.truncation` says what each
+    keeps.
+    """
+
+    top_k: Tensor | None  # int64; 0: all
+    top_p: Tensor | None  # as logits are, in (0, 1]
+    min_p: Tensor | None  # likewise, in [0, 1]
+    min_p_first: bool = False
+
+    def pick(self, rows: slice | Tensor | None) -> Cut:
+        return Cut(pick(self.top_k, rows), pick(self.top_p, rows), pick(self.min_p, rows), self.min_p_first)
+
+
+@dataclass(frozen=True)
+class KeptSets:
+    """What a cut leaves of N rows: of most a few tokens, which are named; of some `wide` ones more than NARROW, which are
+    told by their border."""
+
+    rows: Tensor  # (E,) int64, ascending: the tokens kept of the rows that are not wide, their targets among them
+    ids: Tensor  # (E,) int64, ascending in each row
+    wide: Tensor  # (M,) int64: the others, ascending
+    border: Border  # theirs
+    stats: Stats  # theirs, over what is kept
+    added: Tensor  # (N,) bool: the target was not in the set
+    whole: Stats | None = None  # (N,) over the whole vocabulary, where that is asked for
+
+
+NARROW = 512  # tokens of a kept set that are named one by one: what they cost is below what a product over V does
 
 
 @dataclass(frozen=True)
@@ -117,7 +226,7 @@ class Projection:
             values = values - found[-1].to(values.dtype)
         return found
 
-    def rows(self, columns: slice) -> Tensor:
+    def rows(self, columns: slice | Tensor) -> Tensor:
         """(v, H + copies r) rows of [weight, parts of lora_b] in compute_dtype."""
         w = self.weight[columns].to(self.compute_dtype)
         if self.lora_b is None:
@@ -126,7 +235,7 @@ class Projection:
         b = self.parts(self.lora_b[columns].to(self.adapter_dtype), 1 + max(j for _, j in pairs))
         return torch.cat([w, *(b[j] for _, j in pairs)], 1)
 
-    def bias_of(self, columns: slice) -> Tensor | None:
+    def bias_of(self, columns: slice | Tensor) -> Tensor | None:
         return None if self.bias is None else self.bias[columns]
 
     def split(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -451,11 +560,25 @@ class Backend(Protocol):
         upstream: TokenGrads,
         needs: Needs,
         filtered: tuple[Tensor, ...] | None = None,
+        entries: EntryGrads | None = None,
     ) -> Grads:
         """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is.
 
         filtered: for each vocabulary block of filter_columns the ascending rows that it is computed for; None: all.
+        entries: what adds to the gradients of the head, and to those of no row here; there may be no rows at all.
         """
+        ...
+
+    def gathered(self, entries: Entries, head: Projection) -> Tensor:
+        """(E,) logits of the entries alone; the bits of each do not depend on the others."""
+        ...
+
+    def gathered_hidden(self, grads: EntryGrads, head: Projection) -> Tensor:
+        """(N, H) gradient of the entries' hidden states."""
+        ...
+
+    def truncated(self, rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
+        """The kept set of each row, found from its logits; `outputs` are statistics over what is kept."""
         ...
 
     def loss(self, objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:

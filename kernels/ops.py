@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_rlhf.backends import chunked
+from fused_rlhf.backends import gathered as entry_products
 from fused_rlhf.kernels.blocks import (
     ROWS,
     divergence_columns,
@@ -39,8 +41,12 @@ from fused_rlhf.kernels.interface import (
     BoundPolicy,
     BoundPreference,
     Comparison,
+    Cut,
+    Entries,
+    EntryGrads,
     Grads,
     HeadSink,
+    KeptSets,
     Needs,
     Projection,
     RowPairs,
@@ -73,6 +79,8 @@ __all__ = [
     "divergence",
     "divergence_gradients",
     "filter_columns",
+    "gathered",
+    "gathered_hidden",
     "gradients",
     "has_normaliser",
     "loss",
@@ -80,6 +88,7 @@ __all__ = [
     "one_pass",
     "one_pass_pays",
     "statistics",
+    "truncated",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -131,12 +140,15 @@ def gradients(
     upstream: TokenGrads,
     needs: Needs,
     filtered: tuple[Tensor, ...] | None = None,
+    entries: EntryGrads | None = None,
 ) -> Grads:
     """See `Backend`. Recomputes the logits: 2NVH, and 2NVH for each of dX and dW.
 
     Rows whose upstream is zero should be dropped by the caller. fp16 gradients are scaled by a power of two on the
     device, so that dlogits neither overflow nor vanish where the upstream is small.
     """
+    if rows.border is not None:
+        return chunked.gradients(rows, head, stats, upstream, needs, filtered, entries)
     tokens = _tokens(rows, head)
     tile = _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
@@ -150,9 +162,12 @@ def gradients(
     dx = torch.zeros_like(rows.hidden, dtype=torch.float32) if needs.hidden else None
     # With a single block of rows cuBLAS writes dW itself; it sums in fp32 registers either way.
     fits = head.weight.dtype == tokens.x.dtype and _fills_the_device(head.weight, width)
-    sink = head.sink(needs, columns, direct=len(ranges) == 1 and unscale is None and fits)
+    sparse = None if entries is None else entry_products.HeadEntries(entries, head)
+    sink = head.sink(needs, columns, direct=len(ranges) == 1 and unscale is None and fits and sparse is None)
     for number, block in enumerate(_blocks(head, columns)):
         into = sink.open(block.columns)
+        if sparse is not None:
+            sparse.add(into)
         wanted = ranges
         if filtered is not None and len(filtered[number]) < N:
             wanted = list(filtered[number].split(ROWS))
@@ -173,6 +188,24 @@ def gradients(
     if dx is not None:
         dx = (dx if unscale is None else dx.mul_(unscale)).to(rows.hidden.dtype)
     return sink.grads(dx, unscale)
+
+
+@on_its_device
+def gathered(entries: Entries, head: Projection) -> Tensor:
+    """See `Backend`."""
+    return entry_products.logits(entries, head)
+
+
+@on_its_device
+def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
+    """See `Backend`."""
+    return entry_products.hidden_gradient(grads, head)
+
+
+@on_its_device
+def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
+    """See `Backend`."""
+    return chunked.truncated(rows, head, cut, outputs, whole)
 
 
 @on_its_device

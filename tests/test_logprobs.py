@@ -224,7 +224,8 @@ def test_compiles_without_a_graph_break(device, options, masked):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grad_filter", [0.0, 1e-3])
-def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter):
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter, with_ids):
     """Their schemas, results without data, and derivatives, also under a compiler and with sizes that it does not know."""
     data = placed(inputs(12, 16, 70, torch.float32, bias=True), device)
     data["targets"][2] = -100
@@ -232,19 +233,23 @@ def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter):
     options = logprobs._Options.of(head, -100, ("entropy", "is_top1"), "auto")
     temperature, absent = torch.ones(12, device=device), torch.empty(0, device=device)
     free = [leaf(data["weight"]), leaf(data["bias"]), absent]
-    forward = (leaf(data["hidden"]), free, data["targets"], temperature, *options)
+    ids = torch.arange(36, device=device).view(12, 3).index_fill(0, torch.tensor([4], device=device), -100)
+    ids = ids if with_ids else None
+    forward = (leaf(data["hidden"]), free, data["targets"], temperature, ids, *options)
     torch.library.opcheck(torch.ops.fused_rlhf.logprobs.default, forward)
 
     found = dict(zip(logprobs.RESULTS, torch.ops.fused_rlhf.logprobs(*forward)))
     kept = [found[name].detach() for name in logprobs.KEPT]
     operands = [t.detach() for t in free]
-    upstream = [torch.linspace(-1, 1, 12, device=device), torch.zeros(12, device=device), absent]
+    by_ids = absent if ids is None else torch.linspace(-1, 1, 36, device=device).view(12, 3)
+    upstream = [torch.linspace(-1, 1, 12, device=device), torch.zeros(12, device=device), absent, by_ids]
     backward = (
         upstream,
         data["hidden"],
         operands,
         data["targets"],
         temperature,
+        ids,
         kept,
         [True, True, True, False],
         *options,

@@ -19,13 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rlhf.backends import tiling
+from fused_rlhf.backends import gathered as entry_products
+from fused_rlhf.backends import tiling, truncation
 from fused_rlhf.backends.chunked_divergence import divergence, divergence_gradients, divergence_memory
 from fused_rlhf.backends.tiling import Operands, slices
 from fused_rlhf.kernels.interface import (
     BlockGrads,
+    Border,
     BoundObjective,
+    Cut,
+    Entries,
+    EntryGrads,
     Grads,
+    KeptSets,
     Needs,
     Projection,
     Rows,
@@ -40,6 +46,8 @@ __all__ = [
     "divergence",
     "divergence_gradients",
     "filter_columns",
+    "gathered",
+    "gathered_hidden",
     "gradients",
     "has_normaliser",
     "loss",
@@ -47,6 +55,7 @@ __all__ = [
     "one_pass",
     "one_pass_pays",
     "statistics",
+    "truncated",
 ]
 
 
@@ -118,6 +127,7 @@ class _BackwardBlock:
     slope: Tensor | None
     d_x: Tensor | None  # (n, H)
     head: Projection
+    border: Border | None = None
 
     @staticmethod
     def of(
@@ -146,13 +156,14 @@ class _BackwardBlock:
             slope=None if grads.entropy is None else h,
             d_x=torch.zeros_like(x) if needs.hidden else None,
             head=op.head,
+            border=None if op.border is None else op.border.pick(index),
         )
 
     def pick(self, index: Tensor) -> _BackwardBlock:
         """Some of these rows, with a d_x of their own."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         some: dict[str, Any] = {k: v[index] for k, v in values.items() if isinstance(v, Tensor)}
-        found = replace(self, **some)
+        found = replace(self, **some, border=None if self.border is None else self.border.pick(index))
         if self.d_x is not None:
             found.d_x = torch.zeros_like(found.x)
         return found
@@ -181,6 +192,8 @@ class _BackwardBlock:
 
     def _to_dlogits_(self, z: Tensor, columns: slice) -> Tensor:
         slope = self.head.transform.slope(z, self.temperature)
+        if self.border is not None:
+            z.masked_fill_(truncation.outside(z, columns, self.targets, self.border), -torch.inf)
         log_p = z.sub_(self.lse[:, None])
         if self.slope is None:
             dz = log_p.exp_().mul_(self.constant[:, None])
@@ -222,9 +235,11 @@ def gradients(
     upstream: TokenGrads,
     needs: Needs,
     filtered: tuple[Tensor, ...] | None = None,
+    entries: EntryGrads | None = None,
 ) -> Grads:
     """Two-phase: vocabulary outermost, the logits of a tile again, each tile of dW finished before the next."""
     op = Operands(rows, head)
+    sparse = None if entries is None else entry_products.HeadEntries(entries, head)
     sink = head.sink(needs, tiling.TILE)
     tile = op.new(min(op.rows, rows.count) * tiling.TILE)
     blocks = [
@@ -232,8 +247,13 @@ def gradients(
         for some in slices(rows.count, op.rows if filtered is None else rows.count)
     ]
     for number, columns in enumerate(slices(head.vocabulary, tiling.TILE)):
-        w = op.w(columns)
         into = sink.open(columns)
+        if sparse is not None:
+            sparse.add(into)
+        if not blocks:
+            sink.close(into)
+            continue
+        w = op.w(columns)
         parts: list[tuple[_BackwardBlock, Tensor | None]] = [(block, None) for _, block in blocks]
         if filtered is not None:  # one block of all rows, from which each tile takes its own
             parts = [(parts[0][0], index) for index in filtered[number].split(op.rows) if len(index)]
@@ -250,6 +270,46 @@ def gradients(
         for some, block in blocks:
             d_hidden[some] = block.d_hidden()
     return sink.grads(d_hidden)
+
+
+def gathered(entries: Entries, head: Projection) -> Tensor:
+    return entry_products.logits(entries, head)
+
+
+def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
+    return entry_products.hidden_gradient(grads, head)
+
+
+def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
+    """Rows outermost: a block's logits are kept until its sets are found."""
+    op = Operands(rows, head)
+    running = _Running(op, rows, ())
+    kept = op.new(min(op.rows, rows.count), head.vocabulary)
+    found, stats = [], []
+    for some in slices(rows.count, op.rows):
+        x = op.x(some)
+        z = kept[: x.shape[0]]
+        for columns in slices(head.vocabulary, tiling.TILE):
+            running.update(op.logits(x, op.w(columns), some, columns, z[:, columns]), some, columns)
+        sets = truncation.find(z, running.partials.total[some], rows.targets[some], cut.pick(some))
+        stats.append(_statistics_within(z, rows.pick(sets.wide + some.start), head, sets, outputs))
+        found.append(sets.after(some.start))
+    sets = truncation.Sets.joined(found)
+    return KeptSets(
+        sets.rows, sets.ids, sets.wide, sets.border, Stats.joined(stats), sets.added, running.stats() if whole else None
+    )
+
+
+def _statistics_within(
+    z: Tensor, rows: Rows, head: Projection, sets: truncation.Sets, outputs: tuple[str, ...]
+) -> Stats:
+    """Of the wide rows of a block with logits (n, V), over what is kept of them."""
+    running = _Running(Operands(rows, head), rows, outputs)
+    for columns in slices(head.vocabulary, tiling.TILE) if rows.count else ():
+        some = z[:, columns].index_select(0, sets.wide)
+        some.masked_fill_(truncation.outside(some, columns, rows.targets, sets.border), -torch.inf)
+        running.update(some, slice(0, rows.count), columns)
+    return running.stats()
 
 
 def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.interface import (
+    BlockGrads,
+    Border,
     BoundObjective,
     Comparison,
+    Cut,
+    Entries,
+    EntryGrads,
     Grads,
+    KeptSets,
     Needs,
     Projection,
     RowPairs,
@@ -64,6 +70,7 @@ def gradients(
     upstream: TokenGrads,
     needs: Needs,
     filtered: tuple[Tensor, ...] | None = None,
+    entries: EntryGrads | None = None,
 ) -> Grads:
     z = logits(rows.hidden, head, rows.temperature)
     temperature = rows.temperature.to(z.dtype)
@@ -92,9 +99,84 @@ def gradients(
     if block.lora is not None:
         block.lora += du.T @ sum(parts)
     block.fresh = False
+    if entries is not None:
+        _add_entries(block, entries, head)
     sink.close(block)
     d_hidden = (du @ head.rows(EVERYTHING).to(z.dtype)).to(rows.hidden.dtype) if needs.hidden else None
     return sink.grads(d_hidden)
+
+
+def _dense(grads: EntryGrads, head: Projection) -> Tensor:
+    """(N, V): dloss by the products."""
+    entries = grads.entries
+    du = torch.zeros(len(entries.hidden), head.vocabulary, dtype=head.wide, device=entries.ids.device)
+    return du.index_put_((entries.rows, entries.ids), grads.products(head), accumulate=True)
+
+
+def _add_entries(block: BlockGrads, grads: EntryGrads, head: Projection) -> None:
+    du = _dense(grads, head)
+    x, parts = head.split(grads.entries.hidden.to(head.compute_dtype).to(head.wide))
+    if block.weight is not None:
+        block.weight += du.T @ x
+    if block.bias is not None:
+        block.bias += du.sum(0)
+    if block.lora is not None:
+        block.lora += du.T @ sum(parts)
+
+
+def gathered(entries: Entries, head: Projection) -> Tensor:
+    return logits(entries.hidden, head, entries.temperature)[entries.rows, entries.ids]
+
+
+def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
+    return (_dense(grads, head) @ head.rows(EVERYTHING).to(head.wide)).to(grads.entries.hidden.dtype)
+
+
+def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
+    """Every set by its tokens, from whole rows in order."""
+    z = logits(rows.hidden, head, rows.temperature)
+    kept = kept_columns(z, cut)
+    at = torch.arange(rows.count, device=z.device), rows.targets
+    added = ~kept[at]
+    kept[at] = True
+    row, ids = kept.nonzero(as_tuple=True)
+    none = rows.pick(slice(0, 0))
+    border = Border(none.temperature, none.targets)
+    stats = Stats.of(none.temperature, dict.fromkeys(("lse", *outputs), none.temperature))
+    of_all = statistics(rows, head, ()) if whole else None
+    return KeptSets(row, ids, none.targets, border, stats, added, of_all)
+
+
+def kept_columns(z: Tensor, cut: Cut) -> Tensor:
+    """(N, V) bool, by the definitions, from sorted rows."""
+    order = z.sort(dim=1, stable=True).indices  # ascending, of equals the earlier column first
+    place = torch.arange(z.shape[1], device=z.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, place)
+
+    def by_count(kept: Tensor) -> Tensor:
+        if cut.top_k is None:
+            return kept
+        k = torch.where(cut.top_k > 0, cut.top_k, z.shape[1]).clamp(max=z.shape[1])[:, None]
+        within = z.masked_fill(~kept, -torch.inf)
+        return kept & (within >= within.sort(dim=1).values.gather(1, z.shape[1] - k))
+
+    def by_peak(kept: Tensor) -> Tensor:
+        if cut.min_p is None:
+            return kept
+        return kept & ((z - z.amax(1, keepdim=True)).exp() >= cut.min_p[:, None])
+
+    def by_mass(kept: Tensor) -> Tensor:
+        if cut.top_p is None:
+            return kept
+        p = z.masked_fill(~kept, -torch.inf).softmax(1)
+        upto = p.gather(1, order).cumsum(1).gather(1, rank)  # from the smallest upwards, this one included
+        beyond = (upto <= (1 - cut.top_p)[:, None]) & (cut.top_p < 1)[:, None]
+        return kept & ~(beyond & (rank < z.shape[1] - 1))
+
+    everything = torch.ones_like(z, dtype=torch.bool)
+    if cut.min_p_first:
+        return by_mass(by_count(by_peak(everything)))
+    return by_peak(by_mass(by_count(everything)))
 
 
 def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:

@@ -33,7 +33,12 @@ class Operands:
     """One call's inputs in the dtype of the arithmetic, block by block."""
 
     def __init__(self, rows: Rows, head: Projection) -> None:
-        self.hidden, self.targets, self.temperature = rows.hidden, rows.targets, rows.temperature
+        self.hidden, self.targets, self.temperature, self.border = (
+            rows.hidden,
+            rows.targets,
+            rows.temperature,
+            rows.border,
+        )
         self.head, self.compute, self.wide = head, head.compute_dtype, head.wide
         self.rows = row_block(head.vocabulary, self.wide.itemsize)
         native = self.compute == torch.bfloat16 and native_bf16(rows.hidden.device)

@@ -122,13 +122,23 @@ def phi_mean(bound: BoundPolicyLoss, logprobs: Tensor, old: Tensor, ratio: Tenso
 
 
 @torch.no_grad()
-def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | None) -> Metrics:
+def policy_metrics(
+    bound: BoundPolicyLoss,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    full: Tensor | None = None,
+    added: Tensor | None = None,
+) -> Metrics:
     """Means over the N active tokens, as 0-d tensors (no host sync); zero when there are none.
 
     ratio_mean, ratio_var: of the objective's ratio. approx_kl: (logprob - old)^2 / 2. clip_ratio/low_mean: share with
     A < 0 below 1 - epsilon_low; high_mean: with A > 0 above 1 + epsilon_high; region_mean: either; low_min, high_max:
     the extremes of the sequences' means. At sequence level, with one advantage a sequence, these are means over all
     sequences. kl: of the objective's estimator. entropy: when it was computed.
+
+    Where the log-probs are those of a sampler's kept sets: untruncated/ratio_mean, with `full`, the log-probs of the whole
+    vocabulary, in their place, and untruncated/ratio_difference, what the truncation makes up for: the mean of token by
+    token exp(logprob - old) less that. targets_added: how many targets were not in the sets that were found.
     """
     rows = slice(0, logprobs.numel())
     old = bound.compared(rows, logprobs)
@@ -145,9 +155,15 @@ def policy_metrics(bound: BoundPolicyLoss, logprobs: Tensor, entropy: Tensor | N
     if bound.surrogate in METRICS:
         metrics |= METRICS[bound.surrogate](bound, logprobs, old, ratio, reduce)
     if bound.ref_logprobs is not None:
-        metrics["kl"] = reduce.tokens(bound.kl_term(rows, logprobs, old))
+        metrics["kl"] = reduce.tokens(bound.kl_term(rows, logprobs, old, full))
     if entropy is not None:
         metrics["entropy"] = reduce.tokens(entropy)
+    if full is not None:
+        untruncated = (full - before).exp()
+        metrics["untruncated/ratio_mean"] = reduce.tokens(untruncated)
+        metrics["untruncated/ratio_difference"] = reduce.tokens((logprobs - before).exp() - untruncated)
+    if added is not None:
+        metrics["targets_added"] = reductions.total(added.sum().to(logprobs.dtype))
     return Metrics(metrics)
 
 
@@ -158,6 +174,8 @@ def preference_metrics(
     entropy: Tensor | None = None,
     mean_logit: Tensor | None = None,
     is_top1: Tensor | None = None,
+    full: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Metrics:
     """Means over pairs and active tokens, 0-d, no host sync; zero when there are none.
 
@@ -165,14 +183,17 @@ def preference_metrics(
     rewards/{margins, accuracies} of pairs; logps/{chosen, rejected}: both of mean log-probs where the (first) loss is,
     as simpo and orpo, and the rewards under alpha AlphaPO's; nll: over the chosen tokens. Where the statistics
     are given: entropy over all tokens, logits/{chosen, rejected} (mean logit), mean_token_accuracy of chosen tokens.
-    Combined over calls, the margin of unpaired completions is a mean by the number of chosen ones.
+    Where the log-probs are those of a sampler's kept sets, `full` are those of the whole vocabulary, which are compared
+    with a reference; targets_added as in `policy_metrics`. Combined over calls, the margin of unpaired completions is a
+    mean by the number of chosen ones.
     """
     sequences, paired = bound.sequences, bound.objective.paired
-    weighted = logprobs if bound.token_weights is None else logprobs * bound.token_weights
-    total = sequences.sum(precise(weighted))
+    total = bound.total(precise(logprobs))
     if PREFERENCES[bound.losses[0]].averaged:
         total = total / sequences.divisors
-    against = total if bound.ref_sums is None else total - bound.ref_sums
+    against = total
+    if bound.ref_sums is not None:
+        against = (total if full is None else bound.total(precise(full))) - bound.ref_sums
     reward = bound.beta * alpha_reward(against, bound.options.get("alpha") or 0.0)
     if bound.labels is None:
         half = sequences.count // 2
@@ -203,4 +224,6 @@ def preference_metrics(
     if not paired:
         kl = reward.new_zeros(()) if bound.kl is None else bound.kl
         metrics["kl"] = reductions.mean(kl, sequences.count)
+    if added is not None:
+        metrics["targets_added"] = reductions.total(added.sum().to(reward.dtype))
     return Metrics({name: m._replace(value=m.value.to(logprobs.dtype)) for name, m in metrics.items()})

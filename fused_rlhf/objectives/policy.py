@@ -262,6 +262,10 @@ class BoundPolicyLoss(BoundPolicy):
     def outputs(self) -> tuple[str, ...]:
         return ("entropy",) if self.needs_entropy else ()
 
+    @property
+    def needs_full(self) -> bool:
+        return bool(self.kl)
+
     def given(self, stats: Stats) -> BoundPolicyLoss:
         return self  # all that it reads of the statistics comes with each call
 
@@ -282,13 +286,17 @@ class BoundPolicyLoss(BoundPolicy):
         beyond = (self.batch,) if looks_beyond(self.surrogate) else ()
         return function(logprobs, old, self.advantages[rows], *beyond, **self.options)
 
-    def kl_term(self, rows: slice, logprobs: Tensor, old: Tensor) -> Tensor:
+    def kl_term(self, rows: slice, logprobs: Tensor, old: Tensor, full: Tensor | None = None) -> Tensor:
+        """full: (n,) log-probs of the whole vocabulary, where `logprobs` are those of kept sets."""
         assert self.ref_logprobs is not None
-        kl = KL_ESTIMATORS[self.kl or "k3"](logprobs, self.ref_logprobs[rows])
+        kl = KL_ESTIMATORS[self.kl or "k3"](logprobs if full is None else full, self.ref_logprobs[rows])
         return kl * (logprobs - old).exp() if self.objective.use_bias_correction_kl else kl
 
-    def per_token(self, rows: slice, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
-        """(n,) contributions to the loss, differentiable in logprobs and entropy."""
+    def contributions(self, logprobs: Tensor, entropy: Tensor | None, full: Tensor | None) -> Tensor:
+        return self.per_token(slice(0, logprobs.numel()), logprobs, entropy, full)
+
+    def per_token(self, rows: slice, logprobs: Tensor, entropy: Tensor | None, full: Tensor | None = None) -> Tensor:
+        """(n,) contributions to the loss, differentiable in the vectors; `full` as in `kl_term`."""
         old = self.compared(rows, logprobs)
         loss = self.core(rows, logprobs, old)
         bonus = self.entropy_weight
@@ -303,7 +311,7 @@ class BoundPolicyLoss(BoundPolicy):
         if self.importance is not None:
             loss = loss * self.importance[rows]
         if self.kl:
-            loss = loss + self.beta * self.kl_term(rows, logprobs, old)
+            loss = loss + self.beta * self.kl_term(rows, logprobs, old, full)
         loss = self.token_weights[rows] * loss
         if self.objective.entropy_coef != 0:
             assert entropy is not None

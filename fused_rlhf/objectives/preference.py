@@ -210,30 +210,47 @@ class BoundPreferenceLoss(BoundPreference):
     def outputs(self) -> tuple[str, ...]:
         return self.objective.outputs
 
+    @property
+    def needs_full(self) -> bool:
+        return self.ref_sums is not None
+
     def given(self, stats: Stats) -> BoundPreferenceLoss:
         return replace(self, log_sum_sq=stats["sum_sq"].log()) if self.objective.use_weighting else self
 
-    def sides(self, logprobs: Tensor) -> tuple[Side, Side]:
-        """Chosen and rejected, (P,) each."""
-        weighted = logprobs if self.token_weights is None else logprobs * self.token_weights
-        total = self.sequences.sum(weighted)
+    def total(self, logprobs: Tensor) -> Tensor:
+        """(S,) weighted sums of (N,) log-probs."""
+        return self.sequences.sum(logprobs if self.token_weights is None else logprobs * self.token_weights)
+
+    def sides(self, logprobs: Tensor, full: Tensor) -> tuple[Side, Side]:
+        """Chosen and rejected, (P,) each; `full` is what is compared with a reference."""
+        total = self.total(logprobs)
         plain = total if self.token_weights is None else self.sequences.sum(logprobs)
-        ref = torch.zeros_like(total) if self.ref_sums is None else self.ref_sums
-        score = score_of(total - ref, self.objective.f_divergence, self.objective.f_alpha)
+        if self.ref_sums is None:
+            compared, ref = total, torch.zeros_like(total)
+        else:
+            compared, ref = self.total(full), self.ref_sums
+        score = score_of(compared - ref, self.objective.f_divergence, self.objective.f_alpha)
         lengths = self.sequences.divisors.to(total.dtype)
-        chosen, rejected = zip(*(values.chunk(2) for values in (total, ref, score, plain, lengths)))
+        chosen, rejected = zip(*(values.chunk(2) for values in (total, compared, ref, score, plain, lengths)))
         return Side(*chosen), Side(*rejected)
 
-    def per_sequence(self, logprobs: Tensor) -> Tensor:
-        """(P,) losses of the pairs, or (S,) of the completions; summed and compared in fp64."""
+    def contributions(self, logprobs: Tensor, entropy: Tensor | None, full: Tensor | None) -> Tensor:
+        return (self.pair_weight * self.per_sequence(logprobs, full)).to(logprobs.dtype)
+
+    def per_sequence(self, logprobs: Tensor, full: Tensor | None = None) -> Tensor:
+        """(P,) losses of the pairs, or (S,) of the completions; summed and compared in fp64.
+
+        full: (N,) log-probs of the whole vocabulary, where `logprobs` are those of kept sets.
+        """
         logprobs = precise(logprobs)
+        full = logprobs if full is None else precise(full)
         if not self.objective.paired:
             assert self.ref_sums is not None
             assert self.labels is not None
             kl = self.ref_sums.new_zeros(()) if self.kl is None else self.kl
-            known: Any = Examples(self.sequences.sum(logprobs) - self.ref_sums, self.labels, self.beta, kl)
+            known: Any = Examples(self.sequences.sum(full) - self.ref_sums, self.labels, self.beta, kl)
         else:
-            chosen, rejected = self.sides(logprobs)
+            chosen, rejected = self.sides(logprobs, full)
             known = Pairs(chosen, rejected, self.beta, -chosen.plain * self.num_pairs / self.num_tokens)
         total = logprobs.new_zeros(())
         weighting = self._weighting(logprobs) if self.objective.use_weighting else None
@@ -255,7 +272,7 @@ class BoundPreferenceLoss(BoundPreference):
         """-> loss (P,), of the pairs (so that one without tokens counts too), and its derivatives (N,)."""
 
         def of_pairs(lp: Tensor, _: Tensor | None) -> Tensor:
-            return (self.pair_weight * self.per_sequence(lp)).to(lp.dtype)
+            return self.contributions(lp, None, None)
 
         return differentiated(of_pairs, logprobs, None, by_entropy=False)
 

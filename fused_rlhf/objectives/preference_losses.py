@@ -19,6 +19,9 @@ class Side:
     """The chosen or the rejected completions of P pairs; (P,) each. Of unpaired ones, all S, and the chosen marked."""
 
     logprob: Tensor  # summed, with the weights of ld_alpha
+    compared: (
+        Tensor  # the same, over the whole vocabulary where a sampler's kept sets are told: what meets the reference
+    )
     ref: Tensor  # the same of the reference; 0 without one
     score: Tensor  # u
     plain: Tensor  # summed without weights
@@ -26,7 +29,7 @@ class Side:
 
     @property
     def log_ratio(self) -> Tensor:
-        return self.logprob - self.ref
+        return self.compared - self.ref
 
     @property
     def mean_logprob(self) -> Tensor:

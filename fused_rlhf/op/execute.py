@@ -27,8 +27,10 @@ from fused_rlhf.kernels.interface import (
 )
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.op.adapter import no_autocast
+from fused_rlhf.op.kept import FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs
 from fused_rlhf.op.once import once_differentiable
+from fused_rlhf.op.truncation import WITHIN, Sets
 
 Mode = Literal["auto", "one_pass", "two_phase"]
 
@@ -46,8 +48,18 @@ class Objective(BoundObjective, Protocol):
         """Statistics that the loss reads beside the log-probs."""
         ...
 
-    def given(self, stats: Stats) -> BoundObjective:
+    @property
+    def needs_full(self) -> bool:
+        """Whether it compares with a reference, which is done over the whole vocabulary however a sampler cut it."""
+        ...
+
+    def given(self, stats: Stats) -> Objective:
         """With the statistics it reads, for the loss over all rows."""
+        ...
+
+    def contributions(self, logprobs: Tensor, entropy: Tensor | None, full: Tensor | None) -> Tensor:
+        """To the loss, of all rows; differentiable in the log-probs of kept sets, their entropies, and in `full`, the
+        log-probs of the whole vocabulary."""
         ...
 
 
@@ -58,11 +70,15 @@ def execute(
     outputs: tuple[str, ...],
     mode: Mode,
     backend: str,
+    sets: Sets | None = None,
 ) -> tuple[Tensor, Stats]:
     """Sum of the objective over the rows, differentiable, and the statistics asked for and needed, (N,) each.
 
-    Here and below rows are real tokens that a `Door` has let in.
+    Here and below rows are real tokens that a `Door` has let in. With `sets` their log-probs are those of a truncated
+    sampler's distribution; what the objective compares with a reference is of the whole one.
     """
+    if sets is not None:
+        return _within_sets(rows, head, objective, outputs, backend, sets)
     computed = tuple(name for name in OUTPUTS if name in outputs or name in objective.outputs)
     serves = serves_one_pass(objective.tokenwise, objective.has_entropy_term, trains(head))
     one_pass = rows.count > 0 and (mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head, backend)))
@@ -73,6 +89,18 @@ def execute(
     else:
         stats = linear_logprobs(rows, head, None, computed, backend)
     return loss_of(stats, objective, backend), stats
+
+
+def _within_sets(
+    rows: Rows, head: Projection, objective: Objective, outputs: tuple[str, ...], backend: str, sets: Sets
+) -> tuple[Tensor, Stats]:
+    wanted = {*outputs, *objective.outputs, *((FULL,) if objective.needs_full else ())}
+    stats = kept_statistics(rows, head, sets, tuple(name for name in WITHIN if name in wanted), backend)
+    if not objective.needs_full:
+        return loss_of(stats, objective, backend), stats
+    entropy = stats.entropy if objective.needs_entropy else None
+    bound = objective.given(stats.map(torch.Tensor.detach))
+    return bound.contributions(stats.logprobs, entropy, stats[FULL]).sum(), stats
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
@@ -88,8 +116,12 @@ def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
     return _Loss.apply(stats.logprobs, entropy, objective.given(stats.map(torch.Tensor.detach)), backend)
 
 
-def check_mode(mode: Mode, hidden: Tensor, head: Projection, tokenwise: bool, entropy_term: bool) -> None:
+def check_mode(
+    mode: Mode, hidden: Tensor, head: Projection, tokenwise: bool, entropy_term: bool, cuts: bool = False
+) -> None:
     """Refuses a mode that is none, and "one_pass" where it does not serve."""
+    if mode == "one_pass" and cuts:
+        raise ValueError("mode='one_pass' must not be used with kept or truncation; use 'auto' or 'two_phase'")
     if mode not in ("auto", "one_pass", "two_phase"):
         raise ValueError(f"mode must be 'auto', 'one_pass' or 'two_phase', got {mode!r}")
     if mode == "one_pass" and torch.float16 in (hidden.dtype, head.weight.dtype):

@@ -16,6 +16,7 @@ from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import CURVES, Transform
+from fused_rlhf.op.truncation import Kept, Truncation, check_sampling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -110,6 +111,18 @@ class Call(NamedTuple):
     backend: str = "auto"
     round_logits: bool = False
     grad_filter: float = 0.0
+    kept: Kept | None = None
+    truncation: Truncation | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether the distribution is told to be a sampler's."""
+        return self.kept is not None or self.truncation is not None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether that may keep less than all."""
+        return self.kept is not None or (self.truncation is not None and not self.truncation.keeps_all)
 
 
 def check_number(name: str, value: object, positive: bool) -> None:
@@ -138,6 +151,7 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
     check_number("grad_filter", call.grad_filter, positive=False)
     if not 0 <= call.grad_filter < 1:
         raise ValueError(f"grad_filter must lie in [0, 1), got {call.grad_filter}")
+    check_sampling(call.kept, call.truncation, targets, call.grad_filter)
     if isinstance(call.ignore_index, bool) or not isinstance(call.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(call.ignore_index).__name__}")
     backends.choose(call.backend, hidden)  # refuses what cannot run before any work

@@ -18,6 +18,8 @@ from torch import Tensor
 from fused_rlhf import backends
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import (
+    Entries,
+    EntryGrads,
     Grads,
     Needs,
     Projection,
@@ -26,18 +28,19 @@ from fused_rlhf.kernels.interface import (
     TokenGrads,
     indices,
     kept_blocks,
+    live_entries,
     pick,
     rows_of_blocks,
 )
 from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.op.adapter import no_autocast
-from fused_rlhf.op.rows import check_targets, check_temperature, scatter
+from fused_rlhf.op.rows import check_ids, check_targets, check_temperature, scatter
 
-# The last two are for the backward alone.
-RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser")
-KEPT = ("logprobs", "lse", "entropy", "mass", "normaliser")  # of these for the backward
-DIFFERENTIABLE = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
+# Mass and normaliser are for the backward alone.
+RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser", "id_logits")
+KEPT = ("logprobs", "lse", "entropy", "mass", "normaliser", "id_logits")  # of these for the backward
+DIFFERENTIABLE = ("logprobs", "id_logits", *(name for name, record in STATISTICS.items() if record.differentiable))
 
 
 class _Options(NamedTuple):
@@ -87,12 +90,28 @@ def linear_logprobs(
 
     ignore_index None: a `Door` has let the rows in, and all are to be computed.
     """
+    named = _computed(rows, head, ignore_index, None, outputs, backend)
+    return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)})
+
+
+def linear_logprobs_of_ids(
+    rows: Rows, head: Projection, ignore_index: int, ids: Tensor, outputs: tuple[str, ...], backend: str
+) -> tuple[Stats, Tensor]:
+    """As `linear_logprobs`; and (N, K) log-probs of the ids, zero where they or the row's target are `ignore_index`."""
+    named = _computed(rows, head, ignore_index, ids, outputs, backend)
+    counts = (ids != ignore_index) & (rows.targets != ignore_index)[:, None]
+    of_ids = torch.where(counts, named["id_logits"] - named["lse"][:, None], 0.0)
+    return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)}), of_ids
+
+
+def _computed(
+    rows: Rows, head: Projection, ignore_index: int | None, ids: Tensor | None, outputs: tuple[str, ...], backend: str
+) -> dict[str, Tensor]:
     absent = rows.hidden.new_empty(0)
     operands = [absent if t is None else t for t in (head.weight, head.bias, head.lora_b)]
     options = _Options.of(head, ignore_index, outputs, backend)
-    found = torch.ops.fused_rlhf.logprobs(rows.hidden, operands, rows.targets, rows.temperature, *options)
-    named = dict(zip(RESULTS, found))
-    return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)})
+    found = torch.ops.fused_rlhf.logprobs(rows.hidden, operands, rows.targets, rows.temperature, ids, *options)
+    return dict(zip(RESULTS, found))
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
@@ -103,7 +122,7 @@ _OPTIONS = (
     "SymInt? ignore_index, float[] numbers, str names, ScalarType compute_dtype, ScalarType adapter_dtype, "
     "bool round_logits"
 )
-_OPERANDS = "Tensor hidden, Tensor[] head, Tensor targets, Tensor temperature"
+_OPERANDS = "Tensor hidden, Tensor[] head, Tensor targets, Tensor temperature, Tensor? ids"
 
 
 # They wait for the device: torch.compile must not capture them in a CUDA graph.
@@ -116,28 +135,45 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
     tags=_TAGS,
     schema=f"({_OPERANDS}, {_OPTIONS}) -> ({', '.join(['Tensor'] * len(RESULTS))})",
 )
-def _logprobs(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-def]
+def _logprobs(hidden, head, targets, temperature, ids, *options):  # type: ignore[no-untyped-def]
     asked = _Options(*options)
     projection = asked.head(*head)
-    index = None if asked.ignore_index is None else _checked(targets, temperature, asked.ignore_index, projection)
+    index = None if asked.ignore_index is None else _checked(targets, temperature, ids, asked.ignore_index, projection)
     rows = Rows(hidden, targets, temperature).pick(index)
     if rows.count == 0:
-        return _empty(hidden, projection, targets, temperature, asked)
+        return _empty(hidden, projection, targets, temperature, ids, asked)
+    backend = backends.resolve(asked.backend, hidden)
     with no_autocast(hidden):
-        stats = backends.resolve(asked.backend, hidden).statistics(rows, projection, asked.outputs)
-    found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
+        stats = backend.statistics(rows, projection, asked.outputs)
+        found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
+        if ids is not None:
+            some = pick(ids, index)
+            z = backend.gathered(_entries(rows, some, asked.ignore_index), projection).view(some.shape)
+            found["id_logits"] = z.masked_fill_(some == asked.ignore_index, 0.0)
     full = [scatter(found.get(name), index, targets.numel()) for name in RESULTS]
     return tuple(
         hidden.new_empty(0, dtype=dtype) if value is None else value for value, dtype in zip(full, _dtypes(temperature))
     )
 
 
-def _checked(targets: Tensor, temperature: Tensor, ignore_index: int, head: Projection) -> Tensor | None:
+def _checked(
+    targets: Tensor, temperature: Tensor, ids: Tensor | None, ignore_index: int, head: Projection
+) -> Tensor | None:
     """The rows that are not ignored, None for all of them."""
     door, live = Door(), targets != ignore_index
     check_targets(door, targets, live, ignore_index, head.vocabulary)
     check_temperature(door, temperature, live)
+    if ids is not None:
+        check_ids(door, ids, live, ignore_index, head.vocabulary)
     return door.rows(live)
+
+
+def _entries(rows: Rows, ids: Tensor, ignore_index: int | None) -> Entries:
+    """Of (N, K) ids, all of them: one to ignore stands for token 0."""
+    count, K = ids.shape
+    row = torch.arange(count, device=ids.device)[:, None].expand(count, K).reshape(-1)
+    named = ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0)
+    return Entries(rows.hidden, rows.temperature, row, named.reshape(-1))
 
 
 def _dtypes(temperature: Tensor) -> list[torch.dtype]:
@@ -147,7 +183,7 @@ def _dtypes(temperature: Tensor) -> list[torch.dtype]:
 
 
 def _empty(
-    hidden: Tensor, head: Projection, targets: Tensor, temperature: Tensor, asked: _Options
+    hidden: Tensor, head: Projection, targets: Tensor, temperature: Tensor, ids: Tensor | None, asked: _Options
 ) -> tuple[Tensor, ...]:
     """Zeros of the op's result shapes; what was not asked for has no elements."""
     count = targets.numel()
@@ -158,6 +194,8 @@ def _empty(
     if head.grad_filter > 0:
         columns = backend.filter_columns(hidden.device)
         shapes["mass"] = (count, -(-head.vocabulary // columns) if columns else 0)
+    if ids is not None:
+        shapes["id_logits"] = tuple(ids.shape)
     return tuple(
         torch.zeros(shapes.get(name, (0,)), dtype=dtype, device=hidden.device)
         for name, dtype in zip(RESULTS, _dtypes(temperature))
@@ -165,26 +203,27 @@ def _empty(
 
 
 @_logprobs.register_fake
-def _(hidden, head, targets, temperature, *options):  # type: ignore[no-untyped-def]
+def _(hidden, head, targets, temperature, ids, *options):  # type: ignore[no-untyped-def]
     asked = _Options(*options)
-    return _empty(hidden, asked.head(*head), targets, temperature, asked)
+    return _empty(hidden, asked.head(*head), targets, temperature, ids, asked)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, head, targets, temperature, *options = inputs
+    hidden, head, targets, temperature, ids, *options = inputs
     found = dict(zip(RESULTS, output))
     kept = [found[name] for name in KEPT]
-    ctx.save_for_backward(hidden, *head, targets, temperature, *kept)
+    ctx.save_for_backward(hidden, *head, targets, temperature, ids, *kept)
     ctx.mark_non_differentiable(*(value for name, value in found.items() if name not in DIFFERENTIABLE))
     ctx.set_materialize_grads(False)
     ctx.options = options
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
-    hidden, weight, bias, lora_b, targets, temperature, *kept = ctx.saved_tensors
+    hidden, weight, bias, lora_b, targets, temperature, ids, *kept = ctx.saved_tensors
     absent = hidden.new_empty(0)
     given = dict(zip(RESULTS, upstream))
-    wanted = [given["logprobs"], given["entropy"] if kept[2].numel() else None, given["lse"]]
+    by_ids = None if ids is None else given["id_logits"]
+    wanted = [given["logprobs"], given["entropy"] if kept[2].numel() else None, given["lse"], by_ids]
     need_hidden, need_head = ctx.needs_input_grad[:2]
     grads = torch.ops.fused_rlhf.logprobs_backward(
         [absent if g is None else g for g in wanted],
@@ -192,12 +231,13 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
         [weight, bias, lora_b],
         targets,
         temperature,
+        ids,
         kept,
         [bool(need) for need in (need_hidden, *need_head)],
         *ctx.options,
     )
     d_hidden, *d_head = (g if need else None for g, need in zip(grads, (need_hidden, *need_head)))
-    return (d_hidden, d_head, *[None] * (2 + len(ctx.options)))
+    return (d_hidden, d_head, *[None] * (3 + len(ctx.options)))
 
 
 _logprobs.register_autograd(_backward, setup_context=_save)
@@ -209,11 +249,19 @@ _logprobs.register_autograd(_backward, setup_context=_save)
     tags=_TAGS,
     schema=f"(Tensor[] upstream, {_OPERANDS}, Tensor[] kept, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs, *options):  # type: ignore[no-untyped-def]
+def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, needs, *options):  # type: ignore[no-untyped-def]
     asked, wanted = _Options(*options), Needs(*needs)
-    given = TokenGrads(*map(_or_none, upstream))
+    *of_rows, by_ids = map(_or_none, upstream)
+    given = TokenGrads(*of_rows)
     backend, projection = backends.resolve(asked.backend, hidden), asked.head(*head)
-    logprobs, lse, entropy, mass, normaliser = kept
+    logprobs, lse, entropy, mass, normaliser, id_logits = kept
+    rows = Rows(hidden, targets, temperature)
+    entries = None
+    if ids is not None and by_ids is not None:
+        counts = (ids != asked.ignore_index) & (targets != asked.ignore_index)[:, None]
+        by_ids = torch.where(counts, by_ids, 0.0).reshape(-1)
+        entries = live_entries(EntryGrads(_entries(rows, ids, asked.ignore_index), id_logits.reshape(-1), by_ids))
+        entries = entries if entries.entries.count else None
     live, keep = given.live(targets), None
     if asked.ignore_index is not None:
         live &= targets != asked.ignore_index
@@ -222,16 +270,18 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, kept, needs
     # The one wait of the backward: how many rows are live, and how many each vocabulary block keeps of them.
     counts = live.sum()[None] if keep is None else torch.cat([live.sum()[None], keep.sum(0)])
     count, *of_blocks = counts.tolist()
-    if count == 0:
+    if count == 0 and entries is None:
         return _materialise(Grads(None, None, None), (hidden, *head), wanted)
     some = None if count == targets.numel() else indices(live, count)
     filtered = None if keep is None else rows_of_blocks(pick(keep, some), of_blocks)
     extra = {"entropy": entropy} if entropy.numel() else {}
     stats = Stats(logprobs, lse, extra, normaliser=_or_none(normaliser)).pick(some)
-    rows = Rows(hidden, targets, temperature).pick(some)
     with no_autocast(hidden):
-        grads = backend.gradients(rows, projection, stats, given.pick(some), wanted, filtered)
-    return _materialise(grads._replace(hidden=scatter(grads.hidden, some, targets.numel())), (hidden, *head), wanted)
+        grads = backend.gradients(rows.pick(some), projection, stats, given.pick(some), wanted, filtered, entries)
+        d_hidden = scatter(grads.hidden, some, targets.numel())
+        if d_hidden is not None and entries is not None:
+            d_hidden = d_hidden + backend.gathered_hidden(entries, projection)
+    return _materialise(grads._replace(hidden=d_hidden), (hidden, *head), wanted)
 
 
 def _kept(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, given: TokenGrads, live: Tensor) -> Tensor:
@@ -251,5 +301,5 @@ def _materialise(grads: Grads, operands: tuple[Tensor, ...], needs: Needs) -> tu
 
 
 @_logprobs_backward.register_fake
-def _(upstream, hidden, head, targets, temperature, kept, needs, *options):  # type: ignore[no-untyped-def]
+def _(upstream, hidden, head, targets, temperature, ids, kept, needs, *options):  # type: ignore[no-untyped-def]
     return _materialise(Grads(None, None, None), (hidden, *head), Needs(*needs))

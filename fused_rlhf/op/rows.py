@@ -14,6 +14,7 @@ from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Maybe, Projection, Rows, pick
 from fused_rlhf.op.adapter import with_adapter
 from fused_rlhf.op.head import Call, Head
+from fused_rlhf.op.truncation import Sets, picked, sets_of
 from fused_rlhf.segments import Sequences
 
 
@@ -25,6 +26,7 @@ class Tokens:
     targets: Tensor  # (N,)
     temperature: Tensor  # (N,)
     sequences: Sequences
+    sets: Sets | None = None  # the sampler's kept sets, given or to be found; None: it cut nothing
 
     @property
     def count(self) -> int:
@@ -70,9 +72,11 @@ def tokens_of(
     check_targets(door, flat, live, call.ignore_index, vocabulary)
     if isinstance(call.temperature, Tensor):
         check_temperature(door, temperature, live)
+    sets = sets_of(door, call.kept, call.truncation, flat, live, temperature, vocabulary)
     index = door.rows(live)
     some = partial(pick, rows=index)
-    return Tokens(index, some(flat), some(temperature), Sequences.of(some(sequence_of), num_sequences))
+    sequences = Sequences.of(some(sequence_of), num_sequences)
+    return Tokens(index, some(flat), some(temperature), sequences, picked(sets, index))
 
 
 def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
@@ -85,6 +89,27 @@ def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, 
         )
 
     door.refuse(live & (targets != targets.clamp(0, vocabulary - 1)), error)
+
+
+def check_id_shape(ids: Tensor, targets: Tensor) -> None:
+    check_tensor("ids", ids, targets.device)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"ids must be int64, got {ids.dtype}")
+    if ids.dim() != targets.dim() + 1 or ids.shape[:-1] != targets.shape:
+        expected = f"({', '.join(map(str, targets.shape))}, K)"
+        raise ValueError(f"ids must be {expected}, beside targets {shape(targets)}, got {shape(ids)}")
+
+
+def check_ids(door: Door, ids: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Those of the live rows, (N, K), must lie in the vocabulary."""
+
+    def error(at: int) -> ValueError:
+        return ValueError(
+            f"ids must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, "
+            f"got {int(ids.reshape(-1)[at])} at flat position {at // ids.shape[1]}, number {at % ids.shape[1]}"
+        )
+
+    door.refuse(live[:, None] & (ids != ignore_index) & (ids != ids.clamp(0, vocabulary - 1)), error)
 
 
 def scatter(values: Maybe, rows: Tensor | None, count: int) -> Maybe:

@@ -1,0 +1,196 @@
+"""Which tokens a cut keeps, found from whole rows of logits.
+
+In the order of the larger logit first, of equals the later column first, every rule keeps a prefix:
+
+    top_k   all tokens whose logit is at least the k-th largest: of equals all or none
+    top_p   the tokens before which less than top_p of the mass lies
+    min_p   the tokens with exp(z - max) >= min_p
+
+The NARROW + 1 likeliest tokens of a row decide most rows. Of the others the mass is counted in bins of the logit, and only
+the tokens of the bin in which top_p falls are put in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_rlhf.backends.tiling import TILE, slices
+from fused_rlhf.kernels.interface import NARROW, Border, Cut
+
+BINS = 2048
+
+
+class Sets(NamedTuple):
+    """Of n rows."""
+
+    rows: Tensor  # (e,) the tokens kept of rows that are not wide, and their targets
+    ids: Tensor
+    wide: Tensor  # (m,) the other rows
+    border: Border  # theirs
+    added: Tensor  # (n,) bool: the target was not in the set
+
+    def after(self, count: int) -> Sets:
+        """The same rows, with so many before them."""
+        return self._replace(rows=self.rows + count, wide=self.wide + count)
+
+    @staticmethod
+    def joined(parts: list[Sets]) -> Sets:
+        rows, ids, wide, borders, added = zip(*parts)
+        return Sets(torch.cat(rows), torch.cat(ids), torch.cat(wide), Border.joined(borders), torch.cat(added))
+
+
+def find(z: Tensor, total: Tensor, targets: Tensor, cut: Cut) -> Sets:
+    """Of (n, V) logits; total (n,): sum of exp(z - max)."""
+    V = z.shape[1]
+    count = min(NARROW + 1, V)
+    top, column = _ordered(*z.topk(count, dim=1))
+    keep, decided = _of_candidates(top, total, cut, everything=count == V)
+    hit = (column == targets[:, None]) & keep
+    added = ~hit.any(1)
+    wide = (~decided).nonzero().squeeze(1)
+    border = Border(top.new_empty(0), targets.new_empty(0))
+    if len(wide):
+        border = _border(z, top[:, 0], wide, cut.pick(wide))
+        at = targets[wide]
+        value = z[wide, at]
+        added[wide] = ~((value > border.floor) | ((value == border.floor) & (at >= border.first)))
+    named = torch.where(keep & decided[:, None], column, V)
+    named = torch.cat([named, torch.where(added & decided, targets, V)[:, None]], 1).sort(dim=1).values
+    rows, at = (named < V).nonzero(as_tuple=True)
+    return Sets(rows, named[rows, at], wide, border, added)
+
+
+def outside(z: Tensor, columns: slice, targets: Tensor, border: Border) -> Tensor:
+    """(n, v) bool: the columns beyond the rows' borders, for their logits (n, v) there."""
+    column = torch.arange(columns.start, columns.stop, device=z.device)
+    floor = border.floor[:, None]
+    below = (z < floor) | ((z == floor) & (column < border.first[:, None]))
+    return below & (column != targets[:, None])
+
+
+def _ordered(top: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates with equals in the order of the later column."""
+    column, order = column.sort(dim=1, descending=True)
+    top, again = top.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return top, column.gather(1, again)
+
+
+def _of_candidates(top: Tensor, total: Tensor, cut: Cut, everything: bool) -> tuple[Tensor, Tensor]:
+    """(n, C) which candidates are kept, and (n,) whether that is decided: whether no other token can be."""
+    exps = (top - top[:, :1]).exp()
+    always = torch.ones_like(top, dtype=torch.bool)
+    last = top[:, -1]
+
+    def closed(keep: Tensor) -> Tensor:
+        lowest = torch.where(keep, top, torch.inf).amin(1)
+        return torch.full_like(keep[:, 0], True) if everything else lowest > last
+
+    def by_count(keep: Tensor) -> Tensor:
+        if cut.top_k is None:
+            return keep
+        k = cut.top_k[:, None]
+        kth = top.gather(1, k.clamp(1, top.shape[1]) - 1)
+        return keep & ((k <= 0) | (k > top.shape[1]) | (top >= kth))
+
+    def by_peak(keep: Tensor) -> Tensor:
+        return keep if cut.min_p is None else keep & (exps >= cut.min_p[:, None])
+
+    first = by_peak(by_count(always)) if cut.min_p_first else by_count(always)
+    keep, undecided = first, torch.zeros_like(closed(first))
+    if cut.top_p is not None:
+        cuts = cut.top_p < 1
+        limited = torch.zeros_like(cuts)
+        if cut.top_k is not None:
+            limited |= cut.top_k > 0
+        if cut.min_p is not None and cut.min_p_first:
+            limited |= cut.min_p > 0
+        mass = torch.where(limited, (exps * first).sum(1), total)
+        undecided = cuts & limited & ~closed(first)
+        kept = exps * first
+        before = kept.cumsum(1) - kept
+        keep = first & (~cuts[:, None] | (before < (cut.top_p * mass)[:, None]))
+    keep = by_peak(keep) & (top > -torch.inf)
+    keep[:, 0] = True
+    return keep, closed(keep) & ~undecided
+
+
+def _border(z: Tensor, maximum: Tensor, wide: Tensor, cut: Cut) -> Border:
+    """Of the rows `wide` of (n, V) logits whose maxima are (n,); `cut` is theirs."""
+    rows = z.index_select(0, wide)
+    top = maximum[wide]
+    none = torch.full_like(top, -torch.inf)
+    of_count = none if cut.top_k is None else _kth_largest(rows, cut.top_k)
+    of_peak = none if cut.min_p is None else top + cut.min_p.log()
+    border = Border(torch.maximum(of_count, of_peak), torch.zeros_like(wide))
+    if cut.top_p is None:
+        return border
+    entering = border.floor if cut.min_p_first else of_count
+    of_mass = _mass_border(rows, top, entering, cut.top_p)
+    lower = of_mass.floor < border.floor
+    floor = torch.where(lower, border.floor, of_mass.floor)
+    return Border(floor, torch.where(lower, border.first, of_mass.first))
+
+
+def _kth_largest(rows: Tensor, top_k: Tensor) -> Tensor:
+    """(m,), -inf where top_k is 0 or no less than V."""
+    found, V = torch.full_like(rows[:, 0], -torch.inf), rows.shape[1]
+    for k in top_k.unique().tolist():
+        if 0 < k < V:
+            some = (top_k == k).nonzero().squeeze(1)
+            found[some] = rows[some].kthvalue(V - k + 1, dim=1).values
+    return found
+
+
+def _mass_border(rows: Tensor, top: Tensor, entering: Tensor, top_p: Tensor) -> Border:
+    """Where top_p ends among the tokens of (m, V) logits that are at least `entering` (m,).
+
+    A token of less than (1 - top_p) / V of the maximum's mass is beyond it: that is how deep the bins go.
+    """
+    m, V = rows.shape
+    depth = (V / (1 - top_p).clamp(min=torch.finfo(top.dtype).eps)).log() + 1
+    per_bin = BINS / depth
+
+    def binned(columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        z = rows[:, columns]
+        below = top[:, None] - z
+        number = (below * per_bin[:, None]).nan_to_num(0.0).clamp(0, BINS - 1).long()
+        return z, number, (-below).exp().masked_fill(z < entering[:, None], 0.0)
+
+    mass = rows.new_zeros(m, BINS)
+    for columns in slices(V, TILE):
+        _, number, exps = binned(columns)
+        mass.scatter_add_(1, number, exps)
+    upto = mass.cumsum(1)
+    need = torch.where(top_p < 1, top_p * upto[:, -1], torch.inf)
+    last = (upto < need[:, None]).sum(1).clamp(max=BINS - 1)  # the bin in which it ends
+    before = torch.nn.functional.pad(upto, (1, 0)).gather(1, last[:, None])[:, 0]
+
+    found = []
+    for columns in slices(V, TILE):
+        z, number, exps = binned(columns)
+        row, column = ((number == last[:, None]) & (exps > 0)).nonzero(as_tuple=True)
+        found.append((row, column + columns.start, z[row, column], exps[row, column]))
+    row, column, value, exps = (torch.cat(parts) for parts in zip(*found))
+    order = column.argsort(descending=True)
+    order = order[value[order].argsort(descending=True, stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    row, column, value, exps = row[order], column[order], value[order], exps[order]
+    counts = torch.bincount(row, minlength=m)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    width = max(int(counts.max()), 1) + 1
+    values = rows.new_full((m, width), -torch.inf).index_put_((row, place), value)
+    masses = rows.new_zeros(m, width).index_put_((row, place), exps)
+    places = row.new_zeros(m, width).index_put_((row, place), column)
+    kept = (before[:, None] + masses.cumsum(1) - masses < need[:, None]) & (masses > 0)
+    end = (kept.sum(1) - 1).clamp(min=0)[:, None]
+    lowest, dropped = values.gather(1, end)[:, 0], values.gather(1, end + 1)[:, 0]
+    # Between two logits, so that their rounding may differ when they are computed again; of equals the column decides.
+    edge = top - (last + 1) / per_bin
+    between = (lowest + torch.where(dropped > -torch.inf, dropped, torch.minimum(edge, lowest))) / 2
+    floor = torch.where(dropped == lowest, lowest, between)
+    first = torch.where(dropped == lowest, places.gather(1, end)[:, 0], 0)
+    everything = ~(top_p < 1)
+    return Border(floor.masked_fill(everything, -torch.inf), first.masked_fill(everything, 0))
