@@ -56,7 +56,8 @@ def find(z: Tensor, total: Tensor, targets: Tensor, cut: Cut) -> Sets:
         border = _border(z, top[:, 0], wide, cut.pick(wide))
         at = targets[wide]
         value = z[wide, at]
-        added[wide] = ~((value > border.floor) | ((value == border.floor) & (at >= border.first)))
+        inside = (value > border.floor) | ((value == border.floor) & (at >= border.first))
+        added[wide] = ~inside | (value == -torch.inf)
     named = torch.where(keep & decided[:, None], column, V)
     named = torch.cat([named, torch.where(added & decided, targets, V)[:, None]], 1).sort(dim=1).values
     rows, at = (named < V).nonzero(as_tuple=True)
