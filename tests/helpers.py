@@ -65,6 +65,10 @@ def plausible_logits(n: int, v: int, dtype: torch.dtype, h: int = 64) -> dict[st
     return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": likely.gather(1, choice).squeeze(1)}
 
 
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
 def dense_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Any, logit_scale: float, softcap: float | None
 ) -> Tensor:

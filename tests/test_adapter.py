@@ -6,14 +6,10 @@ import pytest
 import torch
 
 import fused_rlhf as fr
-from tests.helpers import dense, inputs, plausible_logits, relative, worst
+from tests.helpers import dense, inputs, leaf, plausible_logits, relative, worst
 
 BACKENDS = ["reference", "chunked"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def leaf(tensor):
-    return tensor.clone().requires_grad_()
 
 
 def lora_case(dtype, n=23, h=8, v=61, r=3, seed=0):

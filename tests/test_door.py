@@ -17,7 +17,7 @@ from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import KINDS, Kind
 from fused_rlhf.objectives.value import value_loss
 from fused_rlhf.op import logprobs
-from tests.helpers import ALL_OUTPUTS, inputs
+from tests.helpers import ALL_OUTPUTS, inputs, leaf
 from tests.waits import counting, waits_of
 
 H, V = 6, 23
@@ -85,10 +85,6 @@ def test_the_count_counts_what_waits():
 
 
 # ------------------------------------------------------------------------------------------------- the public functions
-
-
-def leaf(tensor: Tensor) -> Tensor:
-    return tensor.clone().requires_grad_()
 
 
 def batch(B: int = 4, T: int = 5) -> dict[str, Any]:

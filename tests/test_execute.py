@@ -5,13 +5,9 @@ import torch
 
 import fused_rlhf as fr
 from fused_rlhf.op import execute
-from tests.helpers import ALL_OUTPUTS, inputs, relative
+from tests.helpers import ALL_OUTPUTS, inputs, leaf, relative
 
 BACKENDS = ["reference", "chunked"]
-
-
-def leaf(tensor):
-    return tensor.clone().requires_grad_()
 
 
 @pytest.mark.parametrize("mode", ["one_pass", "two_phase"])

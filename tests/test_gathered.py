@@ -84,7 +84,7 @@ def test_few_are_fetched_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_entry_has_the_same_bits_in_any_company() -> None:
-    rows, head, entries = case(torch.float32, TRANSFORMS[0])
+    _, head, entries = case(torch.float32, TRANSFORMS[0])
     z = chunked.gathered(entries, head)
     alone = replace(entries, rows=entries.rows[7:8], ids=entries.ids[7:8])
     assert torch.equal(chunked.gathered(alone, head), z[7:8])

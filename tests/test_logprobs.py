@@ -8,15 +8,11 @@ import fused_rlhf as fr
 from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels.interface import Grads, Needs
 from fused_rlhf.op import logprobs
-from tests.helpers import ALL_OUTPUTS, inputs, placed, projection, relative, worst
+from tests.helpers import ALL_OUTPUTS, inputs, leaf, placed, projection, relative, worst
 
 BACKENDS = ["reference", "chunked"]
 GPU = pytest.mark.gpu
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
-
-
-def leaf(tensor):
-    return tensor.clone().requires_grad_()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from unittest import mock
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-from transformers.generation import logits_process as process
+pytest.importorskip("transformers")
 
 from fused_rlhf.backends import chunked, reference, truncation
 from fused_rlhf.kernels.interface import Border, Cut, KeptSets, Projection, Rows
 from fused_rlhf.op.truncation import Truncation
+
+process = importlib.import_module("transformers.generation.logits_process")
 
 V = 300
 RULES = [
@@ -62,9 +64,9 @@ def warped(z: Tensor, rules: dict[str, float], order: str) -> Tensor:
     """(n, V) bool: what transformers' warpers leave. Their sorts leave open which of equal logits comes first: here the
     earlier column does, as in a stable sort."""
     classes = {
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
+        "top_k": process.TopKLogitsWarper,
+        "top_p": process.TopPLogitsWarper,
+        "min_p": process.MinPLogitsWarper,
     }
     names = ["min_p", "top_k", "top_p"] if order == "vllm" else ["top_k", "top_p", "min_p"]
     scores = z.clone()
@@ -148,7 +150,7 @@ def test_a_border_between_two_logits_bears_their_rounding() -> None:
     z = logits("flat", 8)
     top = z.amax(1)
     entering = torch.full_like(top, -torch.inf)
-    border = truncation._mass_border(z, top, entering, torch.full_like(top, 0.6))
+    border = truncation._between(z, truncation._mass_border(z, top, entering, torch.full_like(top, 0.6)))
     ordered = z.sort(dim=1, descending=True).values
     mass = (ordered - top[:, None]).exp()
     count = (mass.cumsum(1) - mass < 0.6 * mass.sum(1, keepdim=True)).sum(1, keepdim=True)

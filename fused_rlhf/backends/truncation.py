@@ -125,14 +125,26 @@ def _border(z: Tensor, maximum: Tensor, wide: Tensor, cut: Cut) -> Border:
     none = torch.full_like(top, -torch.inf)
     of_count = none if cut.top_k is None else _kth_largest(rows, cut.top_k)
     of_peak = none if cut.min_p is None else top + cut.min_p.log()
-    border = Border(torch.maximum(of_count, of_peak), torch.zeros_like(wide))
-    if cut.top_p is None:
-        return border
-    entering = border.floor if cut.min_p_first else of_count
-    of_mass = _mass_border(rows, top, entering, cut.top_p)
-    lower = of_mass.floor < border.floor
-    floor = torch.where(lower, border.floor, of_mass.floor)
-    return Border(floor, torch.where(lower, border.first, of_mass.first))
+    floor, first = torch.maximum(of_count, of_peak), torch.zeros_like(wide)
+    if cut.top_p is not None:
+        of_mass = _mass_border(rows, top, floor if cut.min_p_first else of_count, cut.top_p)
+        higher = of_mass.floor >= floor
+        floor, first = torch.where(higher, of_mass.floor, floor), torch.where(higher, of_mass.first, first)
+    return _between(rows, Border(floor, first))
+
+
+def _between(rows: Tensor, border: Border) -> Border:
+    """The same sets with the floor between two logits, so that their rounding may differ when they are computed again. Where
+    equal logits are kept and not kept the column decides."""
+    lowest, dropped = torch.full_like(border.floor, torch.inf), torch.full_like(border.floor, -torch.inf)
+    nobody = torch.full_like(border.first, -1)
+    for columns in slices(rows.shape[1], TILE):
+        some = rows[:, columns]
+        out = outside(some, columns, nobody, border)
+        lowest = torch.minimum(lowest, some.masked_fill(out, torch.inf).amin(1))
+        dropped = torch.maximum(dropped, some.masked_fill(~out, -torch.inf).amax(1))
+    apart = dropped < lowest
+    return Border(torch.where(apart, (lowest + dropped) / 2, lowest), border.first.masked_fill(apart, 0))
 
 
 def _kth_largest(rows: Tensor, top_k: Tensor) -> Tensor:
@@ -146,7 +158,7 @@ def _kth_largest(rows: Tensor, top_k: Tensor) -> Tensor:
 
 
 def _mass_border(rows: Tensor, top: Tensor, entering: Tensor, top_p: Tensor) -> Border:
-    """Where top_p ends among the tokens of (m, V) logits that are at least `entering` (m,).
+    """The last token that top_p keeps among those of (m, V) logits that are at least `entering` (m,).
 
     A token of less than (1 - top_p) / V of the maximum's mass is beyond it: that is how deep the bins go.
     """
@@ -181,17 +193,12 @@ def _mass_border(rows: Tensor, top: Tensor, entering: Tensor, top_p: Tensor) -> 
     row, column, value, exps = row[order], column[order], value[order], exps[order]
     counts = torch.bincount(row, minlength=m)
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    width = max(int(counts.max()), 1) + 1
+    width = max(int(counts.max()), 1)
     values = rows.new_full((m, width), -torch.inf).index_put_((row, place), value)
     masses = rows.new_zeros(m, width).index_put_((row, place), exps)
     places = row.new_zeros(m, width).index_put_((row, place), column)
     kept = (before[:, None] + masses.cumsum(1) - masses < need[:, None]) & (masses > 0)
     end = (kept.sum(1) - 1).clamp(min=0)[:, None]
-    lowest, dropped = values.gather(1, end)[:, 0], values.gather(1, end + 1)[:, 0]
-    # Between two logits, so that their rounding may differ when they are computed again; of equals the column decides.
-    edge = top - (last + 1) / per_bin
-    between = (lowest + torch.where(dropped > -torch.inf, dropped, torch.minimum(edge, lowest))) / 2
-    floor = torch.where(dropped == lowest, lowest, between)
-    first = torch.where(dropped == lowest, places.gather(1, end)[:, 0], 0)
     everything = ~(top_p < 1)
+    floor, first = values.gather(1, end)[:, 0], places.gather(1, end)[:, 0]
     return Border(floor.masked_fill(everything, -torch.inf), first.masked_fill(everything, 0))

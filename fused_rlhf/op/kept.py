@@ -36,7 +36,7 @@ from fused_rlhf.kernels.interface import (
 )
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
-from fused_rlhf.op.truncation import Sets
+from fused_rlhf.op.truncation import Entered, Sets
 from fused_rlhf.segments import Sequences
 
 FULL = "full_logprobs"
@@ -124,6 +124,9 @@ class _Kept(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         computed = backends.resolve(backend, hidden)
         found = None
+        adds = isinstance(sets, Cut)
+        if adds and not rows.count:
+            sets = Entered(rows.targets, rows.targets)
         if isinstance(sets, Cut):
             found = computed.truncated(rows, head, sets, outputs, whole)
             small = _Small.of(computed, rows, head, found.rows, found.ids, outputs)
@@ -136,7 +139,7 @@ class _Kept(torch.autograd.Function):
         ctx.rows, ctx.head, ctx.small, ctx.found, ctx.of_all = rows, head, small, found, of_all
         ctx.backend, ctx.outputs = backend, outputs
         full = [] if of_all is None else [of_all.logprobs]
-        added = [] if found is None else [found.added]
+        added = [rows.targets.bool() if found is None else found.added] if adds else []
         plain = [stats.extra[name] for name in outputs if name == "sum_sq"]
         ctx.mark_non_differentiable(*plain, *added)
         ctx.set_materialize_grads(False)
