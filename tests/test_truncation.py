@@ -149,8 +149,7 @@ def test_a_border_between_two_logits_bears_their_rounding() -> None:
     """The floor of a wide set lies apart from both its lowest and the highest left out, where these differ."""
     z = logits("flat", 8)
     top = z.amax(1)
-    entering = torch.full_like(top, -torch.inf)
-    border = truncation._between(z, truncation._mass_border(z, top, entering, torch.full_like(top, 0.6)))
+    border = truncation._mass_border(z, top, None, torch.full_like(top, 0.6))
     ordered = z.sort(dim=1, descending=True).values
     mass = (ordered - top[:, None]).exp()
     count = (mass.cumsum(1) - mass < 0.6 * mass.sum(1, keepdim=True)).sum(1, keepdim=True)

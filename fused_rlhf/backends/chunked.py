@@ -306,7 +306,9 @@ def _statistics_within(
     """Of the wide rows of a block with logits (n, V), over what is kept of them."""
     running = _Running(Operands(rows, head), rows, outputs)
     for columns in slices(head.vocabulary, tiling.TILE) if rows.count else ():
-        some = z[:, columns].index_select(0, sets.wide)
+        some = z[:, columns]
+        if rows.count < len(z):
+            some = some.index_select(0, sets.wide)
         some.masked_fill_(truncation.outside(some, columns, rows.targets, sets.border), -torch.inf)
         running.update(some, slice(0, rows.count), columns)
     return running.stats()

@@ -48,6 +48,7 @@ def find(z: Tensor, total: Tensor, targets: Tensor, cut: Cut) -> Sets:
     count = min(NARROW + 1, V)
     top, column = _ordered(*z.topk(count, dim=1))
     keep, decided = _of_candidates(top, total, cut, everything=count == V)
+    decided |= ~top[:, 0].isfinite()  # a row of NaN stays one, whatever is kept of it
     hit = (column == targets[:, None]) & keep
     added = ~hit.any(1)
     wide = (~decided).nonzero().squeeze(1)
@@ -66,10 +67,15 @@ def find(z: Tensor, total: Tensor, targets: Tensor, cut: Cut) -> Sets:
 
 def outside(z: Tensor, columns: slice, targets: Tensor, border: Border) -> Tensor:
     """(n, v) bool: the columns beyond the rows' borders, for their logits (n, v) there."""
-    column = torch.arange(columns.start, columns.stop, device=z.device)
     floor = border.floor[:, None]
-    below = (z < floor) | ((z == floor) & (column < border.first[:, None]))
-    return below & (column != targets[:, None])
+    below = z < floor
+    if border.first.any():  # some equals of the floor are beyond it
+        column = torch.arange(columns.start, columns.stop, device=z.device)
+        below |= (z == floor) & (column < border.first[:, None])
+    at = targets - columns.start
+    here = ((at >= 0) & (at < z.shape[1])).nonzero().squeeze(1)
+    below[here, at[here]] = False
+    return below
 
 
 def _ordered(top: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,45 +126,41 @@ def _of_candidates(top: Tensor, total: Tensor, cut: Cut, everything: bool) -> tu
 
 def _border(z: Tensor, maximum: Tensor, wide: Tensor, cut: Cut) -> Border:
     """Of the rows `wide` of (n, V) logits whose maxima are (n,); `cut` is theirs."""
-    rows = z.index_select(0, wide)
+    rows = z if len(wide) == len(z) else z.index_select(0, wide)
     top = maximum[wide]
-    none = torch.full_like(top, -torch.inf)
-    of_count = none if cut.top_k is None else _kth_largest(rows, cut.top_k)
-    of_peak = none if cut.min_p is None else top + cut.min_p.log()
-    floor, first = torch.maximum(of_count, of_peak), torch.zeros_like(wide)
-    if cut.top_p is not None:
-        of_mass = _mass_border(rows, top, floor if cut.min_p_first else of_count, cut.top_p)
-        higher = of_mass.floor >= floor
-        floor, first = torch.where(higher, of_mass.floor, floor), torch.where(higher, of_mass.first, first)
-    return _between(rows, Border(floor, first))
+    floor, first = torch.full_like(top, -torch.inf), torch.zeros_like(wide)
+    if cut.top_k is not None:
+        floor = _count_border(rows, cut.top_k)
+    entering = floor if cut.top_k is not None else None
+    if cut.min_p is not None:
+        floor = torch.maximum(floor, top + cut.min_p.log())
+        entering = floor if cut.min_p_first else entering
+    if cut.top_p is None:
+        return Border(floor, first)
+    of_mass = _mass_border(rows, top, entering, cut.top_p)
+    higher = of_mass.floor >= floor
+    return Border(torch.where(higher, of_mass.floor, floor), torch.where(higher, of_mass.first, first))
 
 
-def _between(rows: Tensor, border: Border) -> Border:
-    """The same sets with the floor between two logits, so that their rounding may differ when they are computed again. Where
-    equal logits are kept and not kept the column decides."""
-    lowest, dropped = torch.full_like(border.floor, torch.inf), torch.full_like(border.floor, -torch.inf)
-    nobody = torch.full_like(border.first, -1)
-    for columns in slices(rows.shape[1], TILE):
-        some = rows[:, columns]
-        out = outside(some, columns, nobody, border)
-        lowest = torch.minimum(lowest, some.masked_fill(out, torch.inf).amin(1))
-        dropped = torch.maximum(dropped, some.masked_fill(~out, -torch.inf).amax(1))
-    apart = dropped < lowest
-    return Border(torch.where(apart, (lowest + dropped) / 2, lowest), border.first.masked_fill(apart, 0))
+# A floor lies between two logits, so that their rounding may differ when they are computed again.
 
 
-def _kth_largest(rows: Tensor, top_k: Tensor) -> Tensor:
-    """(m,), -inf where top_k is 0 or no less than V."""
+def _count_border(rows: Tensor, top_k: Tensor) -> Tensor:
+    """(m,) between the k-th largest of (m, V) logits, and its equals, and the next; -inf where all are kept."""
     found, V = torch.full_like(rows[:, 0], -torch.inf), rows.shape[1]
     for k in top_k.unique().tolist():
-        if 0 < k < V:
-            some = (top_k == k).nonzero().squeeze(1)
-            found[some] = rows[some].kthvalue(V - k + 1, dim=1).values
+        if not 0 < k < V:
+            continue
+        some = (top_k == k).nonzero().squeeze(1)
+        of_k = rows if len(some) == len(rows) else rows[some]
+        kth, following = (of_k.kthvalue(V - at, dim=1).values for at in (k - 1, k))
+        near = kth - 16 * torch.finfo(kth.dtype).eps * kth.abs().clamp(min=1)
+        found[some] = torch.where(following < kth, (kth + following) / 2, near)
     return found
 
 
-def _mass_border(rows: Tensor, top: Tensor, entering: Tensor, top_p: Tensor) -> Border:
-    """The last token that top_p keeps among those of (m, V) logits that are at least `entering` (m,).
+def _mass_border(rows: Tensor, top: Tensor, entering: Tensor | None, top_p: Tensor) -> Border:
+    """Where top_p ends among those of (m, V) logits that are above `entering` (m,), None: among all.
 
     A token of less than (1 - top_p) / V of the maximum's mass is beyond it: that is how deep the bins go.
     """
@@ -166,39 +168,53 @@ def _mass_border(rows: Tensor, top: Tensor, entering: Tensor, top_p: Tensor) -> 
     depth = (V / (1 - top_p).clamp(min=torch.finfo(top.dtype).eps)).log() + 1
     per_bin = BINS / depth
 
-    def binned(columns: slice) -> tuple[Tensor, Tensor, Tensor]:
-        z = rows[:, columns]
-        below = top[:, None] - z
-        number = (below * per_bin[:, None]).nan_to_num(0.0).clamp(0, BINS - 1).long()
-        return z, number, (-below).exp().masked_fill(z < entering[:, None], 0.0)
+    def bin_of(below: Tensor, scale: Tensor) -> Tensor:
+        return (below * scale).clamp_(max=BINS - 1).long()
 
     mass = rows.new_zeros(m, BINS)
     for columns in slices(V, TILE):
-        _, number, exps = binned(columns)
+        z = rows[:, columns]
+        below = top[:, None] - z
+        number = bin_of(below, per_bin[:, None])
+        exps = below.neg_().exp_()
+        if entering is not None:
+            exps.masked_fill_(z < entering[:, None], 0.0)
         mass.scatter_add_(1, number, exps)
     upto = mass.cumsum(1)
     need = torch.where(top_p < 1, top_p * upto[:, -1], torch.inf)
     last = (upto < need[:, None]).sum(1).clamp(max=BINS - 1)  # the bin in which it ends
     before = torch.nn.functional.pad(upto, (1, 0)).gather(1, last[:, None])[:, 0]
 
+    # The tokens of that bin, and a few about it: the products that made the bins are rounded.
+    upper, lower = top - (last - 0.01) / per_bin, top - (last + 1.01) / per_bin
+    lower.masked_fill_(last == BINS - 1, -torch.inf)
     found = []
     for columns in slices(V, TILE):
-        z, number, exps = binned(columns)
-        row, column = ((number == last[:, None]) & (exps > 0)).nonzero(as_tuple=True)
-        found.append((row, column + columns.start, z[row, column], exps[row, column]))
-    row, column, value, exps = (torch.cat(parts) for parts in zip(*found))
+        z = rows[:, columns]
+        row, column = ((z <= upper[:, None]) & (z >= lower[:, None])).nonzero(as_tuple=True)
+        found.append((row, column + columns.start, z[row, column]))
+    row, column, value = (torch.cat(parts) for parts in zip(*found))
+    exps = (value - top[row]).exp()
+    inside = (bin_of(top[row] - value, per_bin[row]) == last[row]) & (exps > 0)
+    if entering is not None:
+        inside &= value >= entering[row]
+    row, column, value, exps = row[inside], column[inside], value[inside], exps[inside]
     order = column.argsort(descending=True)
     order = order[value[order].argsort(descending=True, stable=True)]
     order = order[row[order].argsort(stable=True)]
     row, column, value, exps = row[order], column[order], value[order], exps[order]
     counts = torch.bincount(row, minlength=m)
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    width = max(int(counts.max()), 1)
+    width = int(counts.max()) + 1
     values = rows.new_full((m, width), -torch.inf).index_put_((row, place), value)
     masses = rows.new_zeros(m, width).index_put_((row, place), exps)
     places = row.new_zeros(m, width).index_put_((row, place), column)
     kept = (before[:, None] + masses.cumsum(1) - masses < need[:, None]) & (masses > 0)
     end = (kept.sum(1) - 1).clamp(min=0)[:, None]
+    lowest, dropped = values.gather(1, end)[:, 0], values.gather(1, end + 1)[:, 0]
+    edge = torch.minimum(top - (last + 1) / per_bin, lowest)
+    tied = dropped == lowest  # then the column decides
+    floor = torch.where(tied, lowest, (lowest + torch.where(dropped > -torch.inf, dropped, edge)) / 2)
+    first = torch.where(tied, places.gather(1, end)[:, 0], 0)
     everything = ~(top_p < 1)
-    floor, first = values.gather(1, end)[:, 0], places.gather(1, end)[:, 0]
     return Border(floor.masked_fill(everything, -torch.inf), first.masked_fill(everything, 0))
