@@ -59,6 +59,21 @@ def test_scripts_of_trl(name: str) -> None:
     assert all(entry["grad_norm"] > 0 for entry in entries)
 
 
+def test_a_truncated_samplers_ratio_is_one_where_its_sets_are_replayed() -> None:
+    from fused_rlhf.trainers.model import build
+
+    model, tokenizer = build(hidden_size=32, num_layers=1)
+    rows = load("truncated_sampler").main(model.eval(), tokenizer, completions=8, new=8)
+    assert len(rows) == 4
+    for row, top_p in zip(rows, (0.8, 0.95, 0.8, 0.95)):
+        assert row["whole"] == pytest.approx(top_p, abs=0.05)
+    for row in rows[:2]:  # the sampler has the trainer's weights
+        assert row["replayed"] == pytest.approx(1, abs=1e-5)
+        assert row["cut"] == pytest.approx(1, abs=1e-3)
+    for row in rows[2:]:  # the weights rounded
+        assert abs(row["replayed"] - 1) < 0.5 * (1 - row["whole"])
+
+
 def test_ligers_loss_and_ours_agree(capsys: pytest.CaptureFixture[str]) -> None:
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     module = load("liger_switch")
