@@ -4,12 +4,13 @@ With g and e the gradients of the loss by a token's value and entropy, and p fro
 
     log-prob   dz_v = g (1[v = y] - p_v) - e p_v (log p_v + H)         KL to q   dz_v = g p_v (log p_v - log q_v - KL)
 
-and dX[n] = sum_v dz_nv W[v], dW[v] = sum_n dz_nv X[n].
+and dX[n] = sum_v dz_nv W[v], dW[v] = sum_n dz_nv X[n]. Where some of the tokens are kept, p is over these and zero elsewhere;
+where the mean of K further tokens' log-probs is added, dz_v gains g (count_v / K - p_v).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,18 +31,33 @@ class _Truth:
 
     def d_logits(self, rows: Tensor, start: int, w: Tensor, x: Tensor) -> Tensor:
         """(n, v) of these rows and of the columns from `start`, whose rows of W are w (v, H); x (n, H)."""
-        log_p = x @ w.T - self.known.lse[rows, None]
+        op, inputs = OPS[self.inputs.case.op], self.inputs
+        z = x @ w.T
+        log_p = z - self.known.kept_lse[rows, None]
         p, g = log_p.exp(), self.g[rows, None]
-        if OPS[self.inputs.case.op].values == "kl":
-            assert self.inputs.ref_hidden is not None
-            log_q = self.inputs.ref_hidden[rows].double() @ w.T - self.known.ref_lse[rows, None]
+        if op.values == "kl":
+            assert inputs.ref_hidden is not None
+            log_q = inputs.ref_hidden[rows].double() @ w.T - self.known.ref_lse[rows, None]
             return g * p * (log_p - log_q - self.known.kl[rows, None])
-        dz = -g * p
+        hits = _counts(inputs.targets[rows, None], start, len(w))
+        given = None if inputs.ids is None else _counts(inputs.ids[rows], start, len(w))
+        p[(z < self.known.floor[rows, None]) & (hits == 0)] = 0.0
+        if given is not None and not op.whole:
+            p[given == 0] = 0.0
+        dz = g * (hits - p)
+        if given is not None and op.whole:
+            dz += g * (given / op.ids - p)
         if self.e is not None:
             dz -= self.e[rows, None] * p * (log_p + self.known.entropy[rows, None])
-        inside = self.inputs.targets[rows] - start
-        hit = (inside >= 0) & (inside < len(w))
-        return dz.scatter_add_(1, inside.clamp(0, len(w) - 1)[:, None], torch.where(hit[:, None], g, 0.0))
+        return dz
+
+
+def _counts(tokens: Tensor, start: int, width: int) -> Tensor:
+    """(n, width): how often the columns from `start` on are among the tokens (n, K)."""
+    inside = tokens - start
+    here = (inside >= 0) & (inside < width)
+    found = torch.zeros(len(tokens), width, dtype=torch.float64, device=tokens.device)
+    return found.scatter_add_(1, inside.clamp(0, width - 1), here.double())
 
 
 def errors(
@@ -49,19 +65,25 @@ def errors(
 ) -> dict[str, float]:
     """`ratio_off` is the share of tokens whose policy ratio, exp of the log-prob's error, is off by more than 1 %.
 
-    Gradients are read from `.grad` of the inputs: `samples` to 2 x `samples` rows of dX and 3 x `samples` of dW.
+    `unsettled` is the share whose kept set rounding decides: they are not compared.
+
+    Gradients are read from `.grad` of the inputs: `samples` to 2 x `samples` rows of dX and 3 x `samples` of dW, 5 x where
+    tokens are given by their ids.
     """
     case, device = inputs.case, inputs.hidden.device
     op, index = OPS[case.op], order(case, str(device))
     known = Reference(*(r[index] for r in reference))
-    values = (known.kl if op.values == "kl" else known.logprobs).clone().requires_grad_()
+    truth_of = {"kl": known.kl, "logprobs": known.logprobs, "sampled": known.sampled}
+    values, compared = truth_of[op.values].clone().requires_grad_(), inputs.mask & known.settled
     entropy = known.entropy.clone().requires_grad_() if op.entropy else None
     result: dict[str, float] = {}
+    if op.values == "sampled":
+        result["unsettled"] = 1 - known.settled.double().mean().item()
     if found is not None:
         name = "kl" if op.values == "kl" else "logprob"
-        result[f"{name}_max_abs"] = _largest(found.values, values, inputs.mask)
+        result[f"{name}_max_abs"] = _largest(found.values, values, compared)
         if name == "logprob":
-            off = _differences(found.values, values, inputs.mask)
+            off = _differences(found.values, values, compared)
             result["logprob_mean_abs"] = off.abs().mean().item()
             result["ratio_off"] = (off.expm1().abs() > 0.01).double().mean().item()
         if found.entropy is not None and entropy is not None:
@@ -86,7 +108,8 @@ def errors(
         d_x += truth.d_logits(rows, start, w, x) @ w
     result |= _distance("dhidden", inputs.hidden.grad, rows, d_x)
     if inputs.weight.requires_grad:
-        columns = torch.cat([inputs.targets[rows], _spread(case.V, samples, device)]).unique()
+        given = [] if inputs.ids is None else [inputs.ids[rows, -1]]
+        columns = torch.cat([inputs.targets[rows], _spread(case.V, samples, device), *given]).unique()
         result |= _distance("dweight", inputs.weight.grad, columns, _d_weight(truth, columns, weight, hidden))
     return result
 
@@ -94,11 +117,7 @@ def errors(
 def _d_weight(truth: _Truth, columns: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
     """(columns, H)"""
     w = weight[columns].double()
-    targets = truth.inputs.targets
-    # `columns` is sorted: where each target stands in it, if it does.
-    place = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
-    place = torch.where(columns[place] == targets, place, -1)
-    local = _Truth(_with_targets(truth.inputs, place), truth.known, truth.g, truth.e)
+    local = replace(truth, inputs=_among(truth.inputs, columns))
     found = torch.zeros(len(columns), hidden.shape[1], dtype=torch.float64, device=hidden.device)
     for rows in torch.arange(len(hidden), device=hidden.device).split(2048):
         x = hidden[rows].double()
@@ -106,8 +125,14 @@ def _d_weight(truth: _Truth, columns: Tensor, weight: Tensor, hidden: Tensor) ->
     return found
 
 
-def _with_targets(inputs: Inputs, targets: Tensor) -> Inputs:
-    return Inputs(**{**vars(inputs), "targets": targets})
+def _among(inputs: Inputs, columns: Tensor) -> Inputs:
+    """The same with tokens told by where they stand in the ascending `columns`, -1 where they do not."""
+
+    def place(tokens: Tensor) -> Tensor:
+        at = torch.searchsorted(columns, tokens).clamp(max=len(columns) - 1)
+        return torch.where(columns[at] == tokens, at, -1)
+
+    return replace(inputs, targets=place(inputs.targets), ids=None if inputs.ids is None else place(inputs.ids))
 
 
 def _spread(count: int, samples: int, device: torch.device) -> Tensor:

@@ -86,8 +86,14 @@ class Case:
         return ITEMSIZE[self.dtype]
 
     @property
+    def columns(self) -> int:
+        """Rows of the head that each token's products are with."""
+        op = OPS[self.op]
+        return self.V if op.whole else op.ids
+
+    @property
     def products(self) -> tuple[int, int]:
-        """Matrix products of 2 N V H operations that the op cannot do without, forward and backward."""
+        """Products of 2 N `columns` H operations that the op cannot do without, forward and backward."""
         op = OPS[self.op]
         return op.heads, (1 if self.frozen_head else 2) if op.backward else 0
 
@@ -99,7 +105,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        return sum(p * n for p, n in zip(self.products, self.rows)) * 2 * self.V * self.H
+        return sum(p * n for p, n in zip(self.products, self.rows)) * 2 * self.columns * self.H
 
     @property
     def gradient_bytes(self) -> int:
@@ -111,16 +117,17 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Operands and vectors read once, gradients written once."""
+        """Operands and vectors read once, gradients written once. Given tokens count as if no two rows shared one."""
         op = OPS[self.op]
-        operands = op.heads * (self.N + self.V) * self.H * self.itemsize
-        return operands + self.gradient_bytes + self.N * (8 + 4 * op.vectors)
+        head = min(self.N * self.columns, self.V)
+        operands = op.heads * (self.N + head) * self.H * self.itemsize
+        return operands + self.gradient_bytes + self.N * (8 + 8 * op.ids + 4 * op.vectors)
 
     @property
     def input_bytes(self) -> int:
         """What building the inputs takes; the head is drawn in fp32."""
         heads = self.V * self.H * (4 if self.itemsize == 4 else 4 + self.itemsize)
-        return heads + 2 * self.N * self.H * self.itemsize
+        return heads + 2 * self.N * self.H * self.itemsize + 8 * self.N * OPS[self.op].ids
 
     @property
     def label(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from fused_rlhf.bench import checkout
 from fused_rlhf.bench.cases import Case
+from fused_rlhf.bench.ops import OPS
 from fused_rlhf.bench.plan import Plan, Row
 from fused_rlhf.bench.registry import PROVIDERS
 
@@ -125,7 +126,7 @@ def _relate(record: dict[str, Any], records: list[dict[str, Any]]) -> None:
             ]
             bare.append(sum(s * p * n for s, p, n in zip(each, case.products, case.rows)))
     # The least products that the op needs, bare and in the faster of the ways tried, over the time taken.
-    record["gemm_share"] = min(bare) / seconds if bare else None
+    record["gemm_share"] = min(bare) / seconds if bare and OPS[case.op].whole else None
 
 
 def versions(packages: set[str]) -> dict[str, str | None]:

@@ -14,6 +14,13 @@ every hidden state are 50 and the last -50, where the head's are about 0.1: part
 end at. Rows beyond `BASE_ROWS` repeat
 earlier ones in random order, so that one fp64 reference serves every N. The entropy is recorded beside the figures.
 
+Tokens that a case gives by their ids: for `kept` distinct ones, the row's target and its likely candidates, the others spread
+over the vocabulary from a random one on; for `ids` one half of candidates and one of any tokens, each as often as it comes.
+
+The nucleus of a row ends between two tokens. Where less mass decides which two than rounding moves, a token more or less may
+change the log-prob by more than any tolerance. Such rows are not `settled`: they have no upstream gradient, and their values
+are not compared.
+
 A case may name a model instead, whose own head, hidden states and targets are taken (real.py); all else is the same.
 """
 
@@ -28,9 +35,15 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.bench.cases import BASE_ROWS, Case
+from fused_rlhf.bench.ops import OPS, TOP_P
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = 8192  # of W in fp64 at a time
+CANDIDATES = 8  # of a row
+WHOLE_ROWS = 128  # of logits in fp64 at a time, where whole ones are needed
+# By how much rounding in fp32 may move the mass before a token, and what the log-prob may then move by, a little less than
+# is tolerated: in sums of a row as ours, and as torch's over 152k columns.
+ROUNDING = {3e-6: 4e-5, 2e-5: 4e-4}
 
 
 class Base(NamedTuple):
@@ -40,10 +53,14 @@ class Base(NamedTuple):
     hidden: Tensor  # (base, H)
     ref_hidden: Tensor  # (base, H)
     targets: Tensor  # (base,)
+    candidates: Tensor | None  # (base, CANDIDATES): likely tokens; of a model's rows where the op asks for ids
 
 
 class Reference(NamedTuple):
-    """fp64 results of the base rows, (base,) each, from the very operands the providers get."""
+    """fp64 results of the base rows, (base,) each, from the very operands the providers get.
+
+    The last four are of the tokens that the op keeps, which are all where it says nothing else.
+    """
 
     logprobs: Tensor
     lse: Tensor
@@ -51,6 +68,10 @@ class Reference(NamedTuple):
     ref_logprobs: Tensor
     ref_lse: Tensor
     kl: Tensor  # of the policy to the reference
+    sampled: Tensor  # the values of an op whose `values` are "sampled"; else the log-probs
+    kept_lse: Tensor
+    floor: Tensor  # the kept logits lie above, but for the target's
+    settled: Tensor  # bool: no rounding of fp32 changes what is kept so that it shows
 
 
 @dataclass
@@ -67,6 +88,7 @@ class Inputs:
     old_logprobs: Tensor
     ref_logprobs: Tensor | None  # grpo: None when beta is 0
     upstream: Tensor  # of the values, for the ops without an objective
+    ids: Tensor | None = None  # (N, K) int64: the tokens that the op is given of each row
 
     @property
     def beta(self) -> float:
@@ -89,10 +111,18 @@ class Inputs:
             return None if rows is None else self.sequences(rows.detach())[:, :length].flatten(0, 1)
 
         case = replace(self.case, N=count * length, T=length, lengths=1)
-        vectors = (self.targets, self.mask, self.advantages, self.old_logprobs, self.ref_logprobs, self.upstream)
+        of_rows = (
+            self.targets,
+            self.mask,
+            self.advantages,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.upstream,
+            self.ids,
+        )
         hidden = cut(self.hidden)
         assert hidden is not None
-        return Inputs(case, hidden.requires_grad_(), self.weight, cut(self.ref_hidden), *map(cut, vectors))  # type: ignore[arg-type]
+        return Inputs(case, hidden.requires_grad_(), self.weight, cut(self.ref_hidden), *map(cut, of_rows))  # type: ignore[arg-type]
 
 
 def base_rows(case: Case, device: str) -> Base:
@@ -109,7 +139,13 @@ def model_rows(case: Case, device: str) -> Base:
         raise ValueError(f"V and H must be those of {case.inputs}, {tuple(weight.shape)}, got {(case.V, case.H)}")
     rng = torch.Generator(device).manual_seed(case.seed)
     noise = torch.randn(hidden.shape, generator=rng, device=device) / weight.float().square().sum(1).mean().sqrt()
-    return Base(weight, hidden, (hidden + 0.1 * noise).to(dtype), targets)
+    candidates = likely_tokens(hidden, weight) if OPS[case.op].ids else None
+    return Base(weight, hidden, (hidden + 0.1 * noise).to(dtype), targets, candidates)
+
+
+def likely_tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(base, CANDIDATES)"""
+    return torch.cat([(x @ weight.T).topk(CANDIDATES, dim=1).indices for x in hidden.split(WHOLE_ROWS)])
 
 
 def drawn_rows(case: Case, device: str) -> Base:
@@ -122,7 +158,7 @@ def drawn_rows(case: Case, device: str) -> Base:
 
     kind = rand(base, 1)
     peaked, uncertain = kind < 0.60, (kind >= 0.60) & (kind < 0.85)
-    u = rand(base, 8)
+    u = rand(base, CANDIDATES)
     logits = torch.where(peaked, 6 + 8 * u, torch.where(uncertain, 22 + 3 * u, 8 + 4 * u))
     logits[:, :1] = torch.where(peaked, 25.0, logits[:, :1])
     wanted = torch.cat([logits, torch.full((base, 4), -25.0, device=device)], 1)
@@ -131,7 +167,7 @@ def drawn_rows(case: Case, device: str) -> Base:
     for k in range(wanted.shape[1]):  # one candidate at a time: (base, 12, H) would be large
         row = weight[tokens[:, k]]
         hidden += wanted[:, k : k + 1] * row / row.square().sum(1, keepdim=True)
-    gumbel = -(-rand(base, 8).clamp_min(1e-9).log()).log()
+    gumbel = -(-rand(base, CANDIDATES).clamp_min(1e-9).log()).log()
     targets = tokens.gather(1, (logits + gumbel).argmax(1, keepdim=True)).squeeze(1)
     if case.outliers:
         for channels, size in ((slice(case.outliers), 50.0), (slice(-case.outliers, None), -50.0)):
@@ -139,7 +175,27 @@ def drawn_rows(case: Case, device: str) -> Base:
             weight[:, channels] = 0.1 + 0.01 * randn(case.V, case.outliers)
     reference = hidden + 0.1 * randn(base, case.H)
     dtype = DTYPES[case.dtype]
-    return Base(weight.to(dtype), hidden.to(dtype), reference.to(dtype), targets)
+    return Base(weight.to(dtype), hidden.to(dtype), reference.to(dtype), targets, tokens[:, :CANDIDATES])
+
+
+def given_ids(case: Case, base: Base) -> Tensor | None:
+    """(base, K): as the module docstring has it; None where the op is given none."""
+    op, targets, candidates = OPS[case.op], base.targets[:, None], base.candidates
+    if not op.ids:
+        return None
+    assert candidates is not None
+    device, count = targets.device, len(targets)
+    rng = torch.Generator(device).manual_seed(case.seed + 3)
+    if op.whole:
+        some = torch.randint(candidates.shape[1], (count, op.ids // 2), generator=rng, device=device)
+        others = torch.randint(case.V, (count, op.ids - op.ids // 2), generator=rng, device=device)
+        return torch.cat([candidates.gather(1, some), others], 1)
+    first = torch.randint(case.V, (count, 1), generator=rng, device=device)
+    spread = (first + case.V // op.ids * torch.arange(op.ids, device=device)) % case.V
+    named = torch.cat([targets, candidates, spread], 1)
+    repeated = (named[:, :, None] == named[:, None, :]).tril(-1).any(2)
+    first_ones = repeated.byte().argsort(dim=1, stable=True)[:, : op.ids]
+    return named.gather(1, first_ones)
 
 
 def blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -173,20 +229,39 @@ class _Running:
         return self.sums[name] / self.total
 
 
+def _taken(found: Tensor, z: Tensor, tokens: Tensor, start: int) -> Tensor:
+    """(base, K) logits found so far of the tokens (base, K), and those in z, whose columns are from `start` on."""
+    inside = tokens - start
+    here = (inside >= 0) & (inside < z.shape[1])
+    return torch.where(here, z.gather(1, inside.clamp(0, z.shape[1] - 1)), found)
+
+
 def fp64_reference(case: Case, device: str) -> Reference:
     base = base_rows(case, device)
     x, x_ref = base.hidden.double(), base.ref_hidden.double()
     policy, reference = _Running(x), _Running(x)
-    target, ref_target = torch.zeros_like(policy.peak), torch.zeros_like(policy.peak)
+    targets, ids = base.targets[:, None], given_ids(case, base)
+    at_target, ref_at_target = x.new_zeros(targets.shape), x.new_zeros(targets.shape)
+    at_ids = None if ids is None else x.new_zeros(ids.shape)
     for start, w in blocks(base.weight):
         z, z_ref = x @ w.T, x_ref @ w.T
-        here = (base.targets >= start) & (base.targets < start + len(w))
-        column = (base.targets - start).clamp(0, len(w) - 1)[:, None]
-        target = torch.where(here, z.gather(1, column).squeeze(1), target)
-        ref_target = torch.where(here, z_ref.gather(1, column).squeeze(1), ref_target)
+        at_target = _taken(at_target, z, targets, start)
+        ref_at_target = _taken(ref_at_target, z_ref, targets, start)
+        if ids is not None and at_ids is not None:
+            at_ids = _taken(at_ids, z, ids, start)
         policy.add(z, logit=z, gap=z - z_ref)
         reference.add(z_ref)
+    target, ref_target = at_target.squeeze(1), ref_at_target.squeeze(1)
     lse, ref_lse = policy.lse, reference.lse
+    sampled, kept = target - lse, _Kept(lse, torch.full_like(lse, -torch.inf), torch.ones_like(lse, dtype=torch.bool))
+    if at_ids is not None and OPS[case.op].whole:
+        sampled = sampled + at_ids.mean(1) - lse
+    elif at_ids is not None:
+        kept = kept._replace(lse=at_ids.logsumexp(1))
+        sampled = target - kept.lse
+    elif case.op == "top_p":
+        kept = _nuclei(x, base.weight, lse, target)
+        sampled = target - kept.lse
     return Reference(
         logprobs=target - lse,
         lse=lse,
@@ -194,7 +269,50 @@ def fp64_reference(case: Case, device: str) -> Reference:
         ref_logprobs=ref_target - ref_lse,
         ref_lse=ref_lse,
         kl=policy.mean("gap") - lse + ref_lse,
+        sampled=sampled,
+        kept_lse=kept.lse,
+        floor=kept.floor,
+        settled=kept.settled,
     )
+
+
+class _Kept(NamedTuple):
+    """Of some rows, (n,): see `Reference`."""
+
+    lse: Tensor
+    floor: Tensor
+    settled: Tensor
+
+
+def _nuclei(x: Tensor, weight: Tensor, lse: Tensor, target: Tensor) -> _Kept:
+    """x (base, H) in fp64; lse and the target's logit (base,)."""
+    parts = []
+    for some in torch.arange(len(x), device=x.device).split(WHOLE_ROWS):
+        z = x.new_empty(len(some), len(weight))
+        for start, w in blocks(weight):
+            z[:, start : start + len(w)] = x[some] @ w.T
+        parts.append(_nucleus(z.sort(1, descending=True).values, lse[some], target[some]))
+    return _Kept(*map(torch.cat, zip(*parts)))
+
+
+def _nucleus(z: Tensor, lse: Tensor, target: Tensor) -> _Kept:
+    """Of (n, V) logits in descending order: the likeliest tokens, those before which less than TOP_P of the mass lies, and the
+    target."""
+    upto = (z - lse[:, None]).exp_().cumsum(1)
+    before = torch.nn.functional.pad(upto, (1, -1))
+
+    def last(mass: float) -> Tensor:
+        return (before < mass).sum(1, keepdim=True) - 1
+
+    end = last(TOP_P)
+    dropped = torch.nn.functional.pad(z, (0, 1), value=-torch.inf).gather(1, end + 1)
+    floor = ((z.gather(1, end) + dropped) / 2).squeeze(1)
+    kept_lse = lse + upto.gather(1, end).squeeze(1).log()
+    settled = torch.ones_like(floor, dtype=torch.bool)
+    for mass, limit in ROUNDING.items():
+        least, most = (upto.gather(1, last(TOP_P + sign * mass)).squeeze(1) for sign in (-1, 1))
+        settled &= (most / least).log() < limit
+    return _Kept(torch.where(target < floor, torch.logaddexp(kept_lse, target), kept_lse), floor, settled)
 
 
 def order(case: Case, device: str) -> Tensor:
@@ -217,7 +335,7 @@ def completion_mask(case: Case, device: str) -> Tensor:
 def build(case: Case, device: str, reference: Reference) -> Inputs:
     """Old log-probs are the exact ones plus noise; so are grpo's of the reference, dpo's come from its hidden states."""
     base = base_rows(case, device)
-    index = order(case, device)
+    index, ids = order(case, device), given_ids(case, base)
     rng = torch.Generator(device).manual_seed(case.seed + 1)
     noise = partial(torch.randn, generator=rng, device=device)
     exact = reference.logprobs[index].float()
@@ -243,5 +361,6 @@ def build(case: Case, device: str, reference: Reference) -> Inputs:
         advantages=advantages,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
-        upstream=upstream.masked_fill(~mask, 0.0),
+        upstream=upstream.masked_fill(~mask | ~reference.settled[index], 0.0),
+        ids=None if ids is None else ids[index],
     )

@@ -1,11 +1,12 @@
 """What is computed: an op is one `Op` line at the end of this file, and its loss above it.
 
-A provider gives per-token values of `Op.values` ("logprobs", or the "kl" of two heads) and, where the op asks, the
-entropy; `Op.loss` maps them to the scalar that is differentiated. The same function, in fp64, is the truth. A provider
-with a loss of its own returns that instead.
+A provider gives per-token values of `Op.values` ("logprobs", the "kl" of two heads, or "sampled": what the op asks of a token
+that a sampler drew) and, where the op asks, the entropy; `Op.loss` maps them to the scalar that is differentiated. The same
+function, in fp64, is the truth. A provider with a loss of its own returns that instead.
 
 Operations are counted in matrix products of 2 N V H; those an op cannot do without are one per head forward, one for dX,
-and one for dW unless the head is frozen. Rows outside the mask need none, rows without a gradient none backward.
+and one for dW unless the head is frozen. Rows outside the mask need none, rows without a gradient none backward. An op that
+is not `whole` multiplies with the given tokens' rows of the head alone: K columns in the place of V.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EPSILON = 0.2  # the clip range of grpo and ppo
 ENTROPY_COEF = 0.01  # of ppo
 DPO_BETA = 0.1
+TOP_P = 0.9  # the nucleus of top_p
 
 
 class Values(NamedTuple):
@@ -46,7 +48,11 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Op:
-    """`loss` is None where nothing is differentiated. `vectors`: fp32 numbers per token that are read or written."""
+    """`loss` is None where nothing is differentiated. `vectors`: fp32 numbers per token that are read or written.
+
+    `ids`: how many tokens are given of each row. `whole`: whether its products are with all of the head, or with the rows of
+    these tokens.
+    """
 
     name: str
     about: str
@@ -54,6 +60,8 @@ class Op:
     vectors: int
     values: str = "logprobs"
     entropy: bool = False
+    ids: int = 0
+    whole: bool = True
 
     @property
     def backward(self) -> bool:
@@ -115,5 +123,29 @@ OPS = {
         Op("dpo", "DPO's loss and gradients, reference log-probs given", dpo, vectors=3),
         Op("ppo", "PPO's loss with an entropy bonus, and gradients", ppo, vectors=5, entropy=True),
         Op("kl", "exact KL(policy || reference) of two heads, and gradients", weighted_sum, vectors=2, values="kl"),
+        Op(
+            "kept",
+            "log-probs over given sets of 20 tokens a row, and their backward",
+            weighted_sum,
+            vectors=2,
+            values="sampled",
+            ids=20,
+            whole=False,
+        ),
+        Op(
+            "top_p",
+            f"log-probs over the nucleus {TOP_P}, found from the logits, and their backward",
+            weighted_sum,
+            vectors=2,
+            values="sampled",
+        ),
+        Op(
+            "ids",
+            "log-probs plus the mean log-prob of 64 given tokens of the row, and their backward",
+            weighted_sum,
+            vectors=2,
+            values="sampled",
+            ids=64,
+        ),
     )
 }

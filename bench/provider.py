@@ -61,6 +61,10 @@ def validate(case: Case) -> None:
         raise ValueError(f"objective must be one of {known} with {case.op}, got {case.objective!r}{meant}")
     if case.op == "dpo" and case.N // case.T % 2:
         raise ValueError(f"dpo needs an even number of sequences, got N / T = {case.N // case.T}")
+    if not OPS[case.op].whole and OPS[case.op].ids > case.V:
+        raise ValueError(
+            f"V must be at least {OPS[case.op].ids} with {case.op}, which has as many tokens, got {case.V}"
+        )
     if case.zero_rows and (case.op in ("dpo", "ppo", "sft") or (case.op == "grpo" and case.beta)):
         raise ValueError(
             f"zero_rows must be 0 where a zero advantage leaves a gradient, got {case.zero_rows} with {case.op}"

@@ -33,6 +33,7 @@ from typing import Any
 from fused_rlhf.bench.cases import BASE_ROWS, Case
 from fused_rlhf.bench.checkout import HOME
 from fused_rlhf.bench.document import predicted_bytes, summarise
+from fused_rlhf.bench.ops import OPS
 from fused_rlhf.bench.plan import Plan, Row
 
 PROCESS_BYTES = 1 << 30  # a Python with torch and a peer in it
@@ -159,9 +160,11 @@ def _spawn(plan: Plan, scratch: Path, meter: Meter, task: Task, until: float, wa
 
 
 def _reference(case: Case) -> str:
-    """The file of the fp64 reference: cases that differ in N, op or objective share it; a run has one model at most."""
+    """The file of the fp64 reference: cases that differ in N, objective or, but for what is sampled, op share it; a run has one
+    model at most."""
     rows = f"{min(case.N, BASE_ROWS)}-{case.H}-{case.V}-{case.outliers}"
-    return f"{rows}-{case.dtype}-{case.seed}-{bool(case.inputs)}.pt"
+    op = case.op if OPS[case.op].values == "sampled" else ""
+    return f"{rows}-{case.dtype}-{case.seed}-{bool(case.inputs)}-{op}.pt"
 
 
 def _not_reached(plan: Plan, meter: Meter, row: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fused_rlhf.bench.document import bf16_products
 from fused_rlhf.bench.plan import Row
-from fused_rlhf.bench.registry import MODELS, PROVIDERS, Case
+from fused_rlhf.bench.registry import MODELS, OPS, PROVIDERS, Case
 from fused_rlhf.bench.targets import Figure, Target
 
 
@@ -49,9 +49,7 @@ def able(cases: dict[str, Case], providers: str, rounds: int) -> list[Row]:
 
 def quick() -> Suite:
     small = Case(N=256, H=128, V=8000, T=64)
-    cases = {
-        op: replace(small, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")
-    }
+    cases = {op: replace(small, op=op) for op in OPS}
     cases |= {
         "bf16": replace(small, N=128, dtype="bf16"),
         "padded": replace(small, density=0.5),
@@ -168,7 +166,7 @@ def matrix() -> Suite:
     """Every op, then sweeps around one GRPO case and one DPO case, at sizes that two cores do in 35 minutes."""
     base = Case(N=1024, H=512, V=32768, T=128)
     dpo = replace(base, op="dpo")
-    ops = {op: replace(base, op=op) for op in ("logprobs_fwd", "logprobs_fwd_bwd", "sft", "grpo", "dpo", "ppo", "kl")}
+    ops = {op: replace(base, op=op) for op in OPS}
     sweeps = {
         **{f"N={n}": replace(base, N=n) for n in (256, 4096, 8192)},
         **{f"V={v}": replace(base, V=v) for v in (8192, 131072)},
@@ -221,6 +219,38 @@ def real() -> Suite:
         rows("log-probs", "dense trl trl-selective dense-fp32 ours", 1)
         + rows("update", "dense trl liger dense-fp32 ours", 1),
         together=True,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+def sampling() -> Suite:
+    """What a truncated sampler's log-probs cost beside those of the whole vocabulary, which `full` has: in one process, so
+    that the times compare. Dense torch, which sorts all logits for a nucleus, once."""
+    full = Case(op="logprobs_fwd_bwd")
+    cases = {"full": full, **{op: replace(full, op=op) for op in ("kept", "top_p", "ids")}}
+
+    def over_full(what: str, limit: float, op: str) -> Target:
+        return Target(
+            f"{what}: time / log-probs of the whole vocabulary", limit, Figure(op, "ours"), Figure("full", "ours")
+        )
+
+    return Suite(
+        "log-probs of kept sets, of a nucleus and of further tokens of each row, N=2048, beside those of the whole vocabulary",
+        cases,
+        [row for name in cases for row in rows(name, "ours", 3)]
+        + [row for name in cases for row in rows(name, "dense", 1)],
+        [
+            over_full("sets of 20 tokens", 0.05, "kept"),
+            Target(
+                "sets of 20 tokens: memory beside the gradients, bytes", 64e6, Figure("kept", "ours", "scratch_bytes")
+            ),
+            over_full("nucleus 0.9", 1.35, "top_p"),
+            over_full("64 further tokens", 1.10, "ids"),
+        ],
+        together=True,
+        groups=(tuple(cases),),
     )
 
 
@@ -397,6 +427,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "matrix": matrix,
     "models": models,
     "real": real,
+    "sampling": sampling,
     "long": long,
     "gpu": gpu,
     "gpu-tiny": partial(gpu, 128),

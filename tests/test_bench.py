@@ -186,7 +186,7 @@ def test_a_provider_refuses_a_case_that_it_does_not_have():
 def test_reference_and_errors_against_dense_fp64(op):
     """Autograd through dense fp64 logits is the truth that the formulas of `accuracy` must give."""
     case = replace(TINY, op=op, N=96, V=9001, density=0.5)  # two blocks of columns
-    weight, hidden, ref_hidden, targets = base_rows(case, "cpu")
+    weight, hidden, ref_hidden, targets, _ = base_rows(case, "cpu")
     reference = fp64_reference(case, "cpu")
     logp = (hidden.double() @ weight.double().T).log_softmax(1)
     logq = (ref_hidden.double() @ weight.double().T).log_softmax(1)

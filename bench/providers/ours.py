@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fused_rlhf.bench import objectives
 from fused_rlhf.bench.cases import Case
-from fused_rlhf.bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, Values
+from fused_rlhf.bench.ops import DPO_BETA, ENTROPY_COEF, EPSILON, OPS, TOP_P, Values
 from fused_rlhf.bench.provider import CONTRACT, ROUNDED, Output, Step, provider
 from fused_rlhf.bench.providers.plain import LOGPROB_OPS, adapter
 
@@ -34,8 +34,13 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool =
         ref_hidden, ref_weight = inputs.ref_hidden, inputs.weight.detach()
         return lambda: divergence(inputs.hidden, inputs.weight, ref_hidden, ref_weight)
     if case.op not in OBJECTIVES:
-        options: dict[str, Any] = {"backend": backend, "round_logits": rounded, **on_head}
-        return lambda: Values(fr.linear_logprobs(inputs.hidden, inputs.weight, labels, **options).logprobs)
+        options: dict[str, Any] = {"backend": backend, "round_logits": rounded, **on_head, **sampling(inputs)}
+
+        def logprobs() -> Values:
+            found = fr.linear_logprobs(inputs.hidden, inputs.weight, labels, **options)
+            return Values(found.logprobs if found.id_logprobs is None else found.logprobs + found.id_logprobs.mean(1))
+
+        return logprobs
     batch: dict[str, Any] = on_head | {
         "completion_mask": inputs.sequences(inputs.mask) if case.density < 1 else None,
         "ref_logprobs": None if inputs.ref_logprobs is None else inputs.sequences(inputs.ref_logprobs),
@@ -66,6 +71,21 @@ def ours(inputs: Inputs, *, backend: str, mode: str, rounded: bool, lora: bool =
     return run
 
 
+def sampling(inputs: Inputs) -> dict[str, Any]:
+    """What `linear_logprobs` is told of the tokens that a sampler kept, or of further ones."""
+    import torch
+
+    import fused_rlhf as fr
+
+    op = OPS[inputs.case.op]
+    if inputs.case.op == "top_p":
+        return {"truncation": fr.Truncation(top_p=TOP_P)}
+    if inputs.ids is None or op.whole:
+        return {"ids": inputs.ids}
+    offsets = torch.arange(0, inputs.ids.numel() + 1, op.ids, device=inputs.ids.device)
+    return {"kept": (inputs.ids.flatten(), offsets)}
+
+
 def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     """Peak over the inputs, as the library's own backend says."""
     import torch
@@ -86,8 +106,22 @@ def memory(case: Case, device: str, *, backend: str, mode: str) -> float:
     if device == "cuda" and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
         work = replace(work, multiprocessors=found.multi_processor_count, device_bytes=found.total_memory)
+    formula = backends.load(backend).memory
     # Rows outside the mask have gradients too, which are zero.
-    return backends.load(backend).memory(work) + case.gradient_bytes - work.gradients
+    peak = formula(work) + case.gradient_bytes - work.gradients if op.whole else case.gradient_bytes
+    if case.op == "top_p":  # a block of whole rows until its sets are found, before there are gradients
+        peak = max(peak, formula(replace(work, route="one_pass", needs=Needs(False, False, False))))
+    return peak + of_ids(case) if op.ids else peak
+
+
+def of_ids(case: Case) -> float:
+    """Products with given tokens' rows of the head, which are fetched a few MB at a time, their gradients summed by the tokens
+    of a tile. 64 bytes a token: its row and place, logit and gradient, and these in the order of the tokens."""
+    from fused_rlhf.backends import gathered, tiling
+
+    tokens = round(case.rows[0])
+    wide = 4.0 * tokens * case.H if case.itemsize < 4 else 0.0
+    return 64.0 * tokens * OPS[case.op].ids + wide + max(2 * gathered.BYTES, 4.0 * min(tiling.TILE, case.V) * case.H)
 
 
 def has(case: Case, *, backend: str, mode: str, rounded: bool) -> bool:

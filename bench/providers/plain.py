@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fused_rlhf.bench.cases import Case
-from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.ops import OPS, TOP_P, Values
 from fused_rlhf.bench.provider import FP32_LOGITS, ROUNDED, Output, Step, provider
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ def dense_memory(case: Case, device: str) -> float:
     logits = 4.0 * case.N * case.V
     if not OPS[case.op].backward:
         return 2 * logits  # logits, log-softmax
-    alive = {"ppo": 5, "kl": 6}.get(case.op, 3)  # log-softmax, the gradient by it, the gradient by the logits
+    # Log-softmax, the gradient by it, the gradient by the logits; kept: logits and their gradient; top_p: logits, the same in
+    # order, their indices as two, softmax, its sums, two masks of bytes, what is kept.
+    alive = {"ppo": 5.0, "kl": 6.0, "top_p": 7.5, "kept": 2.0}.get(case.op, 3.0)
     narrow = logits * case.itemsize / 4 if case.itemsize < 4 else 0.0  # which the products take rounded again
     return max(alive * logits, logits + narrow + case.gradient_bytes)
 
@@ -36,7 +38,31 @@ def log_softmax_values(logits: Tensor, ref_logits: Tensor | None, inputs: Inputs
     if op.entropy:
         log_p = logits.log_softmax(1)
         return Values(log_p.gather(1, inputs.targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1))
+    if op.values == "sampled":
+        return sampled_values(logits, inputs)
     return -cross_entropy(logits, inputs.labels, reduction="none")
+
+
+def sampled_values(logits: Tensor, inputs: Inputs) -> Tensor:
+    """Of (N, V) fp32 logits."""
+    import torch
+
+    targets = inputs.targets[:, None]
+    if inputs.ids is None:
+        return within_nucleus(logits, targets)
+    whole = OPS[inputs.case.op].whole
+    # Gathered at once: the gradient of each gather is a buffer of N V.
+    found = (logits.log_softmax(1) if whole else logits).gather(1, torch.cat([targets, inputs.ids], 1))
+    return found[:, 0] + found[:, 1:].mean(1) if whole else found[:, 0] - found[:, 1:].logsumexp(1)
+
+
+def within_nucleus(logits: Tensor, targets: Tensor) -> Tensor:
+    """By transformers' own rule. A target outside, where the log-prob would be -inf, is put back."""
+    from transformers import TopPLogitsWarper
+
+    kept = TopPLogitsWarper(TOP_P)(None, logits)
+    kept.scatter_(1, targets, logits.gather(1, targets))
+    return kept.log_softmax(1).gather(1, targets).squeeze(1)
 
 
 @provider("dense", tolerance=ROUNDED, memory=dense_memory)
@@ -119,7 +145,11 @@ def whole_products_memory(case: Case, device: str) -> float:
     return case.N * case.V * case.itemsize + case.gradient_bytes
 
 
-@provider("gemm", roof=True, memory=whole_products_memory)
+def multiplies(case: Case) -> bool:
+    return OPS[case.op].whole
+
+
+@provider("gemm", roof=True, where=multiplies, memory=whole_products_memory)
 def gemm(inputs: Inputs) -> Step:
     """The bare products, whole, into buffers made beforehand: X W^T, then dZ W and dZ^T X. No softmax, nothing else."""
     return bare_products(inputs, len(inputs.hidden))
@@ -133,7 +163,7 @@ def blocked_products_memory(case: Case, device: str) -> float:
     return (min(ROWS[device], case.N) * (case.V + case.H) + d_weight) * case.itemsize
 
 
-@provider("gemm-blocked", roof=True, memory=blocked_products_memory)
+@provider("gemm-blocked", roof=True, where=multiplies, memory=blocked_products_memory)
 def gemm_blocked(inputs: Inputs) -> Step:
     """The same products, 512 rows at a time (8192 on a GPU): on a CPU faster than whole ones, and possible at any N."""
     return bare_products(inputs, ROWS[inputs.hidden.device.type])

@@ -31,7 +31,10 @@ def memory(case: Case, device: str) -> float:
     return max(working, wide + case.gradient_bytes) if case.itemsize < 4 else working
 
 
-@provider("trl", packages=("trl", "torch"), tolerance=ROUNDED, memory=memory)
+WITHOUT_SETS = tuple(op.name for op in OPS.values() if op.values != "sampled")
+
+
+@provider("trl", packages=("trl", "torch"), ops=WITHOUT_SETS, tolerance=ROUNDED, memory=memory)
 def trl(inputs: Inputs) -> Step:
     """Tiles of 4096 rows by 32768 columns; only the completion's rows on a GPU, all of them elsewhere, as its trainers do."""
     op = OPS[inputs.case.op]
