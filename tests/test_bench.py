@@ -17,9 +17,19 @@ import torch.nn.functional as F
 from fused_rlhf.bench.accuracy import errors
 from fused_rlhf.bench.cases import MODELS, Case
 from fused_rlhf.bench.document import summarise
-from fused_rlhf.bench.inputs import BASE_ROWS, Reference, base_rows, build, completion_mask, fp64_reference, order
+from fused_rlhf.bench.inputs import (
+    BASE_ROWS,
+    Reference,
+    _nucleus,
+    base_rows,
+    build,
+    completion_mask,
+    fp64_reference,
+    given_ids,
+    order,
+)
 from fused_rlhf.bench.measure import measure
-from fused_rlhf.bench.ops import OPS, Values
+from fused_rlhf.bench.ops import OPS, TOP_P, Values
 from fused_rlhf.bench.plan import Plan, Row
 from fused_rlhf.bench.provider import Output, Provider, Tolerance
 from fused_rlhf.bench.registry import PROVIDERS
@@ -114,10 +124,11 @@ def test_outlier_channels_are_large_and_the_logits_are_not():
 
 
 def test_zero_gradients():
-    for op in (TINY.op, "logprobs_fwd_bwd", "kl"):
+    for op in (TINY.op, "logprobs_fwd_bwd", "kl", "kept", "top_p", "ids"):
         case = replace(TINY, zero_rows=0.5, beta=0.0, op=op)
         inputs = build(case, "cpu", fp64_reference(case, "cpu"))
-        assert ((inputs.advantages if case.op == "grpo" else inputs.upstream) == 0).sum() == 24
+        zeros = ((inputs.advantages if case.op == "grpo" else inputs.upstream) == 0).sum()
+        assert 24 <= zeros <= 24 + (op == "top_p")  # one row more, whose nucleus rounding decides
         names = [n for n in HERE if PROVIDERS[n].takes(case)]
         assert "liger" not in names  # one advantage per sequence
         for r in measured(case, names)["rows"]:
@@ -216,6 +227,105 @@ def test_reference_and_errors_against_dense_fp64(op):
     assert errors(inputs, reference, loss, None)["dhidden_rel"] > 1e-3
 
 
+@pytest.mark.parametrize("op", ["kept", "top_p", "ids"])
+def test_values_of_sampled_tokens_against_dense_fp64(op):
+    """Sets by their definitions, one row after the other; autograd through dense fp64 logits is the truth of the gradients."""
+    case = replace(TINY, op=op, N=96, H=512, V=9001, density=0.5)  # two blocks of columns
+    reference = fp64_reference(case, "cpu")
+    inputs = build(case, "cpu", reference)
+    inputs.hidden = inputs.hidden.detach().double().requires_grad_()
+    inputs.weight = inputs.weight.detach().double().requires_grad_()
+    logp = (inputs.hidden @ inputs.weight.T).log_softmax(1)
+    values, sizes = [], []
+    for row, target in enumerate(inputs.targets.tolist()):
+        known = logp[row].detach()
+        if op == "ids":
+            values.append(logp[row, target] + logp[row, inputs.ids[row]].mean())
+            continue
+        kept = set(inputs.ids[row].tolist()) if op == "kept" else {target}
+        if op == "top_p":
+            mass = 0.0
+            for token in known.argsort(descending=True).tolist():
+                kept.add(token)
+                mass += known[token].exp().item()
+                if mass >= TOP_P:
+                    break
+        sizes.append(len(kept))
+        values.append(logp[row, target] - logp[row, sorted(kept)].logsumexp(0))
+    found = Values(torch.stack(values))
+    torch.testing.assert_close(reference.sampled, found.values.detach(), rtol=0, atol=1e-11)
+    loss = OPS[op].loss(found, inputs)
+    loss.backward()
+    result = errors(inputs, reference, loss, found)
+    assert result.pop("unsettled") == 1 - reference.settled.double().mean()
+    assert max(result.values()) < 1e-10
+    if op == "kept":
+        assert set(sizes) == {20}
+    if op == "top_p":
+        assert min(sizes) == 1
+        assert max(sizes) > 400
+    inputs.weight.grad *= 1.1
+    assert errors(inputs, reference, loss, None)["dweight_rel"] > 1e-3
+    inputs.hidden.grad[~inputs.mask] += 1.0
+    assert errors(inputs, reference, loss, None)["dhidden_rel"] > 1e-3
+
+
+def test_nuclei_of_flat_rows_agree_with_fp64():
+    """Sets of thousands of tokens, which are told by their border."""
+    case = replace(TINY, op="top_p", N=96, H=512, V=40000)
+    base, floor = base_rows(case, "cpu"), fp64_reference(case, "cpu").floor
+    assert ((base.hidden.double() @ base.weight.double().T) >= floor[:, None]).sum(1).max() > 2000
+    for row in measured(case, ["dense", "ours"])["rows"]:
+        assert row["error"] is None
+        assert not row["wrong"], (row["provider"], row["errors"])
+
+
+def test_given_tokens_are_the_target_likely_ones_and_others():
+    case = replace(TINY, op="kept", V=23)
+    base = base_rows(case, "cpu")
+    ids = given_ids(case, base)
+    assert torch.equal(ids[:, 0], base.targets)
+    assert all(
+        len(set(row)) == 20 and set(likely) <= set(row) for row, likely in zip(ids.tolist(), base.candidates.tolist())
+    )
+    assert torch.equal(given_ids(case, base), ids)
+    case = replace(TINY, op="ids")
+    base = base_rows(case, "cpu")
+    ids = given_ids(case, base)
+    assert ids.shape == (48, 64)
+    assert (ids[:, :32, None] == base.candidates[:, None]).any(2).all()
+    assert not (ids[:, 32:, None] == base.candidates[:, None]).any(2).any(1).all()
+    assert given_ids(replace(TINY, op="top_p"), base) is None
+
+
+def test_a_nucleus_that_rounding_decides_is_not_compared():
+    """Rows of 4 tokens: the third is kept where the first two hold less than 0.9."""
+    masses = torch.tensor(
+        [[0.6, 0.3 - 1e-6, 0.06, 0.04], [0.6, 0.29, 0.07, 0.04], [0.6, 0.3 + 1e-5, 0.06, 0.04]]
+    ).double()
+    masses /= masses.sum(1, keepdim=True)
+    z = masses.log()
+    whole = torch.zeros(3).double()
+    found = _nucleus(z, whole, z[:, 0])
+    assert found.settled.tolist() == [False, True, False]
+    torch.testing.assert_close(
+        found.lse.exp(), torch.stack([masses[0, :3].sum(), masses[1, :3].sum(), masses[2, :2].sum()])
+    )
+    assert ((z >= found.floor[:, None]).sum(1) == torch.tensor([3, 3, 2])).all()
+    with_target = _nucleus(z, whole, z[:, 3])
+    torch.testing.assert_close(with_target.lse.exp(), found.lse.exp() + masses[:, 3])
+    case = replace(TINY, op="top_p")
+    reference = fp64_reference(case, "cpu")._replace(settled=torch.arange(48) != 5)
+    inputs = build(case, "cpu", reference)
+    assert (inputs.upstream == 0).nonzero().tolist() == [[5]]
+    values = reference.sampled.clone()
+    values[5] += 1.0
+    inputs.hidden.grad, inputs.weight.grad = torch.zeros_like(inputs.hidden), torch.zeros_like(inputs.weight)
+    result = errors(inputs, reference, None, Values(values))
+    assert result["unsettled"] == pytest.approx(1 / 48)
+    assert result["logprob_max_abs"] == 0.0
+
+
 def test_inputs_are_peaked_and_flat_and_repeat():
     case = Case(N=2 * BASE_ROWS, H=256, V=8000, zero_rows=0.8, beta=0.0)
     reference = fp64_reference(case, "cpu")
@@ -254,8 +364,11 @@ def test_the_mask_has_the_density(density):
 
 def test_shorter_inputs_are_the_first_tokens():
     case = replace(TINY, op="dpo", density=0.5)
+    given = build(replace(TINY, op="ids"), "cpu", fp64_reference(replace(TINY, op="ids"), "cpu"))
+    assert torch.equal(given.shorter(5).ids, given.ids.view(4, 12, 64)[:, :5].flatten(0, 1))
     inputs = build(case, "cpu", fp64_reference(case, "cpu"))
     short = inputs.shorter(5)
+    assert short.ids is None
     assert (short.case.N, short.case.T) == (20, 5)
     assert torch.equal(short.sequences(short.targets), inputs.sequences(inputs.targets)[:, :5])
     assert torch.equal(short.sequences(short.hidden), inputs.sequences(inputs.hidden)[:, :5])
@@ -275,6 +388,12 @@ def test_operations_and_bytes():
     assert case.gradient_bytes == operands
     assert case.least_bytes == 2 * operands + 100 * (8 + 4 * 5)
     assert replace(case, frozen_head=True, dtype="bf16").gradient_bytes == 100 * 8 * 2
+    for op in ("top_p", "ids"):  # what is told of more tokens needs no more products
+        assert replace(case, op=op).flops == case.flops
+    kept = replace(case, op="kept", V=3000)
+    assert kept.flops == 3 * 2 * 100 * 8 * 20
+    assert kept.least_bytes == (100 + 100 * 20) * 8 * 4 + (100 + 3000) * 8 * 4 + 100 * (8 + 20 * 8 + 2 * 4)
+    assert not PROVIDERS["gemm"].takes(kept)
 
 
 def test_models_are_heads():
@@ -309,6 +428,7 @@ def test_bad_cases_are_refused(change, word):
         ({"op": "ppo", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with ppo"),
         ({"op": "sft", "zero_rows": 0.5}, "zero_rows must be 0 .*, got 0.5 with sft"),
         ({"objective": "simpo"}, "objective must be one of .* with grpo, got 'simpo'"),
+        ({"op": "kept", "V": 19}, "V must be at least 20 with kept, .*, got 19"),
     ],
 )
 def test_a_case_that_no_provider_can_have_is_refused_where_one_meets_it(change, words):
@@ -343,7 +463,18 @@ def test_dense_memory_is_its_formula(op, dtype):
         if OPS[op].backward:
             output.loss.backward()
 
-    assert peak_tensor_bytes(run) == pytest.approx(PROVIDERS["dense"].memory(case, "cpu"), rel=0.05)
+    # Where every op is watched, the backward of a gather adds to zeros out of place.
+    watched = peak_tensor_bytes(run) - (4.0 * case.N * case.V if op == "kept" else 0.0)
+    assert watched == pytest.approx(PROVIDERS["dense"].memory(case, "cpu"), rel=0.05)
+
+
+def test_memory_of_ours_with_sampled_tokens_is_its_formula():
+    """Of what runs in plain sight; the products of `ids` are inside an op of ours."""
+    for op, shape in (("kept", {"N": 2048, "V": 8000}), ("top_p", {"N": 512, "V": 40000})):
+        case = Case(op=op, H=256, T=32, **shape)
+        output = PROVIDERS["ours"].step(build(case, "cpu", fp64_reference(case, "cpu")))
+        watched = peak_tensor_bytes(lambda output=output: output().loss.backward())
+        assert 0.6 < watched / PROVIDERS["ours"].memory(case, "cpu") < 1.1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -117,6 +117,35 @@ def test_suites_of_everything_have_every_op_and_peer(name):
     assert {"dense", "torch-lce", "trl", "liger", "ours"} <= {row.provider for row in suite.rows}
 
 
+def test_the_sampling_suite_at_toy_sizes():
+    """Every row is right, and every target is of figures that there are."""
+    suite = SUITES["sampling"]()
+    assert all((case.N, case.H, case.V, case.dtype) == (2048, 896, 151936, "fp32") for case in suite.cases.values())
+    assert {row.rounds for row in suite.rows if row.provider == "ours"} == {3}
+    assert suite.groups == (tuple(suite.cases),)  # times compare
+    cases = {name: replace(case, N=48, T=12, H=64, V=1003) for name, case in suite.cases.items()}
+    plan = Plan("sampling", cases, suite.rows, together=True, groups=suite.groups, targets=suite.targets)
+    subjects = {
+        name: Subject(
+            case, {row.provider: 1 for row in plan.rows if row.case == name}, "cpu", fp64_reference(case, "cpu")
+        )
+        for name, case in cases.items()
+    }
+    take_turns(list(subjects.values()))
+    result = summarise(plan, {row: subjects[row.case].found[row.provider] for row in plan.rows})
+    for row in result["rows"]:
+        assert row["error"] is None, row
+        assert not row["wrong"], (row["case"], row["provider"], row["errors"])
+    assert [target["limit"] for target in result["targets"]] == [0.05, 64e6, 1.35, 1.10]
+    assert None not in [target["value"] for target in result["targets"]]
+
+
+def test_references_are_shared_but_for_what_is_sampled():
+    names = {op: running._reference(replace(TINY, op=op)) for op in OPS}
+    assert len(set(names.values())) == 4
+    assert names["kl"] == names["grpo"]
+
+
 def test_ratios_are_of_the_same_run():
     def samples(forward, backward, memory):
         times = {"forward_s": forward, "backward_s": backward, "both_s": forward + backward}
@@ -128,6 +157,7 @@ def test_ratios_are_of_the_same_run():
         "fwd": replace(TINY, op="logprobs_fwd"),
         "half": replace(TINY, density=0.5),
         "kl": replace(TINY, op="kl"),
+        "kept": replace(TINY, op="kept"),
     }
     figures = {
         Row("a", "gemm"): samples(1.0, 2.0, 10),
@@ -137,9 +167,10 @@ def test_ratios_are_of_the_same_run():
         Row("fwd", "ours"): samples(2.0, 0.0, 5),
         Row("half", "ours"): samples(1.0, 2.0, 5),
         Row("kl", "ours"): samples(4.0, 4.0, 5),
+        Row("kept", "ours"): samples(1.0, 1.0, 5),
     }
     rows = summarise(Plan("test", cases, list(figures)), figures)["rows"]
-    gemm, _, ours, longer, forward, half, kl = rows
+    gemm, _, ours, longer, forward, half, kl, kept = rows
     assert gemm["recompute_s"]["median"] == 4.0
     assert ours["time_to_dense"] == pytest.approx(4 / 6)
     assert ours["memory_to_dense"] == pytest.approx(0.25)
@@ -149,6 +180,7 @@ def test_ratios_are_of_the_same_run():
     assert forward["gemm_share"] == pytest.approx(1 / 2)
     assert half["gemm_share"] == pytest.approx(1.5 / 3)
     assert kl["gemm_share"] == pytest.approx(4 / 8)  # a product per head, then two
+    assert kept["gemm_share"] is None
     for row, found in figures.items():
         found["run"] = "first" if row.provider == "ours" else "second"
     apart = row_of(summarise(Plan("test", cases, list(figures)), figures), "ours")
