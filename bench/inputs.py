@@ -253,15 +253,14 @@ def fp64_reference(case: Case, device: str) -> Reference:
         reference.add(z_ref)
     target, ref_target = at_target.squeeze(1), ref_at_target.squeeze(1)
     lse, ref_lse = policy.lse, reference.lse
-    sampled, kept = target - lse, _Kept(lse, torch.full_like(lse, -torch.inf), torch.ones_like(lse, dtype=torch.bool))
-    if at_ids is not None and OPS[case.op].whole:
-        sampled = sampled + at_ids.mean(1) - lse
-    elif at_ids is not None:
-        kept = kept._replace(lse=at_ids.logsumexp(1))
-        sampled = target - kept.lse
-    elif case.op == "top_p":
+    kept = _Kept(lse, torch.full_like(lse, -torch.inf), torch.ones_like(lse, dtype=torch.bool))
+    if case.op == "top_p":
         kept = _nuclei(x, base.weight, lse, target)
-        sampled = target - kept.lse
+    elif at_ids is not None and not OPS[case.op].whole:
+        kept = kept._replace(lse=at_ids.logsumexp(1))
+    sampled = target - kept.lse
+    if at_ids is not None and OPS[case.op].whole:
+        sampled += at_ids.mean(1) - lse
     return Reference(
         logprobs=target - lse,
         lse=lse,
