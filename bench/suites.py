@@ -239,8 +239,8 @@ def sampling() -> Suite:
     return Suite(
         "log-probs of kept sets, of a nucleus and of further tokens of each row, N=2048, beside those of the whole vocabulary",
         cases,
-        [row for name in cases for row in rows(name, "ours", 3)]
-        + [row for name in cases for row in rows(name, "dense", 1)],
+        rows("full", "gemm-blocked", 3)
+        + [row for name in cases for row in rows(name, "ours", 3) + rows(name, "dense", 1)],
         [
             over_full("sets of 20 tokens", 0.05, "kept"),
             Target(
