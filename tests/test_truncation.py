@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,7 +20,7 @@ from fused_rlhf.op.truncation import Truncation
 process = importlib.import_module("transformers.generation.logits_process")
 
 V = 300
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"top_k": 1},
     {"top_k": 20},
     {"top_k": 299},
@@ -56,7 +57,7 @@ def logits(kind: str, rows: int = 24) -> Tensor:
     return z
 
 
-def stable(scores: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+def stable(scores: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return torch.sort(scores, stable=True, **options)
 
 
