@@ -13,12 +13,12 @@ from tests.helpers import dense, inputs, worst
 
 
 def test_what_follows_from_the_records():
-    assert fr.LogProbs._fields == ("logprobs", *STATISTICS)
-    assert set(logprobs.RESULTS) == {"logprobs", "mass", "normaliser", *STATISTICS}
+    assert fr.LogProbs._fields == ("logprobs", *STATISTICS, "full_logprobs", "id_logprobs", "target_added")
+    assert set(logprobs.RESULTS) == {"logprobs", "mass", "normaliser", "id_logits", *STATISTICS}
     returned = torch.ops.fused_rlhf.logprobs.default._schema.returns
     assert len(returned) == len(logprobs.RESULTS)
     differentiable = [name for name, record in STATISTICS.items() if record.differentiable]
-    assert ("logprobs", *differentiable) == logprobs.DIFFERENTIABLE
+    assert ("logprobs", "id_logits", *differentiable) == logprobs.DIFFERENTIABLE
     assert differentiable == ["entropy", "lse"]
 
 
