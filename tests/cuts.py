@@ -26,7 +26,8 @@ def kept_of(logits: Tensor, targets: Tensor, top_k: int = 0, top_p: float = 1.0,
         warpers.append(TopPLogitsWarper(top_p))
     if min_p > 0:
         warpers.append(MinPLogitsWarper(min_p))
-    left = warpers(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
+    ids: Any = torch.zeros(len(logits), 1, dtype=torch.int64)
+    left: Any = warpers(ids, logits)
     return (left > -torch.inf).scatter(1, targets[:, None], True)
 
 

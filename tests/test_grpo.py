@@ -757,7 +757,7 @@ def test_a_micro_batch_without_a_token_of_a_cut_distribution_counts_nothing(tmp_
 
 def test_wrong_sets_stop_a_run_before_an_update_and_it_can_go_on(tmp_path):
     """With the bits of the run that never had any."""
-    calls = []
+    calls: list[None] = []
 
     def whole(completions):
         return random_sets(completions)

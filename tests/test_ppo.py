@@ -339,8 +339,9 @@ def test_before_the_first_update_the_ratio_of_a_cut_distribution_is_exactly_one(
     trainer = ppo.prepare(small(tmp_path, **options, **cut), TASK, [digits])
     batch = one(trainer)
     assert batch.kl.abs().max() == 0
+    module: Any = trainer.engine.module
     for rows in forwards(batch.turns[:2]):
-        _, metrics = ppo.ppo_loss(trainer.engine.module, trainer.config, batch[rows], batch.mask[rows].sum())
+        _, metrics = ppo.ppo_loss(module, trainer.config, batch[rows], batch.mask[rows].sum())
         assert metrics["val/ratio"].item() == 1.0
         assert metrics["policy/approxkl_avg"].item() == 0.0
         assert metrics["targets_added"].item() == 0

@@ -53,9 +53,9 @@ class RolloutConfig(TrainConfig):
     temperature: float = 1.0
     """Sampling temperature; the log-probabilities are taken at the same."""
     top_k: int = 0
-    """Sample from the top_k likeliest tokens; 0: from all. It, top_p of what it leaves and min_p cut the distribution at the
-    temperature. Log-probabilities, ratio and entropy are then those of what is kept, on all sides; the KL compares whole
-    distributions. Where a sampler reports the sets that it kept, these take the options' place."""
+    """Sample from the top_k likeliest tokens; 0: from all. top_k, top_p of what it leaves and min_p cut the distribution at the
+    temperature. Log-probabilities, ratios and entropies are then those of what is kept; the KL compares whole
+    distributions."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this probability together; 1: from all. See top_k."""
     min_p: float = 0.0
