@@ -1,14 +1,17 @@
 """Two processes do what one does: replicated by DDP, sharded by FSDP2; on CPUs, over gloo."""
 
 import json
+import os
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tiny
-from tests.launch import MODULE, log_of, run, worst
+from tests import cuts, tiny
+from tests.launch import MODULE, log_of, rows, run, together, worst
 from tests.picture_runs import picture_run
 
 SMALL = "--hidden-size 32 --num-layers 2 --learning-rate 5e-3 --save-steps 2 --micro-batch-size 3"
@@ -106,6 +109,69 @@ def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
     assert mine.keys() == its.keys()
     for name in mine:
         torch.testing.assert_close(mine[name], its[name], atol=1e-4, rtol=0)
+
+
+# ---- sets that a sampler kept
+
+
+def completions_of(prompts: list[list[int]]) -> list[list[int]]:
+    """Four to a prompt, by prompt and place alone."""
+    found = []
+    for i, ids in enumerate(prompts):
+        generator = torch.Generator().manual_seed(7 * sum(ids) + i % 4)
+        length = int(torch.randint(1, 6, (), generator=generator))
+        found.append(torch.randint(5, 90, (length,), generator=generator).tolist())
+    return found
+
+
+def share_of_digits(completions: list[str], **columns: Any) -> list[float]:
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def replay(output: str, silent: str = "", **changes: Any) -> None:
+    """A run whose sampler reports what it kept, but for the processes named in `silent`."""
+    from fused_rlhf.trainers import engine, grpo
+    from fused_rlhf.trainers import run as runs
+
+    runs.curves.figure = lambda rows, names: None  # type: ignore[assignment]
+
+    def sampler(prompts: list[list[int]]) -> Any:
+        completions = completions_of(prompts)
+        reports = os.environ.get("RANK", "0") not in silent
+        return completions, None, cuts.random_sets(completions) if reports else None
+
+    options: dict[str, Any] = {"hidden_size": 32, "num_layers": 1, "steps": 2, "prompts_per_step": 8}
+    options |= {"num_generations": 4, "num_minibatches": 2, "num_iterations": 2, "max_new_tokens": 6, "beta": 0.05}
+    options |= {"learning_rate": 1e-3, "eval_steps": 0, "eval_samples": 20, "sample_steps": 0, "save_steps": 0}
+    config = grpo.Config(output=output, **(options | changes))
+    grpo.train(config, reward_functions=[share_of_digits], sampler=sampler)
+    engine.leave()
+
+
+def replayed(output: Path, processes: int, **arguments: Any) -> list[dict[str, Any]]:
+    code = f"from tests import test_distributed as t; t.replay({str(output)!r}, **{arguments!r})"
+    together(code, output.parent, processes)
+    return rows(output)
+
+
+@pytest.mark.slow
+def test_reported_sets_go_with_their_tokens_to_other_processes(tmp_path):
+    one = replayed(tmp_path / "one", 1, micro_batch_size=1, layout="padded")
+    two = replayed(tmp_path / "two", 2, micro_batch_tokens=40)
+    found = worst(two, one)
+    assert {"loss", "kl", "entropy", "untruncated/ratio_mean"} <= set(found)
+    assert found["loss"] < 1e-5
+    assert max(found.values()) < 1e-3, found
+
+
+@pytest.mark.slow
+def test_where_one_process_has_no_sets_all_are_computed(tmp_path):
+    one = replayed(tmp_path / "one", 1, silent="0", top_k=5)
+    two = replayed(tmp_path / "two", 2, silent="1", top_k=5)
+    found = worst(two, one)
+    assert one[1]["targets_added"] > 0
+    assert found["targets_added"] == 0
+    assert max(found.values()) < 1e-3, found
 
 
 # ---- pictures on one process only

@@ -80,7 +80,7 @@ def test_the_page_of_the_trainers_holds_commands_that_work(capsys: pytest.Captur
         for line in text.replace("\\\n", " ").splitlines()
         if line.startswith("fused-rlhf ") and not re.search("smollm2|gsm8k", line)  # which are not in the checkout
     ]
-    assert len(commands) == 8
+    assert len(commands) == 9
     small = ["--hidden-size", "32", "--num-layers", "1", "--dry-run"]
     for command in commands:
         assert cli.main([*shlex.split(command)[1:], *small]) == 0, (command, capsys.readouterr().err)

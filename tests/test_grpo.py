@@ -19,7 +19,9 @@ from fused_rlhf.trainers.data import Task
 from fused_rlhf.trainers.grpo import Config
 from fused_rlhf.trainers.minibatches import Turn, chunks, forwards
 from fused_rlhf.trainers.rewards import RewardError
+from fused_rlhf.trainers.sampler import SamplerError
 from tests import tiny, tiny_vision
+from tests.cuts import CUTS, kept_of, logits_of, mask_of, random_sets, within
 
 SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
 TASK = Task(SEVEN, SEVEN, "exact_match")
@@ -501,7 +503,8 @@ def sampler_of(trainer, shift):
         drawn = [SEVEN[i] for i in range(4)]
         completions = grpo_rollout.sample_completions(own, config.seed, 1, drawn, range(4))
         assert [completions.input_ids[i][: len(ids)].tolist() for i, ids in enumerate(prompts)] == prompts
-        logprobs = grpo_rollout.logprobs(config, trainer.engine, completions, [Turn(range(24), [range(24)])]) - shift
+        turns = [Turn(range(24), [range(24)])]
+        logprobs = grpo_rollout.logprobs(config, trainer.engine, completions, turns, config.truncation) - shift
         tokens = [row[keep].tolist() for row, keep in zip(completions.input_ids, completions.completion_mask)]
         found = [row[keep].tolist() for row, keep in zip(logprobs, completions.completion_mask[:, 1:])]
         return tokens, found
@@ -557,6 +560,228 @@ def test_a_sampler_that_reports_logprobs_is_corrected_for_unless_told_otherwise(
     assert (vespo.importance_sampling, vespo.importance_sampling_max) == ("token_mask", 3.0)
     with pytest.raises(ValueError, match="importance_sampling, its bounds: expected a sampler with them"):
         grpo.prepare(small(tmp_path, overwrite=True, importance_sampling_max=2.0), task=TASK)
+
+
+# ------------------------------------------------------------------------------------------- truncated distributions
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_on_policy_the_ratio_of_a_cut_distribution_is_exactly_one(tmp_path, cut, layout):
+    options = {"layout": layout, "micro_batch_size": 5, "temperature": 0.7} | cut
+    trainer = grpo.prepare(small(tmp_path, num_iterations=2, num_minibatches=2, **options), TASK, [sometimes])
+    batch = rolled(trainer, 1, SEVEN[:4])
+    micro = forwards(batch.turns[:2])
+    assert len(micro) > 2
+    for rows in micro:
+        _, metrics = share_of(trainer, batch[rows], 12, batch.completions.completion_mask[rows].sum())
+        assert metrics["ratio_mean"].item() == 1.0
+        assert metrics["approx_kl"].item() == 0.0
+        assert 0.01 < metrics["entropy"].item() < math.log(60)
+        assert metrics["targets_added"].item() == 0
+        assert 0 < metrics["untruncated/ratio_mean"].item() < 0.95
+        both = metrics["untruncated/ratio_mean"] + metrics["untruncated/ratio_difference"]
+        assert both.item() == pytest.approx(1.0, abs=1e-6)
+    metrics = grpo.update(trainer, batch)
+    assert {"live/ratio_mean", "live/untruncated/ratio_mean", "live/targets_added"} <= set(metrics)
+    single = grpo.prepare(small(tmp_path, overwrite=True, **options), TASK, [sometimes])
+    batch = rolled(single, 1, SEVEN[:4])
+    assert batch.old_logprobs is None
+    metrics = grpo.update(single, batch)
+    assert metrics["live/ratio_mean"] == 1.0
+    assert metrics["live/approx_kl"] == 0.0
+    assert metrics["live/untruncated/ratio_mean"] < 0.95
+
+
+def moved(trainer, scale=0.02):
+    """As after some updates: some of the tokens sampled are no longer among those that would be kept."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in trainer.loaded.model.parameters():
+            p.add_(scale * torch.randn_like(p))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_loss_gradient_and_metrics_of_a_cut_distribution_are_those_of_transformers_warpers(tmp_path, cut):
+    """The KL is that of whole distributions."""
+    trainer = prepared(tmp_path, num_minibatches=1, micro_batch_size=24, entropy_coef=0.01, **cut)
+    batch = rolled(trainer, 1, SEVEN[:4])
+    moved(trainer)
+    mask = batch.completions.completion_mask[:, 1:]
+    model = trainer.loaded.model.double()
+    logits, targets = logits_of(model, batch.completions, 0.7)
+    kept = kept_of(logits.detach(), targets, **cut)
+    added = (~kept_of(logits.detach(), logits.argmax(-1), **cut).gather(1, targets[:, None])).sum()
+    assert added > 0
+    logp, full = within(logits, kept), logits.log_softmax(-1)
+    logprobs, whole = (x.gather(1, targets[:, None])[:, 0] for x in (logp, full))
+    entropy = -(logp.exp() * logp.masked_fill(~kept, 0.0)).sum(-1)
+    old, ref = batch.old_logprobs.double()[mask], batch.ref_logprobs.double()[mask]
+    ratio, kl = (logprobs - old).exp(), (ref - whole).exp() - (ref - whole) - 1
+    values = batch.advantages.double()[:, None].expand_as(mask)[mask]
+    per_token = -torch.minimum(ratio * values, ratio.clamp(0.8, 1.2) * values) + 0.1 * kl
+    weights = (mask / mask.sum(1, keepdim=True) / 24)[mask]
+    want = (per_token * weights).sum() - 0.01 * entropy.mean()
+    want_grad = torch.autograd.grad(want, model.lm_head.weight)[0]
+    untruncated = (whole - old).exp()
+    by_hand = {
+        "ratio_mean": ratio.mean(),
+        "kl": kl.mean(),
+        "entropy": entropy.mean(),
+        "untruncated/ratio_mean": untruncated.mean(),
+        "untruncated/ratio_difference": ratio.mean() - untruncated.mean(),
+        "targets_added": added,
+    }
+
+    model.float()
+    for size in (24, 5):
+        pieces = [share_of(trainer, batch[rows], 24, mask.sum()) for rows in chunks(range(24), size)]
+        total = sum(loss for loss, _ in pieces)
+        grad = torch.autograd.grad(total, model.lm_head.weight)[0]
+        torch.testing.assert_close(total.double(), want, atol=1e-7, rtol=1e-5)
+        torch.testing.assert_close(grad.double(), want_grad, atol=1e-6, rtol=1e-4)
+        found = combine([metrics for _, metrics in pieces])
+        for name, value in by_hand.items():
+            assert found[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    trainer.config = dataclasses.replace(trainer.config, top_k=0, top_p=1.0, min_p=0.0)
+    plain = share_of(trainer, batch, 24, mask.sum())[1]
+    assert plain["kl"].item() == pytest.approx(found["kl"].item(), abs=1e-6)
+    assert "targets_added" not in plain
+
+
+def reporting(sampler, sets_of):
+    """A sampler that also reports what it kept."""
+
+    def sample(prompts):
+        completions, logprobs = sampler(prompts)
+        return completions, logprobs, sets_of(completions)
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 5, "num_minibatches": 2},
+        {"layout": "shared", "micro_batch_tokens": 40, "num_minibatches": 2},
+        {"layout": "packed", "mask_truncated": True, "max_new_tokens": 8},
+        {"top_k": 2, "resample_dead": 1},
+    ],
+)
+def test_reported_sets_stay_with_their_tokens_and_take_the_place_of_the_options(tmp_path, changes):
+    options = {"beta": 0.1, "temperature": 0.7, "num_iterations": 2, "importance_sampling": "none"} | changes
+    trainer = grpo.prepare(small(tmp_path, **options), TASK, [sometimes], sampler=lambda prompts: ([], None))
+    plain = dataclasses.replace(trainer, config=dataclasses.replace(trainer.config, top_k=0))
+    trainer.sampler = reporting(sampler_of(plain, 0.0), random_sets)
+    batch = rolled(trainer, 1, SEVEN[:4])
+    some = batch.completions
+    tokens = [ids[keep].tolist() for ids, keep in zip(some.input_ids, some.completion_mask)]
+    with torch.no_grad():
+        logits, targets = logits_of(trainer.loaded.model, some, 0.7)
+        want, full = (x.gather(1, targets[:, None])[:, 0] for x in (
+            within(logits, mask_of(random_sets(tokens))), logits.log_softmax(-1)
+        ))  # fmt: skip
+    mask = some.completion_mask[:, 1:]
+    torch.testing.assert_close(batch.old_logprobs[mask], want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(batch.ref_logprobs[mask], full, atol=1e-5, rtol=1e-5)
+    metrics = grpo.update(trainer, batch)
+    assert metrics["ratio_mean"] != 1.0
+    assert {"untruncated/ratio_mean", "untruncated/ratio_difference"} <= set(metrics)
+    assert "targets_added" not in metrics  # which are found among what is computed alone
+
+
+def kept_sets(trainer):
+    """The sets that the options of a trainer keep, by its own logits."""
+
+    def sets_of(completions):
+        config = trainer.config
+        own = dataclasses.replace(trainer, sampler=None)
+        made = grpo_rollout.sample_completions(own, config.seed, 1, SEVEN[:4], range(4))
+        with torch.no_grad():
+            logits, targets = logits_of(trainer.loaded.model, made, config.temperature)
+        rules = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
+        sets = iter(kept_of(logits, targets, **rules))
+        return [[next(sets).nonzero()[:, 0] for _ in row] for row in completions]
+
+    return sets_of
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_replayed_sets_are_as_good_as_computed_ones(tmp_path, layout):
+    """Of a sampler that reports the very sets, and of one that reports none: the same bits."""
+    found = []
+    cut = {"top_k": 40, "top_p": 0.8, "min_p": 0.3, "layout": layout}
+    options = {"num_iterations": 2, "num_minibatches": 2, "micro_batch_size": 5, "temperature": 0.5, "beta": 0.1}
+    for reports in (True, False):
+        config = small(tmp_path, overwrite=True, **options, **cut)
+        trainer = grpo.prepare(config, TASK, [digits], sampler=lambda prompts: ([], None))
+        given = functools.partial(without_logprobs, sampler_of(trainer, 0.0))
+        trainer.sampler = reporting(given, kept_sets(trainer)) if reports else given
+        batch = rolled(trainer, 1, SEVEN[:4])
+        assert (batch.completions.kept is not None) == reports
+        pieces = [share_of(trainer, batch[rows], 12, 30) for rows in forwards(batch.turns[:2])]
+        grads = torch.autograd.grad(sum(loss for loss, _ in pieces), list(trainer.loaded.model.parameters()))
+        metrics = combine([metrics for _, metrics in pieces])
+        assert metrics.pop("targets_added", 0.0) == 0
+        found.append((batch.old_logprobs, metrics, grads))
+    (old, its, grads), (other, mine, same) = found
+    assert torch.equal(old, other)
+    assert its == mine
+    for one, two in zip(grads, same, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_a_cut_samplers_log_probs_are_compared_over_what_it_kept(tmp_path, reports):
+    config = small(tmp_path, temperature=0.7, top_p=0.5)
+    trainer = grpo.prepare(config, TASK, [digits], sampler=lambda prompts: ([], None))
+    trainer.sampler = sampler_of(trainer, 0.0)
+    if reports:
+        trainer.sampler = reporting(trainer.sampler, kept_sets(trainer))
+    difference = grpo.differences(trainer, rolled(trainer, 1, SEVEN[:4]))["live/sampling/logprob_difference"]
+    assert difference == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_micro_batch_without_a_token_of_a_cut_distribution_counts_nothing(tmp_path):
+    trainer = prepared(tmp_path, top_p=0.5)
+    trainer.sampler = reporting(sampler_of(trainer, 0.0), random_sets)
+    for reports in (True, False):
+        batch = rolled(trainer, 1, SEVEN[:4])
+        some = batch.completions if reports else batch.completions.whole()
+        none = dataclasses.replace(some, completion_mask=torch.zeros_like(some.completion_mask))
+        loss, metrics = share_of(trainer, dataclasses.replace(batch, completions=none)[[0, 1]], 24, 1)
+        assert loss.item() == 0.0
+        loss.backward()
+        assert all(value.item() == 0 for value in metrics.values())
+
+
+def test_wrong_sets_stop_a_run_before_an_update_and_it_can_go_on(tmp_path):
+    """With the bits of the run that never had any."""
+    calls: list[None] = []
+
+    def whole(completions):
+        return random_sets(completions)
+
+    def third_call_wrong(completions):
+        calls.append(None)
+        return [row[:-1] for row in random_sets(completions)] if len(calls) == 3 else random_sets(completions)
+
+    def run(name, sets_of, **changes):
+        config = small(tmp_path, output=str(tmp_path / name), num_iterations=2, top_p=0.5, **changes)
+        trainer = grpo.prepare(config, TASK, [digits], sampler=lambda prompts: ([], None))
+        trainer.sampler = reporting(lambda prompts: ([[5, 6, 7]] * len(prompts), None), sets_of)
+        return grpo.fit(trainer)
+
+    words = (
+        r"step 3 \(prompts 8 to 11 .*the sampler's completion 0: 2 kept sets for its 3 tokens; the last checkpoint is"
+    )
+    with pytest.raises(SamplerError, match=words):
+        run("run", third_call_wrong)
+    other = small(tmp_path, num_iterations=2, top_p=0.6, resume=True)
+    with pytest.raises(ValueError, match=r"resume, top_p: expected 0\.5 as in .*; got 0\.6"):
+        grpo.prepare(other, TASK, [digits])
+    resumed, want = run("run", whole, resume=True), run("whole", whole)
+    assert [{**row, "seconds": 0} for row in resumed.metrics] == [{**row, "seconds": 0} for row in want.metrics]
 
 
 def test_another_reference_by_folder_or_object(tmp_path):
@@ -806,6 +1031,12 @@ def test_several_weighted_rewards(tmp_path):
     [
         ({"num_generations": 1}, "num_generations: expected at least 2"),
         ({"temperature": 0.0}, "temperature: expected more than 0"),
+        ({"top_k": -1}, "top_k: expected at least 0; got -1"),
+        ({"top_p": 0.0}, "top_p: expected above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.1}, "top_p: expected above 0 and at most 1; got 1.1"),
+        ({"top_p": math.nan}, "top_p: expected above 0 and at most 1; got nan"),
+        ({"min_p": -0.1}, "min_p: expected at least 0 and at most 1; got -0.1"),
+        ({"min_p": 1.5}, "min_p: expected at least 0 and at most 1; got 1.5"),
         ({"steps": -1}, "steps: expected at least 0"),
         ({"num_minibatches": 5}, r"num_minibatches: expected a divisor of .* = 24; got 5"),
         ({"rewards": ("length=2",), "reward_weights": (1.0, 2.0)}, "reward_weights: expected one for each"),
@@ -837,6 +1068,17 @@ def test_several_weighted_rewards(tmp_path):
 def test_contradictory_options_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         small(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("top_k", [2.5, True])
+def test_a_top_k_that_is_no_int_is_refused(tmp_path, top_k):
+    with pytest.raises(TypeError, match="top_k must be an int"):
+        small(tmp_path, top_k=top_k)
+
+
+def test_a_run_says_how_its_distribution_is_cut(tmp_path, capsys):
+    grpo.train(small(tmp_path, steps=0, top_k=40, top_p=0.9), task=TASK)
+    assert "; mode two_phase, top_k 40, top_p 0.9; " in capsys.readouterr().out
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path):

@@ -16,6 +16,7 @@ from fused_rlhf.trainers.minibatches import chunks, forwards
 from fused_rlhf.trainers.ppo import Config, KLController
 from fused_rlhf.trainers.value import ScalarModel
 from tests import launch, tiny, tiny_vision
+from tests.cuts import CUTS, kept_of, logits_of, within
 from tests.helpers import relative
 
 SEVEN = [{"prompt": f"{i}=", "answer": "7"} for i in range(20)]
@@ -330,17 +331,65 @@ def test_the_summary_is_made_of_the_completions_tokens_alone(trainer):
 # --------------------------------------------------------------------------------------------------------- the parts
 
 
-def test_the_sampler_is_cut_by_top_k_and_top_p_and_the_log_probs_are_not(tmp_path):
-    for cut in ({"top_k": 1}, {"top_p": 1e-6}):
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_before_the_first_update_the_ratio_of_a_cut_distribution_is_exactly_one(tmp_path, cut, layout):
+    """And the KL to a reference with the same weights is exactly 0, for it is that of whole distributions."""
+    options = {"layout": layout, "num_minibatches": 2, "micro_batch_size": 5, "temperature": 0.7}
+    trainer = ppo.prepare(small(tmp_path, **options, **cut), TASK, [digits])
+    batch = one(trainer)
+    assert batch.kl.abs().max() == 0
+    module: Any = trainer.engine.module
+    for rows in forwards(batch.turns[:2]):
+        _, metrics = ppo.ppo_loss(module, trainer.config, batch[rows], batch.mask[rows].sum())
+        assert metrics["val/ratio"].item() == 1.0
+        assert metrics["policy/approxkl_avg"].item() == 0.0
+        assert metrics["targets_added"].item() == 0
+        assert 0 < metrics["untruncated/ratio_mean"].item() < 0.95
+    assert {"untruncated/ratio_difference", "targets_added"} <= set(ppo.update(trainer, batch))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_old_log_probs_loss_and_gradient_of_a_cut_distribution_are_those_of_transformers_warpers(trainer, cut):
+    config = dataclasses.replace(trainer.config, **cut)
+    trainer = dataclasses.replace(trainer, config=config)
+    batch = one(trainer)
+    mask, n = batch.mask, batch.mask.sum()
+    module = copy.deepcopy(trainer.engine.module).double()
+    logits, targets = logits_of(module.policy, batch.completions, config.temperature)
+    logp = within(logits, kept_of(logits.detach(), targets, **cut))
+    lp = logp.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(batch.old_logprobs[mask].double(), lp.detach(), atol=2e-5, rtol=1e-5)
+    whole = expected(trainer, batch)  # of the whole distribution
+    assert (batch.old_logprobs[mask] > whole["old_logprobs"][mask]).all()
+    torch.testing.assert_close(batch.kl[mask].double(), whole["kl"][mask], atol=2e-5, rtol=1e-4)
+
+    batch = perturbed(batch)
+    adv, old = batch.advantages.double()[mask], batch.old_logprobs.double()[mask]
+    ratio, entropy = (lp - old).exp(), -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
+    pg = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+    truth = torch.autograd.grad(pg.mean() - 0.02 * entropy.mean(), list(module.policy.parameters()))
+    trainer.config = dataclasses.replace(config, vf_coef=0.0)
+    own: Any = trainer.engine.module
+    for size in (24, 7):
+        pieces = [ppo.ppo_loss(own, trainer.config, batch[rows], n) for rows in chunks(range(24), size)]
+        loss = torch.stack([piece[0] for piece in pieces]).sum()
+        grads = torch.autograd.grad(loss, list(own.policy.parameters()))
+        assert relative(torch.cat([g.flatten() for g in grads]), torch.cat([g.flatten() for g in truth])) < 1e-4
+        got = combine([piece[1] for piece in pieces])
+        assert got["loss/policy_avg"].item() == pytest.approx(pg.mean().item(), rel=1e-4, abs=1e-6)
+        assert got["val/ratio"].item() == pytest.approx(ratio.mean().item(), rel=1e-4)
+        assert got["policy/entropy_avg"].item() == pytest.approx(entropy.mean().item(), rel=1e-4)
+
+
+def test_a_sampler_with_one_choice_is_greedy_and_certain(tmp_path):
+    for cut in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         trainer = ppo.prepare(small(tmp_path, temperature=0.7, **cut), TASK, [digits])
         batch = one(trainer)
         greedy = ppo.sample_completions(trainer, samples_of(trainer), uniforms=None)
         assert batch.completions.texts == greedy.texts
-        want = expected(trainer, dataclasses.replace(batch))["old_logprobs"]
-        torch.testing.assert_close(
-            torch.where(batch.mask, batch.old_logprobs, 0.0).double(), want, atol=1e-5, rtol=1e-5
-        )
-        assert (batch.old_logprobs[batch.mask] < -1).all()  # far from the 0 of a sampler with one choice
+        assert batch.old_logprobs.abs().max() == 0
+        assert ppo.summary(trainer, batch)["objective/entropy"] == 0
     warm = one(ppo.prepare(small(tmp_path, top_k=3), TASK, [digits])).completions.texts
     assert len(set(warm)) > 1
 
@@ -537,6 +586,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
             target_kl=0.01,
             kl_horizon=100,
             lr_schedule="linear",
+            top_p=0.8,
             **changes,
         )
 
@@ -654,6 +704,7 @@ def test_images_reach_policy_and_values(tmp_path, value_model):
         ({"temperature": 0.0}, "temperature: expected more than 0"),
         ({"top_p": 0.0}, "top_p: expected above 0 and at most 1"),
         ({"top_k": -1}, "top_k: expected at least 0"),
+        ({"min_p": 2.0}, "min_p: expected at least 0 and at most 1; got 2.0"),
         ({"gamma": 1.01}, "gamma: expected between 0 and 1; got 1.01"),
         ({"lam": -0.1}, "lam: expected between 0 and 1"),
         ({"cliprange": 0.0}, "epsilon_low"),

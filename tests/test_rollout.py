@@ -9,6 +9,8 @@ from fused_rlhf.trainers import engine, generation, rollout
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.grpo_config import Config
 from fused_rlhf.trainers.inputs import Encoded, encode
+from fused_rlhf.trainers.reported import TokenSets
+from tests.cuts import CUTS, kept_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def test_assemble_keeps_the_eos_and_drops_what_follows(pair):
     # One that ends, one that never does, one that ends at once: what a sampler adds after the EOS is not its own.
     tokens = [[7, eos, pad], [8, 9, 10], [eos, 8, eos]]
     sampled = [[-0.1, -0.2, 9.0], [-0.3, -0.4, -0.5], [-0.6, 9.0, 9.0]]
-    got = rollout.assemble(prompts, tokens, [eos], tokenizer, sampling_logprobs=sampled)
+    sets = [TokenSets(torch.arange(6, dtype=torch.int32) + 10 * row, torch.tensor([1, 2, 3])) for row in range(3)]
+    got = rollout.assemble(prompts, tokens, [eos], tokenizer, sampling_logprobs=sampled, kept=sets)
     assert got.input_ids.tolist() == [
         [5, 6, 7, eos, pad, pad],
         [5, 6, 7, 8, 9, 10],
@@ -45,6 +48,20 @@ def test_assemble_keeps_the_eos_and_drops_what_follows(pair):
     assert got.without_truncated().completion_mask[0].sum() == 2
     assert got[range(1)].input_ids.tolist() == [[5, 6, 7, eos]]
     assert got[range(1)].sampling_logprobs.shape == (1, 3)
+    assert listed(got) == [[0], [1, 2], [10], [11, 12], [13, 14, 15], [20]]
+    assert listed(got.without_truncated()) == [[0], [1, 2], [20]]
+    assert listed(got[[2, 0]]) == [[20], [0], [1, 2]]
+    assert listed(rollout.joined([got[[2]], got])) == [[20], *listed(got)]
+    assert listed(got.to("cpu")) == listed(got)
+    assert rollout.joined([got, got.whole()]).cut(None) == {}
+    some = fr.Truncation(top_p=0.5)
+    assert got.whole().cut(some) == {"truncation": some}
+
+
+def listed(some):
+    """The sets that the op is told, token by token."""
+    ids, offsets = some.cut(fr.Truncation(top_k=1))["kept"]
+    return [part.tolist() for part in ids.split(offsets.diff().tolist())]
 
 
 def test_an_eos_that_is_also_the_padding_counts_once(pair):
@@ -110,6 +127,21 @@ def test_a_distribution_can_be_cut(pair, cut):
     assert set(got.nonzero()[:, 0].tolist()) == set(kept.tolist())
     want = p[kept] / p[kept].sum()
     assert ((got[kept] - want).abs() < 5 * (want / 5000).sqrt()).all()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_temperature_comes_first_and_the_rules_in_order(pair, cut):
+    """And greedy answers are of no temperature and no rule."""
+    model, tokenizer = pair
+    got, logits = frequencies(model, tokenizer, 3000, temperature=0.3, **cut)
+    want = kept_of(logits.float()[None] / 0.3, logits.argmax()[None], **cut)[0]
+    assert set(got.nonzero()[:, 0].tolist()) <= set(want.nonzero()[:, 0].tolist())
+    p = (logits / 0.3).softmax(-1)[want]
+    p = p / p.sum()
+    assert ((got[want] - p).abs() < 5 * (p / 3000).sqrt()).all()
+    prompts = encoded(tokenizer, "1+1=", "7")
+    greedy = rollout.generate(model, tokenizer, prompts, max_new_tokens=4)
+    assert torch.equal(rollout.generate(model, tokenizer, prompts, max_new_tokens=4, **cut).input_ids, greedy.input_ids)
 
 
 def test_what_a_row_samples_is_its_own(pair):

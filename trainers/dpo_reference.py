@@ -51,7 +51,7 @@ def sums(model: Any, config: Config, batch: PairBatch) -> Tensor:
 def logprobs(model: Any, config: Config, batch: PairBatch) -> Tensor:
     """(N,) those of the completions' tokens, one sequence after the other."""
     laid = batch.batch()
-    return logprobs_of(laid.head_inputs(model), laid.targets, 1.0, config.backend)
+    return logprobs_of(laid.head_inputs(model), laid.targets, 1.0, config.backend).logprobs
 
 
 class Precomputed:

@@ -223,7 +223,7 @@ def policy_loss(
     """The share of a micro-batch in the loss of a mini-batch with these counts, and its metrics; none where it is not live,
     and there for its calls alone."""
     some = rollout.completions
-    batch = some.batch()
+    batch, cut = some.batch(), some.cut(config.truncation)
     more = {"output_router_logits": True} if config.router_aux_loss_coef else {}
     inputs = batch.head_inputs(model, **more)
     sampled = some.sampling_logprobs if config.reads_sampler else None
@@ -243,8 +243,9 @@ def policy_loss(
         num_sequences=num_sequences,
         num_tokens=num_tokens,
         temperature=config.temperature,
-        outputs=("entropy",),
+        outputs=("entropy", "full_logprobs") if cut else ("entropy",),
         backend=config.backend,
+        **cut,
     )
     if inputs.aux_loss is not None and config.router_aux_loss_coef:
         loss = loss + config.router_aux_loss_coef * len(some.texts) / num_sequences * inputs.aux_loss

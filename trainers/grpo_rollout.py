@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import fused_rlhf as fr
 from fused_rlhf import advantages
 from fused_rlhf.trainers import data, evaluation, rewards
 from fused_rlhf.trainers import rollout as rollouts
@@ -143,8 +144,8 @@ def ready(trainer: GRPOTrainer, number: int, rollout: Rollout) -> Rollout:
     dealt = deal(columns, total, config, number, config.num_iterations)
     turns = turns_of(own, dealt, rollout.live(config).tolist(), completions.sizes(), config)
     first = turns[: config.num_minibatches]
-    old = logprobs(config, trainer.engine, completions, first) if config.off_policy else None
-    ref = logprobs(config, trainer.by_reference, completions, first) if config.beta else None
+    old = logprobs(config, trainer.engine, completions, first, config.truncation) if config.off_policy else None
+    ref = logprobs(config, trainer.by_reference, completions.whole(), first) if config.beta else None
     return replace(rollout, old_logprobs=old, ref_logprobs=ref, turns=turns)
 
 
@@ -182,8 +183,15 @@ def relative_rewards(trainer: GRPOTrainer, scores: Tensor, weights: Sequence[flo
     return values[trainer.engine.rank * B : (trainer.engine.rank + 1) * B]
 
 
-def logprobs(config: Config, call: Callable[..., Tensor], completions: Completions, turns: Sequence[Turn]) -> Tensor:
-    """Log-probs of the completions, (B, T - 1), 0 elsewhere, by `call(function, *args)` with a model before them.
+def logprobs(
+    config: Config,
+    call: Callable[..., Tensor],
+    completions: Completions,
+    turns: Sequence[Turn],
+    truncation: fr.Truncation | None = None,
+) -> Tensor:
+    """Log-probs of the completions, (B, T - 1), 0 elsewhere, by `call(function, *args)` with a model before them; over what
+    `completions.cut(truncation)` keeps.
 
     Over the very micro-batches of the updates: a matrix product's last bits may depend on its number of rows, and with
     the same rows the ratio is 1 on-policy.
@@ -192,7 +200,7 @@ def logprobs(config: Config, call: Callable[..., Tensor], completions: Completio
     result = torch.zeros(B, T - 1, device=completions.input_ids.device)
     for rows in forwards(turns):
         some = completions[rows or ANY]
-        found = call(rollouts.completion_logprobs, some, config.temperature, config.backend)
+        found = call(rollouts.completion_logprobs, some, config.temperature, config.backend, truncation)
         if rows:
             result[rows, : some.input_ids.shape[1] - 1] = found
     return result

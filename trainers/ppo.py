@@ -71,6 +71,8 @@ POLICY_METRICS = {
     "val/ratio": "ratio_mean",
     "val/ratio_var": "ratio_var",
 }
+# Of a cut distribution, and what it lacks beside the whole one.
+OF_CUT = ("untruncated/ratio_mean", "untruncated/ratio_difference", "targets_added")
 
 
 @dataclass(kw_only=True)
@@ -279,13 +281,13 @@ def collect(trainer: PPOTrainer, number: int) -> Experience:
     for rows in forwards(turns[: config.num_minibatches]):
         some = completions[rows or ANY]
         width = some.input_ids.shape[1] - 1
-        logprobs, found = own(logprobs_and_values, some, config.temperature, config.backend)
+        logprobs, found, full = own(logprobs_and_values, some, config)
         if config.kl_coef:
-            ref = trainer.by_reference(rollouts.completion_logprobs, some, config.temperature, config.backend)
+            ref = trainer.by_reference(rollouts.completion_logprobs, some.whole(), config.temperature, config.backend)
         if rows:
             old_logprobs[rows, :width], values[rows, :width] = logprobs, found
         if rows and config.kl_coef:
-            kl[rows, :width] = KL_ESTIMATORS[config.kl_estimator](logprobs, ref)
+            kl[rows, :width] = KL_ESTIMATORS[config.kl_estimator](full, ref)
     token_rewards = at_last_token(scores, mask) - trainer.kl.coef * kl
     if config.whiten_rewards:
         token_rewards = whiten(token_rewards, mask, shift_mean=False, total=own.sum)
@@ -299,7 +301,7 @@ def sample_completions(trainer: PPOTrainer, samples: Sequence[Sample], uniforms:
     """One completion for each sample; greedy without uniforms."""
     config, loaded = trainer.config, trainer.loaded
     prompts = rollouts.encoded(loaded, samples, config)
-    return rollouts.complete(trainer.engine, loaded, prompts, config, uniforms, top_k=config.top_k, top_p=config.top_p)
+    return rollouts.complete(trainer.engine, loaded, prompts, config, uniforms)
 
 
 def score(trainer: PPOTrainer, completions: Completions, samples: Sequence[Sample]) -> Tensor:
@@ -336,7 +338,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Metrics]:
     """The share of a micro-batch in the loss of a mini-batch with this many tokens, and its metrics; none where it is not
     live, and there for its calls alone."""
-    batch = experience.completions.batch()
+    batch, cut = experience.completions.batch(), experience.completions.cut(config.truncation)
     inputs, values = module(batch)
     with inputs.autocast():
         policy, of_tokens = fr.linear_policy_loss(
@@ -350,8 +352,9 @@ def ppo_loss(
             cu_seqlens=batch.cu_seqlens,
             num_tokens=num_tokens,
             temperature=config.temperature,
-            outputs=("entropy",),
+            outputs=("entropy", "full_logprobs") if cut else ("entropy",),
             backend=config.backend,
+            **cut,
         )
     targets = [batch.flat(x) for x in (experience.returns, experience.values, experience.mask)]
     value = value_loss(values, *targets, cliprange_value=config.cliprange_value, num_tokens=num_tokens)
@@ -359,6 +362,7 @@ def ppo_loss(
     count = experience.mask.sum()
     bonus = config.entropy_coef * of_tokens["entropy"] * count / num_tokens
     metrics = {name: of_tokens.parts[its] for name, its in POLICY_METRICS.items()}
+    metrics |= {name: of_tokens.parts[name] for name in OF_CUT if name in of_tokens.parts}
     metrics["loss/policy_avg"] = reductions.total(policy.detach() + bonus)
     metrics["loss/value_avg"] = reductions.total(value.detach())
     metrics["val/clipfrac_avg"] = reductions.mean(clipped, count)

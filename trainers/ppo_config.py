@@ -12,7 +12,7 @@ from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 @dataclass(frozen=True)
 class Config(RolloutConfig):
-    """Options of a PPO run. Raises ValueError for values out of range or at odds with each other."""
+    """Options of a PPO run. Raises ValueError or TypeError for values out of range or at odds with each other."""
 
     # Output
     output: str = "runs/ppo"
@@ -36,10 +36,6 @@ class Config(RolloutConfig):
     # Rollouts
     prompts_per_step: int = 128
     """Prompts in a rollout, each with one completion, over all processes."""
-    top_k: int = 0
-    """Sample from the top_k likeliest tokens; 0: from all. The log-probabilities stay those of all tokens."""
-    top_p: float = 1.0
-    """Sample from the likeliest tokens that hold this probability together; 1: from all. See top_k."""
     # Rewards
     missing_eos_penalty: float = 0.0
     """Taken from the score of a completion that reached max_new_tokens without an end."""
@@ -77,11 +73,10 @@ class Config(RolloutConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "num_ppo_epochs", "kl_horizon")
-        require_at_least(self, 0, "missing_eos_penalty", "top_k", "kl_coef", "vf_coef")
+        require_at_least(self, 0, "missing_eos_penalty", "kl_coef", "vf_coef")
         require_positive(self, "cliprange_value")
         rate = self.value_learning_rate
         require(rate is None or rate > 0, "value_learning_rate", rate, "more than 0, or None")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         rows, target = self.prompts_per_step, self.target_kl

@@ -45,6 +45,7 @@ from fused_rlhf.trainers.minibatches import Rows as Numbers
 from fused_rlhf.trainers.minibatches import Sizes, chunks
 from fused_rlhf.trainers.model import Loaded, max_positions
 from fused_rlhf.trainers.planning import Workload
+from fused_rlhf.trainers.reported import ReportedSets, TokenSets
 from fused_rlhf.trainers.rollout_config import RolloutConfig
 
 
@@ -61,6 +62,7 @@ class Completions:
     collator: Collator | None = None  # of a model that reads pictures
     sampling_logprobs: Tensor | None = None  # (B, T - 1) fp32, of an external sampler; 0 outside the completion
     layout: Layout = PADDED  # of the forwards
+    kept: ReportedSets | None = None  # by an external sampler
 
     def __getitem__(self, rows: Numbers) -> Completions:
         """Some of the rows, cut to the longest of them."""
@@ -75,15 +77,28 @@ class Completions:
             self.collator,
             None if self.sampling_logprobs is None else self.sampling_logprobs[rows, : length - 1],
             self.layout,
+            None if self.kept is None else self.kept.pick(rows, length - 1),
         )
 
     def to(self, device: torch.device | str) -> Completions:
-        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in vars(self).items() if isinstance(x, (Tensor, ReportedSets))
+        }
         return replace(self, **moved)
 
     def without_truncated(self) -> Completions:
         """The same rows, with an empty completion mask where a completion did not end."""
         return replace(self, completion_mask=self.completion_mask & ~self.truncated.unsqueeze(1))
+
+    def whole(self) -> Completions:
+        """The same for log-probs of the whole distribution."""
+        return replace(self, kept=None)
+
+    def cut(self, truncation: fr.Truncation | None) -> dict[str, Any]:
+        """How the op is told what the tokens of `batch` were sampled from: the sets reported, where there are any."""
+        if self.kept is not None:
+            return {"kept": self.kept.within(self.completion_mask[:, 1:])}
+        return {} if truncation is None else {"truncation": truncation}
 
     def batch(self) -> Batch:
         """For a forward whose states before the completions' tokens are wanted."""
@@ -164,9 +179,10 @@ def generate(
     """One completion for each prompt, `batch_size` prompts at a time (default: all at once).
 
     Sampled with `uniforms` (len(prompts), max_new_tokens) from the model's distribution at `temperature`, cut by top_k,
-    top_p and min_p where given, and by nothing else, whatever the model's own generation configuration says, so that
-    the log-probabilities of the op are those of the sampler. Greedy without `uniforms`. Placeholders of images, which
-    would ask for images that are not there, are never chosen. The tokens `stop` end a completion as EOS does.
+    top_p and min_p in this order, as by `fr.Truncation`, and by nothing else, whatever the model's own generation
+    configuration says, so that the log-probabilities of the op are those of the sampler. Greedy without `uniforms`,
+    which nothing of this changes. Placeholders of images, which would ask for images that are not there, are never
+    chosen. The tokens `stop` end a completion as EOS does.
     """
     ends = eos_ids(model, tokenizer, stop)
     config = GenerationConfig(
@@ -178,14 +194,8 @@ def generate(
     )
     never = placeholders(model)
     warpers = LogitsProcessorList([SuppressTokensLogitsProcessor(never)] if never else [])
-    if uniforms is not None and temperature != 1:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    if min_p > 0:
-        warpers.append(MinPLogitsWarper(min_p))
+    if uniforms is not None:
+        warpers += warpers_of(temperature, top_k, top_p, min_p)
     device = model.device
     completions: list[list[int]] = [[]] * len(prompts)
     for rows in batches(prompts, batch_size or len(prompts), collator):
@@ -210,6 +220,20 @@ def generate(
     return assemble(prompts, completions, ends, tokenizer, device, collator=collator)
 
 
+def warpers_of(temperature: float, top_k: int, top_p: float, min_p: float) -> list[LogitsProcessor]:
+    """What takes logits to those that are sampled from, in order."""
+    found: list[LogitsProcessor] = []
+    if temperature != 1:
+        found.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        found.append(TopPLogitsWarper(top_p))
+    if min_p > 0:
+        found.append(MinPLogitsWarper(min_p))
+    return found
+
+
 def batches(prompts: Sequence[Encoded], size: int, collator: Collator | None) -> list[Numbers]:
     """The prompts that are sampled from together, by number."""
     found = chunks(range(len(prompts)), size)
@@ -228,6 +252,7 @@ def assemble(
     device: torch.device | str = "cpu",
     sampling_logprobs: Sequence[Sequence[float]] | None = None,
     collator: Collator | None = None,
+    kept: Sequence[TokenSets] | None = None,
 ) -> Completions:
     """Prompts and the tokens sampled after each, up to its first EOS, as right-padded rows."""
     cut = []
@@ -255,7 +280,16 @@ def assemble(
         list(prompts),
         collator,
         None if logprobs is None else logprobs.to(device),
+        kept=None if kept is None else sets_of(prompts, cut, kept, T).to(device),
     )
+
+
+def sets_of(
+    prompts: Sequence[Encoded], completions: Sequence[Sequence[int]], kept: Sequence[TokenSets], length: int
+) -> ReportedSets:
+    """Of completions that are maybe shorter than what a sampler said of them."""
+    some = [sets.first(len(tokens)) for sets, tokens in zip(kept, completions, strict=True)]
+    return ReportedSets.of(some, [len(prompt.ids) for prompt in prompts], length)
 
 
 def encoded(
@@ -279,10 +313,9 @@ def complete(
     config: RolloutConfig,
     uniforms: Tensor | None = None,
     batch_size: int | None = None,
-    **cut: Any,
 ) -> Completions:
-    """What the model in training makes of prompts at the configured length and temperature: `generate`, wherever its
-    parameters are."""
+    """What the model in training makes of prompts at the configured length, temperature and truncation: `generate`,
+    wherever its parameters are."""
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + config.max_new_tokens
     together = config.rollout_batch_size or rows_together(loaded.model, longest)
     with engine.whole():
@@ -293,10 +326,12 @@ def complete(
             max_new_tokens=config.max_new_tokens,
             uniforms=uniforms,
             temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
             stop=stop_ids(config, loaded.tokenizer),
             batch_size=batch_size or together,
             collator=loaded.collator,
-            **cut,
         )
     return replace(found, layout=loaded.layout)
 
@@ -305,6 +340,7 @@ def joined(parts: Sequence[Completions]) -> Completions:
     """The rows of all of them, one after the other."""
     length, first = max(part.input_ids.shape[1] for part in parts), parts[0]
     reported = all(part.sampling_logprobs is not None for part in parts)
+    kept = [part.kept for part in parts if part.kept is not None]
 
     def wide(name: str, width: int = length) -> Tensor:
         some = [getattr(part, name) for part in parts]
@@ -319,6 +355,7 @@ def joined(parts: Sequence[Completions]) -> Completions:
         texts=[text for part in parts for text in part.texts],
         prompts=[prompt for part in parts for prompt in part.prompts],
         sampling_logprobs=wide("sampling_logprobs", length - 1) if reported else None,
+        kept=ReportedSets.joined(kept) if len(kept) == len(parts) else None,
     )
 
 
@@ -327,17 +364,21 @@ def everywhere(engine: Placed, some: Completions) -> Completions:
     return joined(engine.gather([some.to("cpu")])).to(engine.device)
 
 
-def completion_logprobs(model: Any, some: Completions, temperature: float, backend: str) -> Tensor:
-    """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere; of the whole distribution at `temperature`."""
+def completion_logprobs(
+    model: Any, some: Completions, temperature: float, backend: str, truncation: fr.Truncation | None = None
+) -> Tensor:
+    """(B, T - 1) fp32 log-probs of the completions' tokens, 0 elsewhere: of the distribution at `temperature`, over what
+    `some.cut(truncation)` keeps of it."""
     batch = some.batch()
-    return batch.spread(logprobs_of(batch.head_inputs(model), batch.targets, temperature, backend))
+    inputs, cut = batch.head_inputs(model), some.cut(truncation)
+    return batch.spread(logprobs_of(inputs, batch.targets, temperature, backend, **cut).logprobs)
 
 
-def logprobs_of(inputs: HeadInputs, targets: Tensor, temperature: float, backend: str) -> Tensor:
-    """(N,) those of the N targets, from what a forward left for the head."""
+def logprobs_of(inputs: HeadInputs, targets: Tensor, temperature: float, backend: str, **more: Any) -> fr.LogProbs:
+    """`fr.linear_logprobs` of N targets, with `more` of its arguments, from what a forward left for the head."""
     with inputs.autocast():
         head, hidden = inputs.head, inputs.hidden
-        return fr.linear_logprobs(hidden, head, targets, temperature=temperature, backend=backend).logprobs
+        return fr.linear_logprobs(hidden, head, targets, temperature=temperature, backend=backend, **more)
 
 
 def workload(loaded: Loaded, task: Task, config: RolloutConfig, generations: int, passes: int) -> Workload:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fused_rlhf.trainers.config import TrainConfig, require, require_at_least, require_positive
+import fused_rlhf as fr
+from fused_rlhf.trainers.config import TrainConfig, differs, require, require_at_least, require_positive
 
 PROMPT = "{prompt}"  # its place in prompt_format
+CUTS = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
 class RolloutConfig(TrainConfig):
-    """Options that GRPO and PPO share. Raises ValueError for values out of range or at odds with each other."""
+    """Options that GRPO and PPO share. Raises ValueError or TypeError for values out of range or at odds with each other."""
 
     # Model and data
     task: Literal["arithmetic", "pictures", "gsm8k-steps", "gsm8k", "prompts"] = "arithmetic"
@@ -50,6 +52,14 @@ class RolloutConfig(TrainConfig):
     """A token that ends a completion as an EOS does."""
     temperature: float = 1.0
     """Sampling temperature; the log-probabilities are taken at the same."""
+    top_k: int = 0
+    """Sample from the top_k likeliest tokens; 0: from all. top_k, top_p of what it leaves and min_p cut the distribution at the
+    temperature. Log-probabilities, ratios and entropies are then those of what is kept; the KL compares whole
+    distributions."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this probability together; 1: from all. See top_k."""
+    min_p: float = 0.0
+    """Sample from the tokens that have at least min_p times the likeliest one's probability; 0: from all. See top_k."""
     rollout_batch_size: int = 0
     """Completions sampled together by one process, at most; 0: as many as have 4 GB of keys, values and logits together, by the
     longest prompt and max_new_tokens. Each row draws with numbers of its own, whichever are sampled with it."""
@@ -64,8 +74,12 @@ class RolloutConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "prompts_per_step", "max_new_tokens", "num_minibatches")
-        require_at_least(self, 0, "rollout_batch_size", "reward_timeout")
+        require_at_least(self, 0, "rollout_batch_size", "reward_timeout", "top_k")
         require_positive(self, "temperature", "warmup_batch_size", "max_operand")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "at least 0 and at most 1")
+        if differs(self, *CUTS):
+            fr.Truncation(self.top_k, self.top_p, self.min_p)  # which checks their types
         weights = self.reward_weights
         named = self.rewards  # functions may be given as objects: then they are counted by `rewards.choose`
         require(not named or len(weights) in (0, len(named)), "reward_weights", weights, f"one for each of {named}")
@@ -81,3 +95,8 @@ class RolloutConfig(TrainConfig):
             not (generated and self.data), "data", self.data, f"none for the task {self.task!r}, which is generated"
         )
         require(generated or self.data is not None, "data", self.data, f"where the task {self.task!r} is read from")
+
+    @property
+    def truncation(self) -> fr.Truncation | None:
+        """How the sampler's distribution is cut; None: not at all."""
+        return fr.Truncation(self.top_k, self.top_p, self.min_p) if differs(self, *CUTS) else None

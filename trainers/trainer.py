@@ -32,11 +32,12 @@ from fused_rlhf.preferences import PreferenceLoss
 from fused_rlhf.trainers import adapters, checkpoint, planning
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.checkpoint import CheckpointError
-from fused_rlhf.trainers.config import TrainConfig, require
+from fused_rlhf.trainers.config import TrainConfig, differs, require
 from fused_rlhf.trainers.engine import Engine, NonFiniteLoss, Placed, copy_parameters
 from fused_rlhf.trainers.pictures import PictureError
 from fused_rlhf.trainers.planning import Workload
 from fused_rlhf.trainers.rewards import RewardError
+from fused_rlhf.trainers.rollout_config import CUTS, RolloutConfig
 from fused_rlhf.trainers.run import Logged, Run
 from fused_rlhf.trainers.sampler import SamplerError
 
@@ -182,9 +183,17 @@ def runs(trainer: Trainer) -> str:
         hidden = embeddings.weight
         head = f"head {tuple(embeddings.weight.shape)}"
     trained = any(p.requires_grad for p in embeddings.parameters())
-    mode = mode_of(trainer.objective(), trained, hidden.dtype)
+    cuts = cuts_of(trainer.config)
+    mode = "two_phase" if cuts else mode_of(trainer.objective(), trained, hidden.dtype)
     backend = notices.where(hidden, trainer.config.backend)
-    return f"{backend}; {head}; mode {mode}; {trainer.loaded.layout.in_words()}"
+    return f"{backend}; {head}; mode {mode}{cuts}; {trainer.loaded.layout.in_words()}"
+
+
+def cuts_of(config: TrainConfig) -> str:
+    """How the sampler's distribution is cut, in words; empty where it is not."""
+    if not isinstance(config, RolloutConfig):
+        return ""
+    return "".join(f", {name} {getattr(config, name):g}" for name in CUTS if differs(config, name))
 
 
 def mode_of(objective: PolicyLoss | PreferenceLoss, trained: bool, dtype: torch.dtype) -> str:

@@ -88,13 +88,15 @@ class PolicyAndValue(nn.Module):
         return inputs, scalars(self.value, inputs.hidden)
 
 
-def logprobs_and_values(
-    module: PolicyAndValue, some: Completions, temperature: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(B, T - 1) fp32 each: log-probs of the completions' tokens and the values before them, 0 elsewhere."""
-    batch = some.batch()
+def logprobs_and_values(module: PolicyAndValue, some: Completions, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T - 1) fp32 each, 0 elsewhere: log-probs of the completions' tokens over what their sampler kept, the values before
+    them, and where a KL to the reference is wanted the log-probs of the whole distribution, else the former again."""
+    batch, cut = some.batch(), some.cut(config.truncation)
     inputs, values = module(batch)
-    return batch.spread(logprobs_of(inputs, batch.targets, temperature, backend)), batch.spread(values)
+    both = {"outputs": ("full_logprobs",)} if cut and config.kl_coef else {}
+    found = logprobs_of(inputs, batch.targets, config.temperature, config.backend, **both, **cut)
+    full = found.logprobs if found.full_logprobs is None else found.full_logprobs
+    return batch.spread(found.logprobs), batch.spread(values), batch.spread(full)
 
 
 def value_of(
