@@ -8,8 +8,8 @@
 
 How large these are is said in `blocks.py`. Logits are fp32 in registers (their products in memory, for a divergence) and
 never rounded; the products of the backward run in cuBLAS. An fp32 head that computes in half precision is cast block by
-block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back, truncated 2, and 2
-for rows that keep many tokens.
+block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back, truncated
+2, and 2 for the rows that keep many tokens. Entries cost their rows of the head alone (`gathered.py`).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ from fused_rlhf.kernels.linear_logprobs import (
     matmul,
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
-from fused_rlhf.kernels.tiles import RAW, Tile, arch, device_bytes, multiprocessors, precision, tune
+from fused_rlhf.kernels.tiles import BOUNDED, Tile, arch, device_bytes, multiprocessors, precision, tune
 from fused_rlhf.kernels.truncation import Sets, launch_borders, launch_names
 
 __all__ = [
@@ -155,8 +155,7 @@ def gradients(
     tokens = _tokens(rows, head)
     if not rows.count:
         return _gradients_of_entries(rows, head, needs, entries)
-    bounded = rows.border is not None
-    tile = RAW if bounded else _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
+    tile = BOUNDED if rows.border is not None else _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
     if filtered is None:  # else the blocks are those of `filter_columns`
         columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)

@@ -10,13 +10,14 @@ so that a set is told by its border. The products come from cuBLAS, a block of r
 A program of `border_kernel` takes a row and passes over it
 
     once                 to put the logits in the place of the products, and for their maximum
-    11 times at most     for the k-th largest: the largest number that k logits reach
-    1 + 11 + 1 times     for top_p: the mass of what is left, the largest number whose reach has top_p of that, what lies
-                         above that number and at it; once more where only some of the logits at it are kept
+    11 times at most     for the k-th largest: the largest number below which V - k logits lie
+    1 + 11 + 1 times     for top_p: the mass of what is left, the largest number below which at most 1 - top_p of that lies,
+                         and what lies below it and at it; once more where only some of the logits at it are kept
     once                 for the sums over what is kept, and the logits on either side of the border
 
 The search is in the order of the bits of a number, by WAYS thresholds a pass, so that it ends at a logit itself. A sum has
-its terms in one order whatever its threshold, and hence does not grow with it. `names_kernel` then lists the columns kept.
+its terms in one order whatever its threshold, and hence grows with it; it is of the small ones, which keep their digits
+where top_p is near 1. `names_kernel` then lists the columns kept.
 
 Of a row that keeps a few tokens the logits are gathered, exactly. Of the others
 
@@ -80,9 +81,9 @@ def mass_from(row_ptr, V, top, lowest, STEP: tl.constexpr):
 
 
 @triton.jit
-def reached(row_ptr, V, top, lowest, need, OF_MASS: tl.constexpr, WAYS: tl.constexpr, STEP: tl.constexpr):
-    """The largest number t from `lowest`, which is taken to do, to the largest logit `top`, for which the logits z >= t
-    are `need`, or with OF_MASS have that mass."""
+def cut_point(row_ptr, V, top, lowest, rest, OF_MASS: tl.constexpr, WAYS: tl.constexpr, STEP: tl.constexpr):
+    """The largest number t, from `lowest`, which is taken to do, to the largest logit `top`, for which the logits z < t are
+    at most `rest`, or with OF_MASS those of them that are at least `lowest` have at most that mass."""
     low = order_of(lowest).to(tl.int64)
     high = order_of(top).to(tl.int64) + 1
     while high - low > 1:
@@ -91,13 +92,14 @@ def reached(row_ptr, V, top, lowest, need, OF_MASS: tl.constexpr, WAYS: tl.const
         number = number_of(threshold.to(tl.int32))[:, None]
         sums = tl.zeros((WAYS, STEP), tl.float32)  # a count is exact below 2^24
         for start in range(0, V, STEP):
-            _, z = load_part(row_ptr, start, V, STEP)
-            term = tl.full((STEP,), 1.0, tl.float32)
+            column, z = load_part(row_ptr, start, V, STEP)
             if OF_MASS:
-                term = mass_of(z, top)
-            sums += tl.where(z[None, :] >= number, term[None, :], 0.0)
-        enough = (tl.sum(sums, 1) >= need) & (threshold < high)
-        found = tl.sum(enough.to(tl.int64), 0)
+                term = tl.where(z >= lowest, mass_of(z, top), 0.0)
+            else:
+                term = (column < V).to(tl.float32)
+            sums += tl.where(z[None, :] < number, term[None, :], 0.0)
+        few = (tl.sum(sums, 1) <= rest) & (threshold < high)
+        found = tl.sum(few.to(tl.int64), 0)
         high = tl.minimum(low + (found + 1) * width, high)
         low += found * width
     return number_of(low.to(tl.int32))
@@ -120,18 +122,17 @@ def first_of_last(row_ptr, V, value, drop, STEP: tl.constexpr):
 @triton.jit
 def mass_border(row_ptr, V, top, lowest, top_p, WAYS: tl.constexpr, STEP: tl.constexpr):
     """Where top_p of the mass of the logits z >= lowest ends: the last logit, and of those equal to it the first column."""
-    need = top_p * mass_from(row_ptr, V, top, lowest, STEP)
-    value = reached(row_ptr, V, top, lowest, need, True, WAYS, STEP)
-    above = tl.zeros((STEP,), tl.float32)
+    rest = (1 - top_p) * mass_from(row_ptr, V, top, lowest, STEP)
+    value = cut_point(row_ptr, V, top, lowest, rest, True, WAYS, STEP)
+    below = tl.zeros((STEP,), tl.float32)
     equal = tl.zeros((STEP,), tl.float32)
     for start in range(0, V, STEP):
         _, z = load_part(row_ptr, start, V, STEP)
-        above += tl.where(z > value, mass_of(z, top), 0.0)
+        below += tl.where((z < value) & (z >= lowest), mass_of(z, top), 0.0)
         equal += tl.where(z == value, 1.0, 0.0)
-    count = tl.sum(equal, 0)
     each = mass_of(value, top)
-    kept = tl.where(each > 0, tl.ceil((need - tl.sum(above, 0)) / each), count)
-    drop = (count - tl.minimum(tl.maximum(kept, 1.0), count)).to(tl.int32)
+    drop = tl.where(each > 0, tl.floor((rest - tl.sum(below, 0)) / each), 0.0)
+    drop = tl.minimum(tl.maximum(drop, 0.0), tl.maximum(tl.sum(equal, 0) - 1, 0.0)).to(tl.int32)
     first = 0
     if drop > 0:
         first = first_of_last(row_ptr, V, value, drop, STEP)
@@ -184,7 +185,7 @@ def border_kernel(
     if top_k_ptr is not None:
         k = tl.load(top_k_ptr + n)
         if (k > 0) & (k < V):
-            of_count = reached(row_ptr, V, shift, of_count, k.to(tl.float32), False, WAYS, STEP)
+            of_count = cut_point(row_ptr, V, shift, of_count, (V - k).to(tl.float32), False, WAYS, STEP)
     of_peak = tl.full((), float("-inf"), tl.float32)
     if log_min_p_ptr is not None:
         of_peak = top + tl.load(log_min_p_ptr + n)
@@ -336,6 +337,17 @@ def launch_names(rows: RowBlock, sets: Sets, z: Tensor) -> tuple[Tensor, Tensor]
     ids = torch.empty(count, dtype=torch.int64, device=z.device)
     if count:
         names_kernel[(n,)](
-            z, rows.targets, sets.floor, sets.first, ends, sizes, ids, V, z.stride(0), STEP=STEP, num_warps=8
+            z,
+            rows.targets,
+            sets.floor,
+            sets.first,
+            ends,
+            sizes,
+            ids,
+            V,
+            z.stride(0),
+            STEP=STEP,
+            num_warps=8,
+            enable_fp_fusion=False,
         )
     return torch.repeat_interleave(torch.arange(n, device=z.device), sizes, output_size=count), ids
