@@ -39,6 +39,7 @@ from fused_rlhf.kernels.blocks import (
 from fused_rlhf.kernels.gathered import HeadEntries, gathered_gradient, gathered_logits
 from fused_rlhf.kernels.interface import (
     BlockGrads,
+    Border,
     BoundObjective,
     BoundPolicy,
     BoundPreference,
@@ -159,8 +160,7 @@ def gradients(
     N, columns = rows.count, _columns(rows.hidden.device)
     if filtered is None:  # else the blocks are those of `filter_columns`
         columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
-    row_grads, unscale = _row_grads(stats, upstream, tokens, head)
-    row_grads = replace(row_grads, border=rows.border)
+    row_grads, unscale = _row_grads(stats, upstream, tokens, head, rows.border)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
 
     width = min(head.vocabulary, columns)
@@ -237,8 +237,7 @@ def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], 
     tokens, device = _tokens(rows, head), rows.hidden.device
     capacity = truncation_rows(rows.count, head.vocabulary)
     scratch = _scratch(capacity, head.vocabulary, torch.float32, device)
-    found = [Sets.empty(0, device)]
-    names = [(tokens.targets[:0], tokens.targets[:0])]
+    found, names = [], []
     for at in _ranges(rows.count, capacity):
         some = _slice(tokens, at)
         z = scratch[: len(some.targets), : head.vocabulary]
@@ -249,7 +248,7 @@ def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], 
         names.append((row + at.start, ids))
     row, ids = (torch.cat(parts) for parts in zip(*names))
     sets = Sets.joined(found)
-    of_all = statistics(rows, head, ()) if whole and rows.count else None
+    of_all = statistics(rows, head, ()) if whole else None
     is_wide = ~sets.narrow
     wide = indices(is_wide, int(is_wide.sum()))
     of_wide = Stats(sets.log_share[:0], sets.log_share[:0])
@@ -608,7 +607,9 @@ def _fills_the_device(weight: Tensor, rows: int | None = None) -> bool:
     return (rows or V) * H >= 128 * 256 * multiprocessors(weight.device)
 
 
-def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection) -> tuple[RowGrads, Tensor | None]:
+def _row_grads(
+    stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection, border: Border | None
+) -> tuple[RowGrads, Tensor | None]:
     """Upstream per row, and for fp16 what the results must be multiplied by (a power of two, on the device)."""
     slope = rows.inv_temperature * head.transform.logit_scale  # dz / du, without a curve
     g, h, l = (torch.zeros_like(slope) if v is None else v * slope for v in grads)
@@ -621,7 +622,8 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection
     with_entropy = grads.entropy is not None
     entropy = stats.entropy if with_entropy else None
     assert stats.normaliser is not None
-    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.normaliser, stats.logprobs), unscale
+    of_entropy = h if with_entropy else None
+    return RowGrads(g, l - g, of_entropy, entropy, stats.normaliser, stats.logprobs, border), unscale
 
 
 def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
