@@ -765,7 +765,7 @@ class RowGrads:
     entropy: Tensor | None  # the entropy itself, with h
     normaliser: Tensor
     logprobs: Tensor
-    border: Border | None
+    border: Border | None = None
 
 
 def launch_dlogits(

@@ -195,7 +195,7 @@ def kept_of(found: truncation.Sets, z: Tensor, targets: Tensor) -> Tensor:
 def test_sets_are_those_of_the_warpers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few tokens and of many, with ties at the border."""
     monkeypatch.setattr(truncation, "STEP", 128)
-    z = logits(kind, 3).float()
+    z = logits(kind, 3).float()[:, :297]  # of 300 equal ones a top_p may end at one, and then hangs on its own rounding
     targets = torch.arange(3) * 77 % z.shape[1]
     at = torch.arange(3)
     rules: Any
