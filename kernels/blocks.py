@@ -14,6 +14,7 @@ SPLIT_BYTES = 16 << 20  # one_pass: the fp32 product of the columns of dW that a
 ONE_PASS_SHARE = 32  # one_pass: of the device's memory, one part in so many is for E and the low halves of dW
 ONE_PASS_ROWS = 1024  # one_pass: rows of a block at least
 DIVERGENCE_BYTES = 1 << 30  # divergence: both heads' products for some rows; back for some columns, and their dz and dW
+TRUNCATION_BYTES = 512 << 20  # truncation: the products of some rows
 
 # H200 (bench/results/h200): a product of N=8192, H=4096, V=151936 takes 14.7 ms; bytes by its data sheet.
 PRODUCTS_PER_S = 694e12  # floating-point operations of a product in half precision
@@ -57,6 +58,11 @@ def one_pass_rows(rows: int, vocabulary: int, hidden_size: int, itemsize: int, l
 def divergence_rows(rows: int, vocabulary: int) -> int:
     """Rows whose products with both heads, in fp32, are held at a time."""
     return max(1, min(rows, DIVERGENCE_BYTES // (8 * padded(vocabulary) * 16) * 16))
+
+
+def truncation_rows(rows: int, vocabulary: int) -> int:
+    """Rows whose products, in fp32, are held at a time."""
+    return max(1, min(rows, TRUNCATION_BYTES // (4 * padded(vocabulary) * 16) * 16))
 
 
 def _divergence_bytes(rows: int, hidden_size: int, itemsize: int) -> int:

@@ -19,7 +19,7 @@ log-sum-exp of the logits as they are multiplied, so that p sums to 1:
     dz = g onehot(y) + p ((l - g) - h (z - lse + entropy))       dW = dz^T x       dx = dz W
 
 `dlogits_kernel` recomputes a tile of z and writes dz, times the slope of the transform, in the compute dtype; the two
-products are left to cuBLAS.
+products are left to cuBLAS. Beyond the border of a truncated row p is 0.
 
 In one pass the forward also stores E = exp(z - c), where c[n] is the target's logit to within rounding: a row's
 largest logit is at least c, so nothing that matters underflows, and the exponent range of bf16 and fp32 covers
@@ -46,7 +46,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fused_rlhf.kernels.exact import best_tokens, exact_scores
-from fused_rlhf.kernels.interface import BoundPolicy, Projection, Stats
+from fused_rlhf.kernels.interface import Border, BoundPolicy, Projection, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LN2,
@@ -58,6 +58,7 @@ from fused_rlhf.kernels.primitives import (
     load_w,
     load_x,
     open_tile,
+    outside,
     scores_of,
     tile_origin,
     unit_of,
@@ -436,6 +437,8 @@ def dlogits_kernel(
     l_minus_g_ptr,  # (N,) fp32
     h_ptr,  # (N,) fp32, or None
     entropy_ptr,  # (N,) fp32, with h
+    floor_ptr,  # (N,) fp32, or None: this and the next are a `Border`
+    first_ptr,  # (N,) int64
     dlogits,  # (N, V) out in the compute dtype, descriptor or pointer
     dbias_ptr,  # (tiles of rows, V) fp32 column sums, or None
     N,
@@ -493,6 +496,9 @@ def dlogits_kernel(
             if h_ptr is not None:
                 h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
                 entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+            if floor_ptr is not None:
+                floor = tl.load(floor_ptr + offs_n, mask=mask_n, other=0.0)
+                first = (tl.load(first_ptr + offs_n, mask=mask_n, other=0) - block_start).to(tl.int32) - v_start
             any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
             # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
             at_target = tl.exp2(logprob * LOG2E)
@@ -508,6 +514,9 @@ def dlogits_kernel(
                 score = scores_of(parts[i], bias_of(bias_ptr, slice_v, V), unit, logit_scale, parameter, CURVE)
                 depth = score - normaliser[:, None]
                 p = tl.exp2(depth)
+                if floor_ptr is not None:
+                    column = (i * SLICE + tl.arange(0, SLICE))[None, :]
+                    p = tl.where(outside(score * LN2, column, floor[:, None], first[:, None]), 0.0, p)
                 if h_ptr is not None:
                     slope = l_minus_g[:, None] - h[:, None] * (depth * LN2 + entropy[:, None])
                     dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
@@ -709,7 +718,7 @@ def launch_finish(
         logit_scale=head.transform.logit_scale, parameter=head.transform.parameter,
         beta=0.0 if objective is None else float(objective.beta), option_a=options[0], option_b=options[1],
         option_c=options[2], option_d=options[3], **partials.slots, CURVE=curve_of(head.transform).apply,
-        COMPUTE=_TRITON_DTYPES[rows.x.dtype], ADAPTER=_TRITON_DTYPES[head.adapter_dtype], T_PARTS=head.t_parts,
+        COMPUTE=TRITON_DTYPES[rows.x.dtype], ADAPTER=TRITON_DTYPES[head.adapter_dtype], T_PARTS=head.t_parts,
         EXACT=partials.exact, K=count, SURROGATE=surrogate, KL=kl, BLOCK_T=1024, BLOCK_H=4096 // count, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -723,12 +732,12 @@ def launch_reference(rows: RowBlock, head: Projection) -> Tensor:
     reference_kernel[(n,)](
         rows.x, head.weight, head.bias, rows.inv_temperature, rows.targets, reference, H, rows.x.stride(0),
         head.weight.stride(0), head.transform.logit_scale, head.transform.parameter,
-        CURVE=curve_of(head.transform).apply, COMPUTE=_TRITON_DTYPES[rows.x.dtype], BLOCK_H=1024,
+        CURVE=curve_of(head.transform).apply, COMPUTE=TRITON_DTYPES[rows.x.dtype], BLOCK_H=1024,
     )  # fmt: skip
     return reference
 
 
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def launch_repair(
@@ -756,6 +765,7 @@ class RowGrads:
     entropy: Tensor | None  # the entropy itself, with h
     normaliser: Tensor
     logprobs: Tensor
+    border: Border | None = None
 
 
 def launch_dlogits(
@@ -771,7 +781,8 @@ def launch_dlogits(
         x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
         dlogits_kernel[_grid(tile, n, w.shape[0], w.device)](
             x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
-            grads.normaliser, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy, out_arg, dbias,
+            grads.normaliser, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy,
+            *((None, None) if grads.border is None else grads.border), out_arg, dbias,
             n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
             0 if raw is None else raw.stride(0), kept.stride(0), head.transform.logit_scale, head.transform.parameter,
             CURVE=curve.apply, SLOPE=curve.slope, PRECISION=_multiply_as(w.dtype), **tile.constants, **tile.options,

@@ -4,10 +4,12 @@
     gradients  vocabulary outermost  scratch: dlogits of ROWS rows and a block of the vocabulary; dX in fp32
     one_pass   rows outermost        scratch: rows x V of E, and what dW needs
     divergence rows outermost        scratch: rows x V of both heads' products, in fp32; back the vocabulary
+    truncated  rows outermost        scratch: rows x V of products, in fp32
 
 How large these are is said in `blocks.py`. Logits are fp32 in registers (their products in memory, for a divergence) and
 never rounded; the products of the backward run in cuBLAS. An fp32 head that computes in half precision is cast block by
-block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back.
+block. FLOPs in NVH: statistics 2, gradients 6 (4 with one operand frozen), one_pass 6, divergence 4 and 8 back, truncated
+2, and 2 for the rows that keep many tokens. Entries cost their rows of the head alone (`gathered.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fused_rlhf.backends import chunked
-from fused_rlhf.backends import gathered as entry_products
 from fused_rlhf.kernels.blocks import (
     ROWS,
     divergence_columns,
@@ -33,10 +33,13 @@ from fused_rlhf.kernels.blocks import (
     one_pass_rows,
     padded,
     split_columns,
+    truncation_rows,
     unit_columns,
 )
+from fused_rlhf.kernels.gathered import HeadEntries, gathered_gradient, gathered_logits
 from fused_rlhf.kernels.interface import (
     BlockGrads,
+    Border,
     BoundObjective,
     BoundPolicy,
     BoundPreference,
@@ -73,7 +76,8 @@ from fused_rlhf.kernels.linear_logprobs import (
     matmul,
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
-from fused_rlhf.kernels.tiles import Tile, arch, device_bytes, multiprocessors, precision, tune
+from fused_rlhf.kernels.tiles import BOUNDED, Tile, arch, device_bytes, multiprocessors, precision, tune
+from fused_rlhf.kernels.truncation import Sets, launch_borders, launch_names
 
 __all__ = [
     "divergence",
@@ -99,8 +103,9 @@ def on_its_device(function: Function) -> Function:
 
     @functools.wraps(function)
     def guarded(first: Any, second: Any, *rest: Any, **more: Any) -> Any:
+        of_rows = first.entries if isinstance(first, EntryGrads) else first
         # `loss` takes an objective before its log-probs.
-        with torch.cuda.device_of(first.hidden if isinstance(first, Rows | RowPairs) else second):
+        with torch.cuda.device_of(of_rows.hidden if isinstance(of_rows, Rows | RowPairs | Entries) else second):
             return function(first, second, *rest, **more)
 
     return cast(Function, guarded)
@@ -145,16 +150,17 @@ def gradients(
     """See `Backend`. Recomputes the logits: 2NVH, and 2NVH for each of dX and dW.
 
     Rows whose upstream is zero should be dropped by the caller. fp16 gradients are scaled by a power of two on the
-    device, so that dlogits neither overflow nor vanish where the upstream is small.
+    device, so that dlogits neither overflow nor vanish where the upstream is small. With a border the products are cuBLAS's,
+    as those were by which it was found.
     """
-    if rows.border is not None:
-        return chunked.gradients(rows, head, stats, upstream, needs, filtered, entries)
     tokens = _tokens(rows, head)
-    tile = _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
+    if not rows.count:
+        return _gradients_of_entries(rows, head, needs, entries)
+    tile = BOUNDED if rows.border is not None else _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
     N, columns = rows.count, _columns(rows.hidden.device)
     if filtered is None:  # else the blocks are those of `filter_columns`
         columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
-    row_grads, unscale = _row_grads(stats, upstream, tokens, head)
+    row_grads, unscale = _row_grads(stats, upstream, tokens, head, rows.border)
     ranges: list[slice | Tensor] = list(_ranges(N, ROWS))
 
     width = min(head.vocabulary, columns)
@@ -162,7 +168,10 @@ def gradients(
     dx = torch.zeros_like(rows.hidden, dtype=torch.float32) if needs.hidden else None
     # With a single block of rows cuBLAS writes dW itself; it sums in fp32 registers either way.
     fits = head.weight.dtype == tokens.x.dtype and _fills_the_device(head.weight, width)
-    sparse = None if entries is None else entry_products.HeadEntries(entries, head)
+    sparse = None
+    if entries is not None:
+        scaled = entries if unscale is None else replace(entries, upstream=entries.upstream / unscale)
+        sparse = HeadEntries(scaled, head, columns)
     sink = head.sink(needs, columns, direct=len(ranges) == 1 and unscale is None and fits and sparse is None)
     for number, block in enumerate(_blocks(head, columns)):
         into = sink.open(block.columns)
@@ -190,22 +199,63 @@ def gradients(
     return sink.grads(dx, unscale)
 
 
+def _gradients_of_entries(rows: Rows, head: Projection, needs: Needs, entries: EntryGrads | None) -> Grads:
+    """`gradients` where there are no rows."""
+    columns = gradient_columns(_columns(rows.hidden.device), 1, rows.hidden.shape[1], head.compute_dtype.itemsize)
+    sparse = None if entries is None else HeadEntries(entries, head, columns)
+    sink = head.sink(needs, columns)
+    for at in _ranges(head.vocabulary, columns):
+        into = sink.open(at)
+        if sparse is not None:
+            sparse.add(into)
+        sink.close(into)
+    return sink.grads(torch.zeros_like(rows.hidden) if needs.hidden else None)
+
+
 @on_its_device
 def gathered(entries: Entries, head: Projection) -> Tensor:
     """See `Backend`."""
-    return entry_products.logits(entries, head)
+    arch(entries.hidden.device), precision(head.compute_dtype)  # raise before any work
+    return gathered_logits(entries, head)
 
 
 @on_its_device
 def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
     """See `Backend`."""
-    return entry_products.hidden_gradient(grads, head)
+    return gathered_gradient(grads, head)
 
 
 @on_its_device
 def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
-    """See `Backend`."""
-    return chunked.truncated(rows, head, cut, outputs, whole)
+    """See `Backend`. The sets are found from cuBLAS's products: which side of its border a token falls on that lies there
+    to within rounding may depend on how many rows there are. Statistics are those of the whole vocabulary, less the share of
+    what is kept.
+
+    Raises:
+        RuntimeError: as `statistics`.
+    """
+    tokens, device = _tokens(rows, head), rows.hidden.device
+    capacity = truncation_rows(rows.count, head.vocabulary)
+    scratch = _scratch(capacity, head.vocabulary, torch.float32, device)
+    found, names = [], []
+    for at in _ranges(rows.count, capacity):
+        some = _slice(tokens, at)
+        z = scratch[: len(some.targets), : head.vocabulary]
+        for block in _blocks(head, _uncut(head)):
+            matmul(some.x, block.w.T, z[:, block.columns])
+        found.append(launch_borders(some, head, cut.pick(at), z))
+        row, ids = launch_names(some, found[-1], z)  # waits for the device, once for each block of rows
+        names.append((row + at.start, ids))
+    row, ids = (torch.cat(parts) for parts in zip(*names))
+    sets = Sets.joined(found)
+    of_all = statistics(rows, head, ()) if whole else None
+    is_wide = ~sets.narrow
+    wide = indices(is_wide, int(is_wide.sum()))
+    of_wide = Stats(sets.log_share[:0], sets.log_share[:0])
+    if len(wide):
+        of_wide = statistics(rows.pick(wide), head, ()) if of_all is None else of_all.pick(wide)
+    within = sets.within(of_wide, wide, outputs)
+    return KeptSets(row, ids, wide, sets.border(wide), within, sets.added, of_all)
 
 
 @on_its_device
@@ -557,7 +607,9 @@ def _fills_the_device(weight: Tensor, rows: int | None = None) -> bool:
     return (rows or V) * H >= 128 * 256 * multiprocessors(weight.device)
 
 
-def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection) -> tuple[RowGrads, Tensor | None]:
+def _row_grads(
+    stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection, border: Border | None
+) -> tuple[RowGrads, Tensor | None]:
     """Upstream per row, and for fp16 what the results must be multiplied by (a power of two, on the device)."""
     slope = rows.inv_temperature * head.transform.logit_scale  # dz / du, without a curve
     g, h, l = (torch.zeros_like(slope) if v is None else v * slope for v in grads)
@@ -570,10 +622,12 @@ def _row_grads(stats: Stats, grads: TokenGrads, rows: RowBlock, head: Projection
     with_entropy = grads.entropy is not None
     entropy = stats.entropy if with_entropy else None
     assert stats.normaliser is not None
-    return RowGrads(g, l - g, h if with_entropy else None, entropy, stats.normaliser, stats.logprobs), unscale
+    of_entropy = h if with_entropy else None
+    return RowGrads(g, l - g, of_entropy, entropy, stats.normaliser, stats.logprobs, border), unscale
 
 
 def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
     h = None if grads.h is None else grads.h[at]
     entropy = None if grads.entropy is None else grads.entropy[at]
-    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.normaliser[at], grads.logprobs[at])
+    border = None if grads.border is None else grads.border.pick(at)
+    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.normaliser[at], grads.logprobs[at], border)

@@ -170,6 +170,12 @@ def bias_of(bias_ptr, offs_v, V):
 
 
 @triton.jit
+def outside(z, column, floor, first):
+    """Whether logits lie beyond the `Border` of their rows."""
+    return (z < floor) | ((z == floor) & (column < first))
+
+
+@triton.jit
 def halves(tile):
     """Left and right columns of a tile, without moving a register."""
     R: tl.constexpr = tile.shape[0]

@@ -58,6 +58,7 @@ _SIMT = Tile(64, 64, 16, num_warps=4, num_stages=2, slices=2)
 _TF32 = Tile(128, 128, 32, num_warps=8, num_stages=2, slices=2)
 _INTERPRETER = Tile(16, 32, 16, num_warps=1, num_stages=1, exact=3, slices=2, group=2, programs_per_sm=1)
 RAW = Tile(16, 256, 16, num_warps=8, num_stages=2, slices=2, raw_columns=4096)  # the kernels as an epilogue of cuBLAS
+BOUNDED = replace(RAW, slices=1)  # that of rows with a border
 
 # Kernels: "stats" and "dlogits"; "+" after the name: with a bias, a softcap or (dlogits) an entropy gradient, which
 # need more registers. dtype "half" is bf16 and fp16; "ieee" and "tf32" are the two ways of multiplying fp32.

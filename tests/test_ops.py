@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from fused_rlhf.kernels import ops
-from fused_rlhf.kernels.interface import RowPairs, Rows
+from fused_rlhf.kernels.interface import Entries, EntryGrads, RowPairs, Rows
 from fused_rlhf.kernels.linear_logprobs import descriptors_fit
 from tests.helpers import projection
 
@@ -33,6 +33,12 @@ def test_kernels_are_launched_on_the_device_of_the_rows(monkeypatch, name):
         arguments, expected = (None, vector, None), vector
     elif name.startswith("divergence"):
         arguments, expected = (RowPairs(hidden, hidden.clone(), vector), None), hidden
+    elif name.startswith("gathered"):
+        entries = Entries(hidden, vector, torch.arange(3), torch.arange(3))
+        arguments, expected = (
+            (EntryGrads(entries, vector, vector) if name == "gathered_hidden" else entries, None),
+            hidden,
+        )
     else:
         arguments, expected = (Rows(hidden, torch.zeros(3, dtype=torch.int64), vector), None), hidden
     with pytest.raises(EnteredError) as entered:

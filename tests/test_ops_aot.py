@@ -26,8 +26,30 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from fused_rlhf.kernels import linear_kl, linear_logprobs, objectives, ops, primitives, tiles  # noqa: E402
-from fused_rlhf.kernels.interface import KINDS, Comparison, Needs, RowPairs, Rows, TokenGrads  # noqa: E402
+from fused_rlhf.kernels import (  # noqa: E402
+    exact,
+    gathered,
+    linear_kl,
+    linear_logprobs,
+    objectives,
+    ops,
+    primitives,
+    tiles,
+    truncation,
+)
+from fused_rlhf.kernels.interface import (  # noqa: E402
+    KINDS,
+    Border,
+    Comparison,
+    Cut,
+    Entries,
+    EntryGrads,
+    Needs,
+    RowPairs,
+    Rows,
+    Stats,
+    TokenGrads,
+)
 from fused_rlhf.kernels.statistics import OUTPUTS  # noqa: E402
 from fused_rlhf.objectives import BoundPolicyLoss, PolicyLoss  # noqa: E402
 from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss  # noqa: E402
@@ -50,8 +72,9 @@ TENSOR_CORES = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
-KERNEL_FILES = (linear_logprobs, linear_kl, objectives)
+KERNEL_FILES = (linear_logprobs, linear_kl, objectives, gathered, truncation)
 TWINS = ("SURROGATE", "KL", "LEVEL", "PREFERENCE", "TERMS", "PUSH")  # what picks a device function or a branch
+OPTIONAL = ("bias_ptr", "exps", "h_ptr", "raw_ptr", "floor_ptr", "lora_ptr", "table_ptr", "top_k_ptr", "top_p_ptr")
 GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -80,7 +103,7 @@ class Launch:
         twins = [str(v) for k, v in self.constants if k in TWINS and v]
         asked = [k for k in ("ENTROPY", "MARGIN") if dict(self.constants).get(k)]
         constants, types = dict(self.constants), dict(self.signature)
-        present = [k for k in ("bias_ptr", "exps", "h_ptr", "raw_ptr") if types.get(k, "constexpr") != "constexpr"]
+        present = [k for k in OPTIONAL if types.get(k, "constexpr") != "constexpr"]
         present += [str(constants["SLOPE"])] if constants.get("SLOPE") else []
         return "-".join([self.kernel, self.arch, self.how, *twins, *asked, *present])
 
@@ -158,6 +181,8 @@ def record(arch: str, how: str) -> list[Launch]:
                 of = Comparison(head, head, kind, 0.5)
                 _, sums = ops.divergence(pairs, of)
                 ops.divergence_gradients(pairs, of, sums, ones, Needs(True, True, head.bias is not None))
+        if how != "tf32":
+            record_kept_sets(rows, how)
         if how == "half":
             # cuBLAS products with the kernels as their epilogue, and an fp32 dW over several blocks of rows.
             patch.setattr(ops, "tune", lambda *args: tiles.RAW)
@@ -181,6 +206,31 @@ def record(arch: str, how: str) -> list[Launch]:
     return list(launches)
 
 
+def record_kept_sets(rows: Rows, how: str) -> None:
+    """Entries with and without an adapter, rows with a border, and all that can cut a row, which is fp32 whatever the
+    operands are."""
+    (N, H), V, ones, zeros = rows.hidden.shape, 528, rows.temperature, rows.targets
+    weight, bias = rows.hidden.new_zeros(V, H), torch.zeros(V)
+    adapted = projection(weight, bias, softcap=30.0, lora_b=torch.zeros(V, 8), lora_dtype=torch.float32)
+    for head in (projection(weight), adapted):
+        entries = Entries(rows.hidden.new_zeros(N, H + 8 * head.copies), ones, torch.arange(N), zeros)
+        grads = EntryGrads(entries, ops.gathered(entries, head), ones)
+        ops.gathered_hidden(grads, head)
+        none = Rows(entries.hidden[:0], zeros[:0], ones[:0])
+        nothing = Stats(none.temperature, none.temperature)
+        ops.gradients(none, head, nothing, TokenGrads(None), Needs(True, True, True, True), entries=grads)
+    bounded, stats = replace(rows, border=Border(ones, zeros)), Stats(ones, ones, {"entropy": ones}, normaliser=ones)
+    for head in (projection(weight), projection(weight, bias, logit_scale=0.5, softcap=30.0)):
+        for upstream in (TokenGrads(ones), TokenGrads(ones, ones, ones)):
+            ops.gradients(bounded, head, stats, upstream, Needs(True, True, True))
+        if how != "half":
+            continue
+        block, products = linear_logprobs.RowBlock(rows.hidden, zeros, ones), torch.zeros(N, V)
+        for cut in (Cut(zeros, None, None), Cut(None, ones, None), Cut(None, None, ones), Cut(zeros, ones, ones, True)):
+            found = truncation.launch_borders(block, head, cut, products)
+        truncation.launch_names(block, replace(found, sizes=zeros + 1), products)
+
+
 def policy_of(surrogate: str, N: int, **options: Any) -> BoundPolicyLoss:
     ones = torch.ones(N)
     sequences = Sequences.of((torch.arange(N) >= 40).long(), 2)
@@ -199,7 +249,7 @@ def pairs_of(name: str, ld_alpha: float | None, ref: torch.Tensor | None, N: int
 
 def compile_launch(launch: Launch) -> dict[str, Any]:
     functions = {
-        f.__name__: f for m in (*KERNEL_FILES, primitives) for f in vars(m).values() if hasattr(f, "arg_names")
+        f.__name__: f for m in (*KERNEL_FILES, primitives, exact) for f in vars(m).values() if hasattr(f, "arg_names")
     }
     kernel = functions[launch.kernel]
     constants = {
