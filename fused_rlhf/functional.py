@@ -31,8 +31,15 @@ from fused_rlhf.op.head import (
 from fused_rlhf.op.kept import ADDED, FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
 from fused_rlhf.op.logprobs import linear_logprobs_of_ids as logprobs_of_ids
+from fused_rlhf.op.parallel import Gate, gate, sharded
 from fused_rlhf.op.rows import check_id_shape, check_temperature, scatter, tokens_of
-from fused_rlhf.op.sequences import check_policy, check_preference, of_sequences, reference_logprobs
+from fused_rlhf.op.sequences import (
+    check_policy,
+    check_preference,
+    of_sequences,
+    reference_logprobs,
+    sharded_reference,
+)
 from fused_rlhf.op.truncation import WITHIN, Kept, Truncation, check_sampling
 
 
@@ -75,6 +82,7 @@ def linear_logprobs(
     ids: Tensor | None = None,
     kept: Kept | None = None,
     truncation: Truncation | None = None,
+    hidden_grad: str = "sum",
 ) -> LogProbs:
     """Log-probabilities of `targets` under an LM head, without its logits.
 
@@ -102,7 +110,12 @@ def linear_logprobs(
             lse, the error of dloss/dz has an L1 norm of at most |k - g| grad_filter per token, so that of `hidden` a
             norm of at most |k - g| grad_filter max_v |W_v| logit_scale / temperature, and that of `weight` a Frobenius
             norm of at most sum_n |k_n - g_n| grad_filter |h_n| logit_scale / temperature_n.
-        process_group: for a vocabulary-parallel head; only None so far.
+        process_group: of a vocabulary-parallel head: `weight` (with bias and B) is this rank's rows, `Head` may say which;
+            every rank gives the same hidden states, targets and options. Ranks may hold different numbers of rows, or none.
+            What comes back is of the whole vocabulary, with the same bits on every rank; the gradients of weight, bias and B
+            are this rank's own. If one rank refuses its call, all raise. Not with kept, truncation or ids yet.
+        hidden_grad: with a process_group: "sum" adds the ranks' parts of d_hidden, so that each has the whole; "local" leaves
+            that to the caller, as to the backward of a sequence-parallel gather.
         lora: (A, B, scale): a low-rank adapter on the head, A (r, H) and B (V, r): hidden @ weight.T gains
             scale (hidden @ A.T) @ B.T, tile by tile. A and B take gradients, with or without `weight`.
         backend: "auto", "triton", "chunked" or "reference". A name never falls back; the variable `FUSED_RLHF_BACKEND`
@@ -124,14 +137,22 @@ def linear_logprobs(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
-        NotImplementedError: process_group (OP12).
+        RuntimeError: with a process_group: another rank refused the call.
+        NotImplementedError: process_group beside kept, truncation or ids.
     """
+    call = Call(
+        temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation, process_group is not None
+    )
+    if process_group is not None:
+        with gate(process_group, hidden_grad) as entered:
+            if ids is not None:
+                raise NotImplementedError("process_group must be None with ids, which are of one device's head so far")
+            assert entered is not None
+            head = head_of(weight, bias, logit_scale, softcap, lora)
+            return _of_shards(entered, hidden, head, targets, call, check_outputs(outputs))
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    call = Call(temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation)
     check_sampling(kept, truncation, targets, grad_filter, ids)
     projection, flat_temperature = check_head(hidden, head, targets, call)
-    if process_group is not None:
-        raise NotImplementedError("process_group (row OP12) is not implemented yet; use process_group=None")
     if kept is not None or truncation is not None:
         return _within_sets(hidden, head, projection, targets, flat_temperature, call, outputs)
     names = check_outputs(outputs)
@@ -152,6 +173,21 @@ def linear_logprobs(
     return LogProbs(stats.logprobs.view(targets.shape), **found, id_logprobs=of_ids)
 
 
+def _of_shards(
+    entered: Gate, hidden: Tensor, head: Head, targets: Tensor, call: Call, names: tuple[str, ...]
+) -> LogProbs:
+    """`linear_logprobs` with a process_group."""
+    projection, temperature = check_head(hidden, head, targets, call)
+    one = targets.new_zeros(targets.numel())
+    tokens = tokens_of(Door(), targets, None, call, projection, temperature, one, 1)
+    shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), "logprobs", names)
+    projection = sharded(projection, shard)
+    stats = logprobs_of_rows(tokens.rows(hidden, head, projection), projection, None, names, call.backend)
+    some = {"logprobs": stats.logprobs} | {name: stats[name] for name in names}
+    found = {name: scatter(values, tokens.index, targets.numel()) for name, values in some.items()}
+    return LogProbs(**{name: values.view(targets.shape) for name, values in found.items()})
+
+
 def _within_sets(
     hidden: Tensor,
     head: Head,
@@ -164,7 +200,7 @@ def _within_sets(
     """`linear_logprobs` with kept or truncation; temperature (N,)."""
     names = check_outputs(outputs, WITHIN)
     one = targets.new_zeros(targets.numel())
-    tokens = tokens_of(Door(), targets, None, call, projection.vocabulary, temperature, one, 1)
+    tokens = tokens_of(Door(), targets, None, call, projection, temperature, one, 1)
     rows = tokens.rows(hidden, head, projection)
     if tokens.sets is None:  # a truncation that keeps everything
         inner = tuple(name for name in names if name != FULL)
@@ -207,6 +243,8 @@ def linear_policy_loss(
     round_logits: bool = False,
     kept: Kept | None = None,
     truncation: Truncation | None = None,
+    process_group: Any = None,
+    hidden_grad: str = "sum",
 ) -> tuple[Tensor, Metrics]:
     """A policy objective of an LM head's log-probabilities, without the logits.
 
@@ -235,6 +273,8 @@ def linear_policy_loss(
             backward; "auto" takes one_pass where gradients are wanted and it applies.
         kept, truncation: as in `linear_logprobs`: how the sampler cut its distribution. The ratio and the entropy are then
             those of what it kept, as old_logprobs must be; the KL compares whole distributions, as ref_logprobs must be.
+        process_group, hidden_grad: as in `linear_logprobs`: `weight`, and `ref_weight`, are this rank's rows. Everything else
+            must be the same on every rank; "one_pass" does not serve there.
 
     Returns:
         loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `objectives.metrics.policy_metrics`;
@@ -243,21 +283,29 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    head = head_of(weight, bias, logit_scale, softcap, lora)
-    door = Door()
-    call = Call(temperature, ignore_index, backend, round_logits, kept=kept, truncation=truncation)
-    projection, flat_temperature = check_head(hidden, head, targets, call)
-    names = check_outputs(outputs, allowed=("entropy", *((FULL,) if call.samples else ())))
-    reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
-    sequence_of, count = check_policy(
-        door, targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens
-    )
-    check_mode(mode, hidden, projection, objective.tokenwise, objective.entropy_coef != 0, call.cuts)
-
-    tokens = tokens_of(
-        door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
-    )
+    with gate(process_group, hidden_grad) as entered:
+        head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
+        projection, flat_temperature = check_head(hidden, head, targets, call)
+        names = check_outputs(outputs, allowed=("entropy", *((FULL,) if call.samples else ())))
+        reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+        sequence_of, count = check_policy(
+            door, targets, objective, completion_mask, per_token, reference, advantages, cu_seqlens
+        )
+        check_mode(mode, hidden, projection, call, objective.tokenwise, objective.entropy_coef != 0)
+        tokens = tokens_of(door, targets, completion_mask, call, projection, flat_temperature, sequence_of, count)
+        num_sequences = check_count(
+            "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
+        )
+        num_tokens = check_count("num_tokens", max(tokens.count, 1) if num_tokens is None else num_tokens, tokens.count)
+        if entered is not None:
+            given = [name for name, values in per_token.items() if values is not None]
+            vocab = head.vocab_start, head.vocab_size
+            shard = entered.through(
+                projection, tokens.targets, vocab, "policy", objective, names, given, reference is None
+            )
+            projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     vectors = {name: tokens.vector(values) for name, values in per_token.items()}
     if reference is not None:
         vectors["ref_logprobs"] = reference_logprobs(reference, tokens, backend)
@@ -265,10 +313,8 @@ def linear_policy_loss(
     bound = objective.bind(
         advantages=tokens.of_sequences(advantages) if per_sequence else tokens.vector(advantages),
         sequences=tokens.sequences,
-        num_sequences=check_count(
-            "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
-        ),
-        num_tokens=check_count("num_tokens", max(tokens.count, 1) if num_tokens is None else num_tokens, tokens.count),
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
         per_sequence=per_sequence,
         **vectors,
     )
@@ -307,6 +353,8 @@ def linear_preference_loss(
     round_logits: bool = False,
     kept: Kept | None = None,
     truncation: Truncation | None = None,
+    process_group: Any = None,
+    hidden_grad: str = "sum",
 ) -> tuple[Tensor, Metrics]:
     """A preference objective of an LM head's log-probabilities, without the logits.
 
@@ -330,6 +378,7 @@ def linear_preference_loss(
             mean over. Give the global counts when this is one micro-batch or rank of several. Default: of this call.
         outputs: of "entropy", "mean_logit", "is_top1": adds them to the metrics; "entropy" alone with kept or truncation.
         mode: as in `linear_policy_loss`; "one_pass" needs a frozen head.
+        process_group, hidden_grad: as in `linear_policy_loss`.
         kept, truncation: as in `linear_logprobs`: how the completions' sampler cut its distribution. Log-probs are then those
             of what it kept, but for what is compared with a reference: both sides of that are of the whole vocabulary.
 
@@ -339,20 +388,25 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    head = head_of(weight, bias, logit_scale, softcap, lora)
-    door = Door()
-    call = Call(temperature, ignore_index, backend, round_logits, kept=kept, truncation=truncation)
-    projection, flat_temperature = check_head(hidden, head, targets, call)
-    names = check_outputs(outputs, allowed=("entropy",) if call.samples else ("entropy", "mean_logit", "is_top1"))
-    sequence_of, count, sums = check_preference(
-        door, targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
-    )
-    reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
-    check_mode(mode, hidden, projection, tokenwise=False, entropy_term=False, cuts=call.cuts)
-
-    tokens = tokens_of(
-        door, targets, completion_mask, call, projection.vocabulary, flat_temperature, sequence_of, count
-    )
+    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
+    with gate(process_group, hidden_grad) as entered:
+        head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
+        projection, flat_temperature = check_head(hidden, head, targets, call)
+        names = check_outputs(outputs, allowed=("entropy",) if call.samples else ("entropy", "mean_logit", "is_top1"))
+        sequence_of, count, sums = check_preference(
+            door, targets, objective, completion_mask, ref_logprobs, ref_hidden is not None, labels, kl, cu_seqlens
+        )
+        reference = check_reference(hidden, head, projection, ref_logprobs, ref_hidden, ref_weight, ref_bias)
+        check_mode(mode, hidden, projection, call, tokenwise=False, entropy_term=False)
+        tokens = tokens_of(door, targets, completion_mask, call, projection, flat_temperature, sequence_of, count)
+        num_pairs = None if num_pairs is None else check_count("num_pairs", num_pairs, count)
+        num_tokens = None if num_tokens is None else check_count("num_tokens", num_tokens, tokens.count)
+        if entered is not None:
+            vocab = head.vocab_start, head.vocab_size
+            shard = entered.through(
+                projection, tokens.targets, vocab, "preference", objective, names, reference is None
+            )
+            projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     if reference is None:
         per_token = tokens.vector(ref_logprobs) if sums is None else None
     else:
@@ -363,8 +417,8 @@ def linear_preference_loss(
         ref_sums=sums,
         labels=None if labels is None else labels.bool(),
         kl=None if kl is None else kl.detach().to(tokens.temperature.dtype),
-        num_pairs=None if num_pairs is None else check_count("num_pairs", num_pairs, count),
-        num_tokens=None if num_tokens is None else check_count("num_tokens", num_tokens, tokens.count),
+        num_pairs=num_pairs,
+        num_tokens=num_tokens,
         dtype=tokens.temperature.dtype,
     )
     rows = tokens.rows(hidden, head, projection)

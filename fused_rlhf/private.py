@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,6 +20,13 @@ def keeps_graph() -> bool:
 def has_native_bf16() -> bool:
     """Whether this CPU multiplies bf16 natively (AVX512-BF16 or AMX), so that bf16 products are faster than fp32 ones."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def process_group(name: str) -> Any:
+    """The group of this name: a custom op takes strings, and no group."""
+    from torch.distributed import distributed_c10d  # not in every build
+
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 import torch
 from torch import Tensor
 
+from fused_rlhf.kernels.statistics import Partials
 from fused_rlhf.kernels.transforms import IDENTITY, Transform
 
 Maybe = TypeVar("Maybe", bound=Tensor | None)
@@ -165,6 +166,27 @@ NARROW = 512  # tokens of a kept set that are named one by one: what they cost i
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which columns of a vocabulary-parallel head a rank has."""
+
+    group: str  # its name
+    world: int
+    start: int  # the first column here
+    vocabulary: int  # of all ranks
+    sums_hidden: bool  # whether d_hidden is summed over the group
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Of the columns of a shard, for rows whose targets may lie beyond it."""
+
+    partials: Partials
+    # As in `Stats`: (N, blocks) shares of this shard's own mass, and its own normaliser in units of ln 2.
+    mass: Tensor | None = None
+    normaliser: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Projection:
     """The LM head as the backends multiply by it. Its weight is read by `rows`; the gradient leaves by `sink`."""
 
@@ -181,9 +203,11 @@ class Projection:
     # products with those of `rows` add up to t B^T, t = scale (h A^T) in fp32: see `adapter_pairs`.
     lora_b: Tensor | None = None
     lora_dtype: torch.dtype | None = None  # of the adapter's operands, A and B; None: compute_dtype
+    shard: Shard | None = None  # weight, bias and lora_b are these rows of a vocabulary-parallel head
 
     @property
     def vocabulary(self) -> int:
+        """Columns here."""
         return self.weight.shape[0]
 
     @property
@@ -551,6 +575,10 @@ class Backend(Protocol):
         ...
 
     def statistics(self, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats: ...
+
+    def partials(self, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
+        """The statistics of a shard, before they are merged with those of the others; no columns at all are a shard, too."""
+        ...
 
     def gradients(
         self,

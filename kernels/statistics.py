@@ -239,6 +239,42 @@ class Partials:
         parts = {name: STATISTICS[name].join(part, other.parts[name], *maxima) for name, part in self.parts.items()}
         return Partials(torch.maximum(*maxima), self.total + other.total, self.target + other.target, parts)
 
+    def after(self, start: int) -> Partials:
+        """The same where the first column is `start`."""
+        parts = {name: part + start if STATISTICS[name].of_columns else part for name, part in self.parts.items()}
+        return replace(self, parts=parts)
+
+    def packed(self) -> Tensor:
+        """(n, 3 + parts) in the dtype of the sums, which holds a vocabulary's columns exactly."""
+        vectors = (self.maximum, self.total, self.target, *self.parts.values())
+        return torch.stack([vector.to(self.total.dtype) for vector in vectors], 1)
+
+    @staticmethod
+    def unpacked(numbers: Tensor, outputs: Sequence[str]) -> Partials:
+        """The inverse of `packed`; what follows is left."""
+        maximum, total, target, *rest = numbers.unbind(1)
+        parts = {}
+        for (name, record), part in zip(parts_of(outputs).items(), rest):
+            parts[name] = part.long() if record.of_columns else part
+        return Partials(maximum, total, target, parts)
+
+    @staticmethod
+    def of(z: Tensor, targets: Tensor, outputs: Sequence[str]) -> Partials:
+        """Of whole (n, v) logits at once, relative to their own maximum; a target may lie beyond the columns."""
+        if z.shape[1] == 0:
+            return Partials.none(z.new_empty(len(z)), outputs)
+        maximum, column = z.max(1)
+        tile = Tile(z, slice(0, z.shape[1]), maximum, column)
+        records = parts_of(outputs)
+        parts = {name: record.of_logits(tile) for name, record in records.items() if record.of_logits}
+        depth = z - reference_of(maximum)[:, None]
+        tile.exps, tile.work = depth.exp(), depth.clamp(min=FAR)
+        total = tile.exps.sum(1)
+        parts |= {name: record.of_exps(tile) for name, record in records.items() if record.of_exps}
+        hit = (targets >= 0) & (targets < z.shape[1])
+        target = z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+        return Partials(maximum, total, torch.where(hit, target, 0.0), {name: parts[name] for name in records})
+
     def finish(self, targets: Tensor, vocabulary: int, outputs: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-probabilities, and the statistics asked for; lse always."""
         row = Whole(self.maximum, self.total, self.total.log(), targets, vocabulary)

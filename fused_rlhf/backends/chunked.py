@@ -35,6 +35,7 @@ from fused_rlhf.kernels.interface import (
     Needs,
     Projection,
     Rows,
+    ShardStats,
     Stats,
     TokenGrads,
     Work,
@@ -54,6 +55,7 @@ __all__ = [
     "memory",
     "one_pass",
     "one_pass_pays",
+    "partials",
     "statistics",
     "truncated",
 ]
@@ -212,6 +214,10 @@ class _BackwardBlock:
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
+    return _merged(rows, head, outputs).stats()
+
+
+def _merged(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> _Running:
     op = Operands(rows, head)
     running = _Running(op, rows, outputs)
     tile = op.new(min(op.rows, rows.count) * tiling.TILE)
@@ -221,7 +227,18 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
         for some, x in xs:
             out = tile[: x.shape[0] * w.shape[0]].view(x.shape[0], w.shape[0])
             running.update(op.logits(x, w, some, columns, out), some, columns)
-    return running.stats()
+    return running
+
+
+def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
+    if head.vocabulary == 0:
+        return ShardStats(Partials.none(rows.temperature.to(head.wide), outputs))
+    running = _merged(rows, head, outputs)
+    mass = None
+    if running.log_mass is not None:
+        own = running.partials.maximum + running.partials.total.log()
+        mass = (running.log_mass - own[:, None]).exp()
+    return ShardStats(running.partials, mass)
 
 
 def filter_columns(device: torch.device) -> int:

@@ -26,12 +26,13 @@ from fused_rlhf.kernels.interface import (
     Projection,
     RowPairs,
     Rows,
+    ShardStats,
     Stats,
     Sums,
     TokenGrads,
     Work,
 )
-from fused_rlhf.kernels.statistics import STATISTICS, reference_of
+from fused_rlhf.kernels.statistics import STATISTICS, Partials, reference_of
 
 EVERYTHING = slice(None)
 
@@ -50,6 +51,10 @@ def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     depth = z - reference_of(maximum)[:, None]
     log_total = depth.exp().sum(-1).log()
     return depth - log_total[:, None], reference_of(maximum) + log_total
+
+
+def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
+    return ShardStats(Partials.of(logits(rows.hidden, head, rows.temperature), rows.targets, outputs))
 
 
 def filter_columns(device: torch.device) -> int:
@@ -79,7 +84,8 @@ def gradients(
     zero = torch.zeros_like(stats.lse)
     g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
     dz = (k - g) * p
-    dz.scatter_add_(1, rows.targets[:, None], g)
+    here = ((rows.targets >= 0) & (rows.targets < z.shape[1]))[:, None]  # of a shard's rows, some targets lie elsewhere
+    dz.scatter_add_(1, rows.targets.clamp(0, z.shape[1] - 1)[:, None], torch.where(here, g, 0.0))
     if upstream.entropy is not None:
         assert stats.entropy is not None
         dz = dz - h * p * torch.where(p == 0, 0.0, log_p + stats.entropy[:, None])

@@ -100,7 +100,7 @@ def _score(
         raise ValueError(f"target must be (S, T), one row for each completion, got {shape(target)}")
     reference = check_reference(hidden, head, projection, None, ref_input, ref_weight, ref_bias)
     sequence_of, count = flat_sequences(door, target, None)
-    tokens = tokens_of(door, target, None, call, projection.vocabulary, temperature, sequence_of, count)
+    tokens = tokens_of(door, target, None, call, projection, temperature, sequence_of, count)
     ref_logprobs = None if reference is None else reference_logprobs(reference, tokens, "auto")
     rows = tokens.rows(hidden, head, projection)
     stats = statistics(rows, projection, ("mean_logit",), "auto")

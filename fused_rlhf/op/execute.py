@@ -27,6 +27,7 @@ from fused_rlhf.kernels.interface import (
 )
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.op.adapter import no_autocast
+from fused_rlhf.op.head import Call
 from fused_rlhf.op.kept import FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs
 from fused_rlhf.op.once import once_differentiable
@@ -116,12 +117,11 @@ def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
     return _Loss.apply(stats.logprobs, entropy, objective.given(stats.map(torch.Tensor.detach)), backend)
 
 
-def check_mode(
-    mode: Mode, hidden: Tensor, head: Projection, tokenwise: bool, entropy_term: bool, cuts: bool = False
-) -> None:
+def check_mode(mode: Mode, hidden: Tensor, head: Projection, call: Call, tokenwise: bool, entropy_term: bool) -> None:
     """Refuses a mode that is none, and "one_pass" where it does not serve."""
-    if mode == "one_pass" and cuts:
-        raise ValueError("mode='one_pass' must not be used with kept or truncation; use 'auto' or 'two_phase'")
+    for given, what in ((call.cuts, "kept or truncation"), (call.sharded, "a process_group")):
+        if mode == "one_pass" and given:
+            raise ValueError(f"mode='one_pass' must not be used with {what}; use 'auto' or 'two_phase'")
     if mode not in ("auto", "one_pass", "two_phase"):
         raise ValueError(f"mode must be 'auto', 'one_pass' or 'two_phase', got {mode!r}")
     if mode == "one_pass" and torch.float16 in (hidden.dtype, head.weight.dtype):
@@ -148,7 +148,7 @@ def _pays(rows: Rows, head: Projection, backend: str) -> bool:
     operands = (rows.hidden, head.weight, head.bias, head.lora_b)
     needs = Needs(*(t is not None and t.requires_grad for t in operands))
     half = torch.float16 in (rows.hidden.dtype, head.weight.dtype)
-    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling() or head.shard is not None:
         return False
     return backends.resolve(backend, rows.hidden).one_pass_pays(rows, head, needs)
 

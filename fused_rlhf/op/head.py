@@ -41,6 +41,9 @@ class Head:
         bias: (V,) or None.
         logit_scale, softcap: as in `linear_logprobs`.
         lora: (A, B, scale), a low-rank adapter on the head, or None.
+        vocab_start, vocab_size: with a process_group, where weight holds this rank's rows of a vocabulary-parallel head: the
+            first of them, and how many there are in all, beyond which rows are padding. None: after those of the ranks
+            before, and as many as all ranks hold.
         curve: the name of a registered curve (`fused_rlhf.kernels.transforms.CURVES`) and its parameter; not together
             with `softcap`, which is short for ("softcap", softcap).
     """
@@ -51,6 +54,8 @@ class Head:
     softcap: float | None = None
     lora: LoRA | tuple[Tensor, Tensor, float] | None = None
     curve: tuple[str, float] | None = None
+    vocab_start: int | None = None
+    vocab_size: int | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """All but the weight, for a function that takes the parts."""
@@ -113,6 +118,7 @@ class Call(NamedTuple):
     grad_filter: float = 0.0
     kept: Kept | None = None
     truncation: Truncation | None = None
+    sharded: bool = False  # the head is one rank's part of it
 
     @property
     def samples(self) -> bool:
@@ -144,7 +150,8 @@ def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...] = OUTPUTS) ->
 
 def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple[Projection, Tensor]:
     """Everything that can be refused without reading a tensor's values; -> projection and (N,) temperatures."""
-    _check_operands(hidden, head, targets)
+    _check_operands(hidden, head, targets, call.sharded)
+    check_vocab(head, call.sharded)
     if head.lora is not None:
         _check_lora(head.lora, hidden, head.weight)
     transform = head.transform
@@ -152,6 +159,10 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
     if not 0 <= call.grad_filter < 1:
         raise ValueError(f"grad_filter must lie in [0, 1), got {call.grad_filter}")
     check_sampling(call.kept, call.truncation, targets, call.grad_filter)
+    if call.sharded and call.samples:
+        raise NotImplementedError(
+            "process_group must be None with kept or truncation, which are of a whole head so far"
+        )
     if isinstance(call.ignore_index, bool) or not isinstance(call.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(call.ignore_index).__name__}")
     backends.choose(call.backend, hidden)  # refuses what cannot run before any work
@@ -185,7 +196,21 @@ def _dtypes(hidden: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
     return compute_dtype, torch.promote_types(*adapter) if adapter else compute_dtype
 
 
-def _check_operands(hidden: Tensor, head: Head, targets: Tensor) -> None:
+def check_vocab(head: Head, sharded: bool) -> None:
+    """What the head says of its place in a vocabulary-parallel one."""
+    for name, least in (("vocab_start", 0), ("vocab_size", 1)):
+        value = getattr(head, name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not sharded:
+            raise ValueError(f"{name} must be None without a process_group, got {value}")
+
+
+def _check_operands(hidden: Tensor, head: Head, targets: Tensor, sharded: bool = False) -> None:
     weight, bias = head.weight, head.bias
     for name, value in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
         if value is None and name == "bias":
@@ -197,7 +222,7 @@ def _check_operands(hidden: Tensor, head: Head, targets: Tensor) -> None:
         raise ValueError(f"hidden must be (N, H) or (B, T, H), got {shape(hidden)}")
     if hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have a last dimension H of at least 1, got {shape(hidden)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and not sharded):
         raise ValueError(f"weight must be (V, H) with H={hidden.shape[-1]} as in hidden, got {shape(weight)}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")

@@ -24,6 +24,7 @@ from fused_rlhf.kernels.interface import (
     Needs,
     Projection,
     Rows,
+    Shard,
     Stats,
     TokenGrads,
     indices,
@@ -34,6 +35,7 @@ from fused_rlhf.kernels.interface import (
 )
 from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.kernels.transforms import Transform
+from fused_rlhf.op import parallel
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.rows import check_ids, check_targets, check_temperature, scatter
 
@@ -47,8 +49,8 @@ class _Options(NamedTuple):
     """What is no tensor, as a custom op takes it."""
 
     ignore_index: int | None
-    numbers: list[float]  # logit_scale, the curve's parameter, grad_filter
-    names: str  # the curve, the backend and the outputs, between commas
+    numbers: list[float]  # logit_scale, the curve's parameter, grad_filter; of a shard the numbers in their order
+    names: str  # the curve, the backend, the shard's group and the outputs, between commas
     compute_dtype: torch.dtype
     adapter_dtype: torch.dtype
     round_logits: bool
@@ -57,11 +59,19 @@ class _Options(NamedTuple):
     def of(head: Projection, ignore_index: int | None, outputs: tuple[str, ...], backend: str) -> _Options:
         transform = head.transform
         numbers = [transform.logit_scale, transform.parameter, head.grad_filter]
-        names = ",".join((transform.curve, backend, *outputs))
+        group = ""
+        if head.shard is not None:
+            group, *of_shard = vars(head.shard).values()
+            numbers += map(float, of_shard)
+        names = ",".join((transform.curve, backend, group, *outputs))
         return _Options(ignore_index, numbers, names, head.compute_dtype, head.adapter_dtype, head.round_logits)
 
     def head(self, weight: Tensor, bias: Tensor, lora_b: Tensor) -> Projection:
-        logit_scale, parameter, grad_filter = self.numbers
+        logit_scale, parameter, grad_filter, *of_shard = self.numbers
+        shard = None
+        if of_shard:
+            world, start, vocabulary, sums = map(int, of_shard)
+            shard = Shard(self.names.split(",")[2], world, start, vocabulary, bool(sums))
         transform = Transform(logit_scale, self.names.split(",")[0], parameter)
         return Projection(
             weight,
@@ -72,6 +82,7 @@ class _Options(NamedTuple):
             grad_filter,
             _or_none(lora_b),
             self.adapter_dtype,
+            shard,
         )
 
     @property
@@ -80,7 +91,7 @@ class _Options(NamedTuple):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        return tuple(self.names.split(",")[2:])
+        return tuple(self.names.split(",")[3:])
 
 
 def linear_logprobs(
@@ -144,7 +155,7 @@ def _logprobs(hidden, head, targets, temperature, ids, *options):  # type: ignor
         return _empty(hidden, projection, targets, temperature, ids, asked)
     backend = backends.resolve(asked.backend, hidden)
     with no_autocast(hidden):
-        stats = backend.statistics(rows, projection, asked.outputs)
+        stats = parallel.statistics(backend, rows, projection, asked.outputs)
         found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
         if ids is not None:
             some = pick(ids, index)
@@ -266,7 +277,7 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
     if asked.ignore_index is not None:
         live &= targets != asked.ignore_index
     if mass.numel():
-        keep = _kept(mass, projection.grad_filter, targets, backend.filter_columns(hidden.device), given, live)
+        keep = _kept(mass, projection, targets, backend.filter_columns(hidden.device), given, live)
     # The one wait of the backward: how many rows are live, and how many each vocabulary block keeps of them.
     counts = live.sum()[None] if keep is None else torch.cat([live.sum()[None], keep.sum(0)])
     count, *of_blocks = counts.tolist()
@@ -277,18 +288,21 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
     extra = {"entropy": entropy} if entropy.numel() else {}
     stats = Stats(logprobs, lse, extra, normaliser=_or_none(normaliser)).pick(some)
     with no_autocast(hidden):
-        grads = backend.gradients(rows.pick(some), projection, stats, given.pick(some), wanted, filtered, entries)
+        some_rows, some_grads = rows.pick(some), given.pick(some)
+        grads = parallel.gradients(backend, some_rows, projection, stats, some_grads, wanted, filtered, entries)
         d_hidden = scatter(grads.hidden, some, targets.numel())
         if d_hidden is not None and entries is not None:
             d_hidden = d_hidden + backend.gathered_hidden(entries, projection)
     return _materialise(grads._replace(hidden=d_hidden), (hidden, *head), wanted)
 
 
-def _kept(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, given: TokenGrads, live: Tensor) -> Tensor:
-    """`kept_blocks` (N, blocks) of the live rows, none of the others."""
+def _kept(mass: Tensor, head: Projection, targets: Tensor, columns: int, given: TokenGrads, live: Tensor) -> Tensor:
+    """`kept_blocks` (N, blocks) of the live rows, none of the others. A rank may leave out its share of what all may."""
     exact = None if given.entropy is None else given.entropy != 0
-    inside = targets.masked_fill(~live, 0)
-    return kept_blocks(mass, grad_filter, inside, columns, exact) & live[:, None]
+    inside, share = targets.masked_fill(~live, 0), head.grad_filter
+    if head.shard is not None:
+        inside, share = (inside - head.shard.start).clamp(0, head.vocabulary - 1), share / head.shard.world
+    return kept_blocks(mass, share, inside, columns, exact) & live[:, None]
 
 
 def _materialise(grads: Grads, operands: tuple[Tensor, ...], needs: Needs) -> tuple[Tensor, ...]:

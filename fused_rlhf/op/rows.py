@@ -56,7 +56,7 @@ def tokens_of(
     targets: Tensor,
     completion_mask: Tensor | None,
     call: Call,
-    vocabulary: int,
+    head: Projection,
     temperature: Tensor,
     sequence_of: Tensor,
     num_sequences: int,
@@ -66,29 +66,33 @@ def tokens_of(
     temperature and sequence_of are (B T,).
     """
     flat = targets.reshape(-1)
+    vocabulary = None if call.sharded else head.vocabulary  # its group knows the size of the whole
     live = flat != call.ignore_index
     if completion_mask is not None:
         live = live & completion_mask.reshape(-1).bool()
     check_targets(door, flat, live, call.ignore_index, vocabulary)
     if isinstance(call.temperature, Tensor):
         check_temperature(door, temperature, live)
-    sets = sets_of(door, call.kept, call.truncation, flat, live, temperature, vocabulary)
+    sets = None
+    if vocabulary is not None:
+        sets = sets_of(door, call.kept, call.truncation, flat, live, temperature, vocabulary)
     index = door.rows(live)
     some = partial(pick, rows=index)
     sequences = Sequences.of(some(sequence_of), num_sequences)
     return Tokens(index, some(flat), some(temperature), sequences, picked(sets, index))
 
 
-def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Those of the live rows must lie in the vocabulary; (N,) each."""
+def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int | None) -> None:
+    """Those of the live rows must lie in the vocabulary, None: of any size; (N,) each."""
+    end, limit = ("...", 2**62) if vocabulary is None else (vocabulary, vocabulary)
 
     def error(at: int) -> ValueError:
         return ValueError(
-            f"targets must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, "
+            f"targets must lie in [0, {end}) or equal ignore_index={ignore_index}, "
             f"got {int(targets[at])} at flat position {at}"
         )
 
-    door.refuse(live & (targets != targets.clamp(0, vocabulary - 1)), error)
+    door.refuse(live & (targets != targets.clamp(0, limit - 1)), error)
 
 
 def check_id_shape(ids: Tensor, targets: Tensor) -> None:

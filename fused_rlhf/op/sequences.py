@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fused_rlhf.checks import check_tensor, shape
 from fused_rlhf.door import Door
+from fused_rlhf.kernels.interface import Shard
 from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
 from fused_rlhf.op.head import Reference
 from fused_rlhf.op.logprobs import linear_logprobs
+from fused_rlhf.op.parallel import sharded
 from fused_rlhf.op.rows import Tokens, check_shapes, flat_sequences
 from fused_rlhf.segments import precise
 
@@ -104,6 +107,11 @@ def of_sequences(values: Tensor, count: int) -> bool:
     number for each sequence, as it would be beside a padded batch.
     """
     return values.shape == (count,)
+
+
+def sharded_reference(reference: Reference | None, shard: Shard) -> Reference | None:
+    """The reference's head as the same shard."""
+    return None if reference is None else replace(reference, projection=sharded(reference.projection, shard))
 
 
 def reference_logprobs(reference: Reference, tokens: Tokens, backend: str) -> Tensor:

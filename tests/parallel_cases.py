@@ -1,0 +1,310 @@
+"""What every rank of a vocabulary-parallel head must find: run in several processes by test_parallel.py.
+
+Each rank computes the whole in one process, too, and compares.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import fused_rlhf as fr
+from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
+
+N, H, V = 12, 16, 90
+# Shards of any sizes, also of none; the last has six rows that pad the vocabulary.
+EDGES = {2: [0, 31, V], 3: [0, 40, 40, V], 4: [0, 1, 50, 70, V]}
+PADDING = 6
+BACKENDS = ("chunked", "reference")
+
+
+def here() -> slice:
+    rank, edges = dist.get_rank(), EDGES[dist.get_world_size()]
+    return slice(edges[rank], edges[rank + 1])
+
+
+def case(transform: tuple = TRANSFORMS[1], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    bias, logit_scale, softcap, per_token = transform
+    data = inputs(N, H, V, dtype, bias=bias, per_token=per_token)
+    data["targets"][2] = -100
+    return data | {"logit_scale": logit_scale, "softcap": softcap}
+
+
+def shard(tensor: Tensor | None, padded: bool) -> Tensor | None:
+    """This rank's rows, with those that pad the last shard, whose numbers nobody may see."""
+    if tensor is None:
+        return None
+    part = tensor[here()]
+    last = dist.get_rank() == dist.get_world_size() - 1
+    return torch.cat([part, torch.full_like(tensor[:PADDING], 1e4)]) if padded and last else part
+
+
+def outcome(call: Callable[..., Any], data: dict[str, Any], head: Callable[..., Any], **more: Any) -> list[Tensor]:
+    """[values ...], d_hidden and the head's gradients, of `call(**arguments) -> (loss, values)`."""
+    leaves = {
+        name: value.clone().requires_grad_()
+        for name, value in data.items()
+        if name in ("hidden", "weight", "bias") and value is not None
+    }
+    loss, values = call(
+        **{**data, **leaves, **more, "weight": head(leaves)} | {"bias": None, "logit_scale": 1.0, "softcap": None}
+    )
+    loss.backward()
+    return [*values, *(leaf.grad for leaf in leaves.values())]
+
+
+def compare(call: Callable[..., Any], data: dict[str, Any], padded: bool = False, **more: Any) -> None:
+    """This rank's share of `call` against all of it in one process; values have the same bits on every rank."""
+    transform = {"logit_scale": data["logit_scale"], "softcap": data["softcap"]}
+    whole = outcome(call, data, lambda leaves: fr.Head(leaves["weight"], leaves.get("bias"), **transform), **more)
+    part = {**data, "weight": shard(data["weight"], padded), "bias": shard(data["bias"], padded)}
+    place: dict[str, Any] = {"vocab_start": here().start, "vocab_size": V} if padded else {}
+    more["process_group"] = dist.group.WORLD
+    found = outcome(
+        call, part, lambda leaves: fr.Head(leaves["weight"], leaves.get("bias"), **transform, **place), **more
+    )
+    of_head = 1 + (data["bias"] is not None)
+    values = len(whole) - of_head - 1
+    for number, (value, truth) in enumerate(zip(found, whole, strict=True)):
+        if number > values:  # of the head: this rank's rows
+            truth, rest = truth[here()], value[len(truth[here()]) :]
+            assert not rest.any()
+            value = value[: len(truth)]
+        scale = max(truth.double().abs().max().item(), 1.0) if truth.numel() else 1.0
+        assert value.shape == truth.shape
+        assert not value.numel() or (value.double() - truth.double()).abs().max() <= 1e-6 * scale, number
+    for value in found[: values + 1]:
+        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, value.contiguous())
+        assert all(torch.equal(other, value) for other in everyone)
+
+
+def log_probs(outputs: tuple[str, ...] = ALL_OUTPUTS, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    found = fr.linear_logprobs(**arguments, outputs=outputs)
+    u = torch.linspace(-1, 1, 3 * N, dtype=found.logprobs.dtype).view(3, N)
+    u[:, 5] = 0
+    loss = (found.logprobs * u[0]).sum()
+    if outputs:
+        loss = loss + (found.entropy * u[1] + found.lse * u[2]).sum()
+    return loss, [found.logprobs.detach(), *(getattr(found, name).detach().float() for name in outputs)]
+
+
+def case_statistics() -> None:
+    for backend in BACKENDS:
+        for number, transform in enumerate(TRANSFORMS):
+            compare(log_probs, case(transform), padded=number % 2 == 0, backend=backend)
+    compare(log_probs, case(dtype=torch.float64))
+    compare(log_probs, case(), outputs=(), grad_filter=0.0)
+
+
+def case_losses() -> None:
+    """Policies and preferences, with references given, and computed from a head that is sharded likewise."""
+    data = case(TRANSFORMS[5])
+    g = torch.Generator().manual_seed(3)
+    old, ref = (-torch.rand(N, generator=g) * 3 for _ in range(2))
+    cu = torch.tensor([0, 4, 7, 12])
+    for objective, mode in (
+        (fr.GRPO(beta=0.04), "auto"),
+        (fr.PPO(entropy_coef=0.01), "two_phase"),
+        (fr.GSPO(), "auto"),
+        (fr.DAPO(top_entropy_quantile=0.5), "auto"),
+    ):
+
+        def policy(objective=objective, mode=mode, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+            given = {"ref_logprobs": ref} if objective.beta else {}
+            loss, metrics = fr.linear_policy_loss(
+                **arguments, **given, objective=objective, old_logprobs=old, mode=mode, cu_seqlens=cu,
+                advantages=torch.tensor([1.0, 0.0, -0.5]), outputs=("entropy",),
+            )  # fmt: skip
+            return loss, [loss.detach(), *(metrics[name] for name in sorted(metrics))]
+
+        compare(policy, data)
+    pairs = torch.tensor([0, 3, 6, 8, 12])
+    for preference in (fr.DPO(), fr.SimPO(), fr.ORPO(), fr.DPO(use_weighting=True)):
+
+        def preferred(objective=preference, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+            given = {"ref_logprobs": ref} if objective.needs_reference else {}
+            loss, metrics = fr.linear_preference_loss(
+                **arguments,
+                **given,
+                objective=objective,
+                cu_seqlens=pairs,
+                outputs=("entropy", "mean_logit", "is_top1"),
+            )
+            return loss, [loss.detach(), *(metrics[name] for name in sorted(metrics))]
+
+        compare(preferred, data)
+
+    def with_reference(**arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        hidden = data["hidden"] + 0.01
+        loss, metrics = fr.linear_policy_loss(
+            **arguments, objective=fr.GRPO(beta=0.1), advantages=torch.ones(1), ref_hidden=hidden
+        )
+        return loss, [loss.detach(), metrics["kl"]]
+
+    compare(with_reference, data, padded=True)
+
+
+def case_adapter() -> None:
+    """A whole A and this rank's rows of B; dA is whole on every rank."""
+    data = case()
+    g = torch.Generator().manual_seed(4)
+    a, b = torch.randn(3, H, generator=g), torch.randn(V, 3, generator=g)
+
+    def gradients(rows: slice, **more: Any) -> list[Tensor]:
+        leaves = [a.clone().requires_grad_(), b[rows].clone().requires_grad_()]
+        arguments = {"weight": data["weight"][rows], "bias": data["bias"][rows], "lora": (*leaves, 0.5)}
+        loss, _ = log_probs((), hidden=data["hidden"], targets=data["targets"], **arguments, **more)
+        loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    whole, found = gradients(slice(None)), gradients(here(), process_group=dist.group.WORLD)
+    for value, truth in ((found[0], whole[0]), (found[1], whole[1][here()])):
+        torch.testing.assert_close(value, truth, rtol=0, atol=1e-6 * whole[0].abs().max().item())
+
+
+def case_filter() -> None:
+    """Within the bound of grad_filter, of all ranks together."""
+    data, limit = case(TRANSFORMS[0]), 0.05
+    for share in (0.0, limit):
+        hidden = data["hidden"].clone().requires_grad_()
+        found = fr.linear_logprobs(
+            hidden, data["weight"][here()], data["targets"], grad_filter=share, process_group=dist.group.WORLD
+        )
+        found.logprobs.sum().backward()
+        if not share:
+            exact = hidden.grad
+    bound = limit * data["weight"].norm(dim=1).max()
+    assert ((hidden.grad - exact).norm(dim=1) <= bound).all()
+
+
+def case_local_gradient() -> None:
+    """Parts of d_hidden that add up to the whole."""
+    data = case(TRANSFORMS[0])
+    parts = []
+    for how in ("sum", "local"):
+        hidden = data["hidden"].clone().requires_grad_()
+        arguments = {"process_group": dist.group.WORLD, "hidden_grad": how}
+        fr.linear_logprobs(hidden, data["weight"][here()], data["targets"], **arguments).logprobs.sum().backward()
+        parts.append(hidden.grad.clone())
+    dist.all_reduce(parts[1])
+    torch.testing.assert_close(parts[1], parts[0], rtol=0, atol=2e-6)
+
+
+@contextmanager
+def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Collectives, and the bytes that each sends from here."""
+    calls: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+
+    def watched(name: str, sent: Callable[..., Tensor]) -> Any:
+        original = getattr(dist, name)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            calls[name] += 1
+            size[name] += sent(*arguments).nbytes
+            return original(*arguments, **more)
+
+        return mock.patch.object(dist, name, call)
+
+    with watched("all_gather", lambda out, mine: mine), watched("all_reduce", lambda mine: mine):
+        yield calls, size
+
+
+def case_what_is_sent() -> None:
+    """A header and statistics forward, d_hidden backward, and nothing else; nothing at all back where no row is live."""
+    data = case(TRANSFORMS[0])
+    live, header = N - 1, 8 * 8
+    for outputs, numbers in (((), 3), (ALL_OUTPUTS, 8)):
+        hidden = data["hidden"].clone().requires_grad_()
+        arguments = {"outputs": outputs, "process_group": dist.group.WORLD}
+        with counted() as (calls, size):
+            found = fr.linear_logprobs(hidden, data["weight"][here()], data["targets"], **arguments)
+            assert dict(calls) == {"all_gather": 2}
+            assert size["all_gather"] == header + 4 * live * numbers
+            (found.logprobs.sum() * 1.0).backward(retain_graph=True)
+            assert dict(calls) == {"all_gather": 2, "all_reduce": 1}
+            assert size["all_reduce"] == 4 * live * H
+            (found.logprobs.sum() * 0.0).backward()
+            assert calls["all_reduce"] == 1
+
+
+def refused(error: type[Exception], words: str, **changes: Any) -> None:
+    data = case(TRANSFORMS[0])
+    arguments = {"hidden": data["hidden"], "weight": data["weight"][here()], "targets": data["targets"]} | changes
+    with counted() as (calls, _), pytest.raises(error, match=words):
+        fr.linear_logprobs(**arguments, process_group=dist.group.WORLD)
+    assert dict(calls) == {"all_gather": 1}  # the header, and no tensor after it
+
+
+def case_refusals() -> None:
+    """An error at one rank's door, and calls that do not fit together, are raised on all."""
+    data = case(TRANSFORMS[0])
+    first = dist.get_rank() == 0
+    bad = data["targets"].clone()
+    bad[0] = -7
+    refused(
+        *((ValueError, "got -7") if first else (RuntimeError, "refused on rank 0")),
+        targets=bad if first else data["targets"],
+    )
+    wrong = {"temperature": -1.0} if first else {}
+    refused(*((ValueError, "temperature") if first else (RuntimeError, "refused on rank 0")), **wrong)
+    refused(
+        ValueError,
+        r"as many rows to compute, got \[4, 11",
+        **({"hidden": data["hidden"][:5], "targets": data["targets"][:5]} if first else {}),
+    )
+    refused(ValueError, "the same options", **({"outputs": ("entropy",)} if first else {}))
+    refused(
+        ValueError,
+        "the same options",
+        **({"hidden": data["hidden"].bfloat16(), "weight": data["weight"][here()].bfloat16()} if first else {}),
+    )
+    other = data["targets"].clone()
+    other[0] = (other[0] + 1) % V
+    refused(ValueError, "the same targets", targets=other if first else data["targets"])
+    beyond = data["targets"].clone()
+    beyond[0] = V
+    refused(ValueError, rf"targets must lie in \[0, {V}\), the vocabulary of all ranks, got {V}", targets=beyond)
+    refused(
+        ValueError,
+        "vocab_start must be where the rank before ends",
+        weight=fr.Head(data["weight"][here()], vocab_start=here().start + (0 if first else 2)),
+    )
+    refused(ValueError, "vocab_size must lie in", weight=fr.Head(data["weight"][here()], vocab_size=V + 1))
+    refused(
+        NotImplementedError, "process_group must be None with kept or truncation", truncation=fr.Truncation(top_k=2)
+    )
+    refused(NotImplementedError, "process_group must be None with ids", ids=torch.zeros(N, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="mode='one_pass' must not be used with a process_group"):
+        fr.linear_policy_loss(
+            data["hidden"], data["weight"][here()], data["targets"], objective=fr.GRPO(), advantages=torch.ones(1),
+            mode="one_pass", process_group=dist.group.WORLD,
+        )  # fmt: skip
+
+
+def case_no_rows() -> None:
+    data = case(TRANSFORMS[0])
+    hidden = data["hidden"].clone().requires_grad_()
+    nothing = torch.full_like(data["targets"], -100)
+    found = fr.linear_logprobs(hidden, data["weight"][here()], nothing, process_group=dist.group.WORLD)
+    assert not found.logprobs.any()
+    found.logprobs.sum().backward()
+    assert not hidden.grad.any()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    for name, function in list(globals().items()):
+        if name.startswith("case_"):
+            function()
+    dist.barrier()
+    dist.destroy_process_group()
