@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fused_rlhf as fr
+from fused_rlhf.integrations import verl
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
 N, H, V = 12, 16, 90
@@ -161,7 +162,7 @@ def case_adapter() -> None:
 
     def gradients(rows: slice, **more: Any) -> list[Tensor]:
         leaves = [a.clone().requires_grad_(), b[rows].clone().requires_grad_()]
-        arguments = {"weight": data["weight"][rows], "bias": data["bias"][rows], "lora": (*leaves, 0.5)}
+        arguments: dict[str, Any] = {"weight": data["weight"][rows], "bias": data["bias"][rows], "lora": (*leaves, 0.5)}
         loss, _ = log_probs((), hidden=data["hidden"], targets=data["targets"], **arguments, **more)
         loss.backward()
         return [leaf.grad for leaf in leaves]
@@ -192,11 +193,27 @@ def case_local_gradient() -> None:
     parts = []
     for how in ("sum", "local"):
         hidden = data["hidden"].clone().requires_grad_()
-        arguments = {"process_group": dist.group.WORLD, "hidden_grad": how}
+        arguments: dict[str, Any] = {"process_group": dist.group.WORLD, "hidden_grad": how}
         fr.linear_logprobs(hidden, data["weight"][here()], data["targets"], **arguments).logprobs.sum().backward()
         parts.append(hidden.grad.clone())
     dist.all_reduce(parts[1])
     torch.testing.assert_close(parts[1], parts[0], rtol=0, atol=2e-6)
+
+
+def case_verl() -> None:
+    """Its function on a tensor-parallel head, as Megatron's workers call it: d_hidden is each rank's own part."""
+    data = case(TRANSFORMS[0])
+    whole, hidden = (data["hidden"].clone().requires_grad_() for _ in range(2))
+    truth, entropy = verl.linear_cross_entropy(whole, data["weight"], data["targets"], 0.7)
+    found, its = verl.linear_cross_entropy(
+        hidden.view(N, 1, H), data["weight"][here()], data["targets"][None], 0.7, "none", dist.group.WORLD
+    )
+    torch.testing.assert_close(found, truth, rtol=0, atol=2e-6)
+    torch.testing.assert_close(its, entropy, rtol=0, atol=2e-6)
+    (truth - entropy).sum().backward()
+    (found - its).sum().backward()
+    dist.all_reduce(hidden.grad)
+    torch.testing.assert_close(hidden.grad, whole.grad, rtol=0, atol=2e-6 * whole.grad.abs().max().item())
 
 
 @contextmanager
@@ -225,7 +242,7 @@ def case_what_is_sent() -> None:
     live, header = N - 1, 8 * 8
     for outputs, numbers in (((), 3), (ALL_OUTPUTS, 8)):
         hidden = data["hidden"].clone().requires_grad_()
-        arguments = {"outputs": outputs, "process_group": dist.group.WORLD}
+        arguments: dict[str, Any] = {"outputs": outputs, "process_group": dist.group.WORLD}
         with counted() as (calls, size):
             found = fr.linear_logprobs(hidden, data["weight"][here()], data["targets"], **arguments)
             assert dict(calls) == {"all_gather": 2}
@@ -239,7 +256,11 @@ def case_what_is_sent() -> None:
 
 def refused(error: type[Exception], words: str, **changes: Any) -> None:
     data = case(TRANSFORMS[0])
-    arguments = {"hidden": data["hidden"], "weight": data["weight"][here()], "targets": data["targets"]} | changes
+    arguments: dict[str, Any] = {
+        "hidden": data["hidden"],
+        "weight": data["weight"][here()],
+        "targets": data["targets"],
+    } | changes
     with counted() as (calls, _), pytest.raises(error, match=words):
         fr.linear_logprobs(**arguments, process_group=dist.group.WORLD)
     assert dict(calls) == {"all_gather": 1}  # the header, and no tensor after it
@@ -255,7 +276,7 @@ def case_refusals() -> None:
         *((ValueError, "got -7") if first else (RuntimeError, "refused on rank 0")),
         targets=bad if first else data["targets"],
     )
-    wrong = {"temperature": -1.0} if first else {}
+    wrong: dict[str, Any] = {"temperature": -1.0} if first else {}
     refused(*((ValueError, "temperature") if first else (RuntimeError, "refused on rank 0")), **wrong)
     refused(
         ValueError,

@@ -45,7 +45,7 @@ BAD_LOGPROBS = [
     ({"grad_filter": 1.0}, ValueError, r"grad_filter must lie in \[0, 1\), got 1.0"),
     ({"grad_filter": -0.1}, ValueError, "grad_filter must lie in .*got -0.1"),
     ({"grad_filter": math.nan}, ValueError, "grad_filter must be finite, got nan"),
-    ({"process_group": object()}, NotImplementedError, "OP12"),
+    ({"process_group": object()}, TypeError, "process_group must be a torch.distributed.ProcessGroup, got object"),
     (
         {"backend": "cuda"},
         ValueError,

@@ -46,22 +46,18 @@ def linear_cross_entropy(
         temperature: positive; None means 1.
         reduction: "none", "sum" or "mean" (over the tokens that are not left out) of the log-probabilities, in any case;
             None means "none".
-        dist_process_group: one of a single rank, or None.
+        dist_process_group: Megatron's tensor-parallel group, where weight holds this rank's rows; None: the head is whole.
+            As in verl, each rank's d_hidden is then its own part, which the backward of the sequence-parallel gather sums.
 
     Returns:
         logprobs (N,), a scalar where reduced, and entropy (N,), never reduced; fp32, both differentiable.
 
     Raises:
-        ValueError, TypeError: as `linear_logprobs`, and an unknown reduction.
-        NotImplementedError: a group of several ranks (row OP12).
+        ValueError, TypeError, RuntimeError: as `linear_logprobs`, and an unknown reduction.
     """
     how = "none" if reduction is None else reduction.lower()
     if how not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
-    if dist_process_group is not None and dist.get_world_size(dist_process_group) > 1:
-        raise NotImplementedError(
-            "dist_process_group with several ranks (a vocabulary-parallel head, row OP12) is not implemented yet"
-        )
     if hidden.shape[:-1] != labels.shape and not _is_one_sequence(hidden, labels):
         raise ValueError(
             f"labels must have shape {tuple(hidden.shape[:-1])}, as hidden, or (1, s) beside Megatron's (s, 1, H), got "
@@ -74,6 +70,8 @@ def linear_cross_entropy(
         flat,
         temperature=1.0 if temperature is None else temperature,
         outputs=("entropy",),
+        process_group=dist_process_group,
+        hidden_grad="local",
     )
     notices.runs("verl's log-probs", hidden, Head(weight), "auto", "labels of -100 are skipped")
     assert out.entropy is not None
