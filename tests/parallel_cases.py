@@ -120,7 +120,7 @@ def case_losses() -> None:
     ):
 
         def policy(objective=objective, mode=mode, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
-            given = {"ref_logprobs": ref} if objective.beta else {}
+            given: dict[str, Any] = {"ref_logprobs": ref} if objective.beta else {}
             loss, metrics = fr.linear_policy_loss(
                 **arguments, **given, objective=objective, old_logprobs=old, mode=mode, cu_seqlens=cu,
                 advantages=torch.tensor([1.0, 0.0, -0.5]), outputs=("entropy",),
@@ -132,7 +132,7 @@ def case_losses() -> None:
     for preference in (fr.DPO(), fr.SimPO(), fr.ORPO(), fr.DPO(use_weighting=True)):
 
         def preferred(objective=preference, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
-            given = {"ref_logprobs": ref} if objective.needs_reference else {}
+            given: dict[str, Any] = {"ref_logprobs": ref} if objective.needs_reference else {}
             loss, metrics = fr.linear_preference_loss(
                 **arguments,
                 **given,
