@@ -45,6 +45,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fused_rlhf.kernels import statistics
 from fused_rlhf.kernels.exact import best_tokens, exact_scores
 from fused_rlhf.kernels.interface import Border, BoundPolicy, Projection, Stats
 from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
@@ -640,6 +641,32 @@ class Partials:
         slots = 2 + sum(number > 0 for number in _slots_of(outputs).values())
         values = torch.empty((slots, capacity, triton.cdiv(V, tile.block_v)), dtype=torch.float32, device=device)
         return cls(values, outputs, tile.exact)
+
+    def merged(self, stats: Stats, top: Tensor, here: Tensor, vocabulary: int) -> statistics.Partials:
+        """The tiles of n rows, merged and in nats: what `finish_kernel` made of them, before it divided by the sums.
+
+        top: (n,) scores; here: (n,) bool, whose targets are columns of this head. S stays relative to the largest logit as it
+        was multiplied, and the maximum takes what corrects the log-sum-exp.
+        """
+        n, slots = len(top), _slots_of((*self.outputs, "is_top1"))
+        highest, sums = self.values[0, :n], self.values[1, :n]
+        shift = top.masked_fill(top == -torch.inf, 0.0)[:, None]
+        total = (sums * torch.exp2(highest - shift)).sum(1)
+        log_total = total.log()
+        maximum = torch.where(top == -torch.inf, top, stats.lse - log_total)
+        columns = self.values[slots["is_top1"], :n]
+        of = {
+            "entropy": lambda h: total * (log_total - h),
+            "sum_sq": lambda q: q * total.square(),
+            "mean_logit": lambda z: z * vocabulary,
+            "is_top1": lambda _: (
+                columns.masked_fill(highest != top[:, None], torch.inf).amin(1).clamp(max=2**24).long()
+            ),
+            "margin": lambda gap: maximum - gap,
+        }
+        parts = {name: of[name](stats.extra[name]) for name in parts_of(self.outputs)}
+        target = torch.where(here, maximum + (stats.logprobs + log_total), 0.0)
+        return statistics.Partials(maximum, total, target, parts)
 
 
 # The maximum's column is what tells whether the target is the first of the largest; it is always there.

@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fused_rlhf.kernels import statistics as of_shards
 from fused_rlhf.kernels.blocks import (
     ROWS,
     divergence_columns,
@@ -54,6 +55,7 @@ from fused_rlhf.kernels.interface import (
     Projection,
     RowPairs,
     Rows,
+    ShardStats,
     Stats,
     Sums,
     TokenGrads,
@@ -91,6 +93,7 @@ __all__ = [
     "memory",
     "one_pass",
     "one_pass_pays",
+    "partials",
     "statistics",
     "truncated",
 ]
@@ -131,6 +134,31 @@ def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
             stats = replace(stats, mass=_masses(tile, stats, partials))
         found.append(stats)
     return Stats.joined(found)
+
+
+@on_its_device
+def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
+    """See `Backend`. Each shard corrects its own log-sum-exp (`exact.py`), as each has its own highest tiles."""
+    fp32 = rows.temperature.to(torch.float32)
+    if head.vocabulary == 0:
+        return ShardStats(of_shards.Partials.none(fp32, outputs), normaliser=torch.full_like(fp32, -torch.inf))
+    here = (rows.targets >= 0) & (rows.targets < head.vocabulary)
+    tokens = _tokens(replace(rows, targets=rows.targets.clamp(0, head.vocabulary - 1)), head)
+    tile = _tile("stats", tokens, head)
+    scratch = Partials.empty(tile, min(rows.count, ROWS), head.vocabulary, outputs, rows.hidden.device)
+    found = []
+    for at in _ranges(rows.count, ROWS):
+        some = _slice(tokens, at)
+        for block in _blocks(head, _uncut(head)):
+            launch_stats(tile, some, block, head, scratch)
+        top = torch.empty_like(some.inv_temperature)
+        stats = launch_finish(some, head, scratch, top)[0]
+        mass = _masses(tile, stats, scratch) if head.grad_filter > 0 else None
+        merged = scratch.merged(stats, top, here[at], head.vocabulary)
+        found.append((merged.packed(), stats.normaliser, mass))
+    packed, normalisers, masses = zip(*found)
+    mass = None if masses[0] is None else torch.cat(masses)
+    return ShardStats(of_shards.Partials.unpacked(torch.cat(packed), outputs), mass, torch.cat(normalisers))
 
 
 def filter_columns(device: torch.device) -> int:
