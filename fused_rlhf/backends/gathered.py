@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag
 from fused_rlhf.backends.tiling import slices
 from fused_rlhf.kernels.interface import BlockGrads, Entries, EntryGrads, Projection
 
-BYTES = 8 << 20  # of what is fetched at a time; it stays in cache
+BYTES = 2 << 20  # of what is fetched at a time; it stays in cache
 
 
 def logits(entries: Entries, head: Projection) -> Tensor:
