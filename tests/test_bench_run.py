@@ -516,7 +516,7 @@ def test_one_case_from_the_command_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--providers dense --op orpo", "expected one of dpo, grpo, kl"),
+        ("--providers dense --op orpo", "expected one of dpo, grpo, ids, kept, kl"),
         ("--providers dense --op grop", "got 'grop' (did you mean 'grpo'?)"),
         ("--providers dense --op dpo --T 2048", "dpo needs an even number of sequences"),
         ("--providers dense --zero_rows 0.5", "zero_rows must be 0"),
