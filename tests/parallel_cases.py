@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fused_rlhf as fr
-from fused_rlhf.integrations import verl
+from fused_rlhf.integrations import megatron, nemo_rl, skyrl, verl
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
 N, H, V = 12, 16, 90
@@ -215,6 +216,85 @@ def case_verl() -> None:
     (found - its).sum().backward()
     dist.all_reduce(hidden.grad)
     torch.testing.assert_close(hidden.grad, whole.grad, rtol=0, atol=2e-6 * whole.grad.abs().max().item())
+
+
+def whole_sequence(b: int = 2) -> dict[str, Tensor]:
+    """(s, b, H) hidden states, (b, s) ids, and the log-probs of the ids, differentiable in hidden and weight."""
+    g = torch.Generator().manual_seed(6)
+    s = 4 * dist.get_world_size()
+    hidden, weight = torch.randn(s, b, H, generator=g).requires_grad_(), torch.randn(V, H, generator=g).requires_grad_()
+    ids = torch.randint(0, V, (b, s), generator=g)
+    log_p = torch.log_softmax(hidden.double() @ weight.double().T, -1).transpose(0, 1)
+    return {"hidden": hidden, "weight": weight, "ids": ids, "log_p": log_p}
+
+
+def own_part(hidden: Tensor) -> Tensor:
+    """This rank's share of the sequence, a leaf."""
+    return hidden.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+
+
+def same(found: Tensor, truth: Tensor) -> None:
+    torch.testing.assert_close(found.double(), truth.double(), rtol=0, atol=2e-6 * max(truth.abs().max().item(), 1.0))
+
+
+def case_megatron() -> None:
+    """As GPTModel calls it: with the sequence in parts, and with all of it on every rank."""
+    data = whole_sequence()
+    keep = torch.ones_like(data["ids"]).index_fill(1, torch.tensor([1]), 0)
+    scaled = torch.log_softmax(1.5 * data["hidden"].double() @ data["weight"].double().T / 0.7, -1).transpose(0, 1)
+    truth = scaled.gather(-1, data["ids"][..., None])[..., 0] * keep
+    truth.sum().backward()
+    for in_parts in (True, False):
+        hidden = own_part(data["hidden"]) if in_parts else data["hidden"].detach().clone().requires_grad_()
+        weight = data["weight"].detach()[here()].clone().requires_grad_()
+        layer = SimpleNamespace(weight=weight, bias=None, sequence_parallel=in_parts, tp_group=dist.group.WORLD)
+        arguments = dict.fromkeys(("input_ids", "position_ids", "attention_mask", "decoder_input", "packed_seq_params"))
+        found = megatron.output_processor(
+            hidden_states=hidden, output_layer=layer, output_weight=None, labels=data["ids"], loss_mask=keep,
+            inference_context=None, runtime_gather_output=False, compute_language_model_loss=None, config=None,
+            context=megatron.Processing(temperature=0.7, outputs=("entropy",)), scale_logits=lambda z: 1.5 * z, **arguments,
+        )  # fmt: skip
+        same(found.logprobs.detach(), truth.detach())
+        assert found.entropy.shape == truth.shape
+        found.logprobs.sum().backward()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        same(hidden.grad, data["hidden"].grad.chunk(world)[rank] if in_parts else data["hidden"].grad)
+        same(weight.grad, data["weight"].grad[here()])
+
+
+def case_nemo_rl() -> None:
+    data = whole_sequence()
+    truth = data["log_p"][:, :-1].gather(-1, data["ids"][:, 1:, None])[..., 0]
+    truth.sum().backward()
+    hidden, weight = own_part(data["hidden"]), data["weight"].detach()[here()].clone().requires_grad_()
+    edges, group = (here().start, here().stop), dist.group.WORLD
+    found = nemo_rl.from_parallel_hidden_states_to_logprobs(hidden, weight, False, data["ids"], *edges, group)
+    same(found.detach(), truth.detach())
+    found.sum().backward()
+    same(hidden.grad, data["hidden"].grad.chunk(dist.get_world_size())[dist.get_rank()])
+    same(weight.grad, data["weight"].grad[here()])
+    quiet = nemo_rl.from_parallel_hidden_states_to_logprobs(hidden, weight, False, data["ids"], *edges, group, True)
+    assert torch.equal(quiet, found)
+    assert not quiet.requires_grad
+    with pytest.raises(ValueError, match="cp_group must have one rank"):
+        nemo_rl.from_parallel_hidden_states_to_logprobs(hidden, weight, False, data["ids"], *edges, group, False, group)
+
+
+def case_skyrl() -> None:
+    data = whole_sequence()
+    truth = data["log_p"].gather(-1, data["ids"][..., None])[..., 0]
+    truth.sum().backward()
+    hidden = data["hidden"].detach().transpose(0, 1).clone().requires_grad_()
+    weight = data["weight"].detach()[here()].clone().requires_grad_()
+    edges = here().start, here().stop
+    found = skyrl.fused_lm_head_logprob_apply(
+        "torch", hidden, weight, data["ids"], *edges, 1024, dist.group.WORLD, False
+    )
+    same(found.detach(), truth.detach())
+    found.sum().backward()
+    dist.all_reduce(hidden.grad)
+    same(hidden.grad.transpose(0, 1), data["hidden"].grad)
+    same(weight.grad, data["weight"].grad[here()])
 
 
 @contextmanager

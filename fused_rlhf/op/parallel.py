@@ -23,6 +23,7 @@ from torch import Tensor
 from fused_rlhf import private
 from fused_rlhf.kernels.interface import Backend, Grads, Needs, Projection, Rows, Shard, Stats, TokenGrads
 from fused_rlhf.kernels.statistics import Partials, merge
+from fused_rlhf.op.once import once_differentiable
 
 HIDDEN_GRADS = ("sum", "local")
 
@@ -205,6 +206,33 @@ def gradients(
     total = grads.hidden.to(head.wide)
     dist.all_reduce(total, group=private.process_group(head.shard.group))
     return grads._replace(hidden=total.to(grads.hidden.dtype))
+
+
+def gather_sequence(hidden: Tensor, group: Any) -> Tensor:
+    """(s / world, ...) of each rank -> (s, ...) of all of them, in the order of the ranks.
+
+    For sequence-parallel callers: the backward sums what the ranks have for a part, and leaves each its own
+    (reduce-scatter), as `hidden_grad="local"` expects. Every rank must have as many rows.
+    """
+    return hidden if group is None or dist.get_world_size(group) == 1 else _GatherSequence.apply(hidden, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        world, mine = dist.get_world_size(group), hidden.contiguous()
+        whole = mine.new_empty((world * len(mine), *mine.shape[1:]))
+        dist.all_gather(list(whole.chunk(world)), mine, group=group)
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # type: ignore[override]
+        parts = [part.contiguous() for part in upstream.chunk(dist.get_world_size(ctx.group))]
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter(mine, parts, group=ctx.group)
+        return mine, None
 
 
 def _local(rows: Rows, shard: Shard) -> Rows:

@@ -1,0 +1,94 @@
+"""The functions for Megatron-Core, NeMo-RL and SkyRL: their names, and one process. Several: parallel_cases.py."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fused_rlhf as fr
+from fused_rlhf.integrations import megatron, nemo_rl, skyrl
+
+S, B, H, V = 5, 2, 8, 30
+
+# What the frameworks call with, read from their sources: Megatron-Core main of 2026, NeMo-RL's and SkyRL's Megatron paths.
+OF_MEGATRON = (
+    *("hidden_states", "output_layer", "output_weight", "labels", "loss_mask", "input_ids", "position_ids"),
+    *("attention_mask", "decoder_input", "inference_context", "packed_seq_params", "runtime_gather_output", "context"),
+    *("compute_language_model_loss", "scale_logits", "config"),
+)
+OF_NEMO_RL = (
+    *("tensor_parallel_hidden_states", "output_weight_layer", "runtime_gather_output", "target", "vocab_start_index"),
+    *("vocab_end_index", "tp_group", "inference_only", "cp_group", "chunk_size"),
+)
+OF_SKYRL = (
+    *("backend", "hidden", "weight", "target", "vocab_start_index", "vocab_end_index", "chunk_size", "tp_group"),
+    "inference_only",
+)
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(S, B, H, generator=g), torch.randn(V, H, generator=g)
+    ids = torch.randint(0, V, (B, S), generator=g)
+    return hidden, weight, ids, torch.log_softmax(hidden @ weight.T, -1).transpose(0, 1)
+
+
+def test_the_names_are_those_of_the_frameworks() -> None:
+    inspect.signature(megatron.output_processor).bind(**dict.fromkeys(OF_MEGATRON))
+    assert tuple(inspect.signature(nemo_rl.from_parallel_hidden_states_to_logprobs).parameters) == OF_NEMO_RL
+    assert tuple(inspect.signature(skyrl.fused_lm_head_logprob_apply).parameters) == OF_SKYRL
+
+
+def test_in_one_process(group: Any) -> None:
+    hidden, weight, ids, log_p = inputs()
+    layer = SimpleNamespace(weight=None, bias=None, sequence_parallel=True, tp_group=group)
+    whole = log_p.gather(-1, ids[..., None])[..., 0]
+    given = {**dict.fromkeys(OF_MEGATRON), "hidden_states": hidden, "output_layer": layer, "output_weight": weight}
+    found = megatron.output_processor(**given | {"labels": ids})
+    torch.testing.assert_close(found.logprobs, whole)
+    theirs = nemo_rl.from_parallel_hidden_states_to_logprobs(hidden, weight, False, ids, 0, V, group)
+    torch.testing.assert_close(theirs, log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
+    of_sky = skyrl.fused_lm_head_logprob_apply("triton", hidden.transpose(0, 1), weight, ids, 0, V, 4, group, True)
+    torch.testing.assert_close(of_sky, whole)
+
+
+def test_a_loss_in_the_place_of_log_probs(group: Any) -> None:
+    hidden, weight, ids, log_p = inputs()
+    layer = SimpleNamespace(weight=weight, bias=None, sequence_parallel=False, tp_group=group)
+
+    def loss(states: torch.Tensor, head: fr.Head, targets: torch.Tensor, **shared: Any) -> torch.Tensor:
+        return -fr.linear_logprobs(states, head, targets, **shared).logprobs.mean()
+
+    context = megatron.Processing(then=loss)
+    found = megatron.output_processor(hidden_states=hidden, output_layer=layer, labels=ids, context=context)
+    torch.testing.assert_close(found, -log_p.gather(-1, ids[..., None]).mean())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"labels": None}, ValueError, "labels must be given"),
+        ({"inference_context": object()}, ValueError, "inference_context must be None"),
+        ({"context": {"temperature": 1.0}}, TypeError, "output_processor_context must be a Processing, got dict"),
+        ({"scale_logits": torch.tanh}, ValueError, "scale_logits must multiply by a number"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused(group: Any, changes: dict[str, Any], error: Any, words: str) -> None:
+    hidden, weight, ids, _ = inputs()
+    layer = SimpleNamespace(weight=weight, bias=None, sequence_parallel=False, tp_group=group)
+    arguments: dict[str, Any] = {"hidden_states": hidden, "output_layer": layer, "labels": ids}
+    with pytest.raises(error, match=words):
+        megatron.output_processor(**arguments | changes)
