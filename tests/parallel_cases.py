@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -401,6 +402,18 @@ def case_no_rows() -> None:
     assert not found.logprobs.any()
     found.logprobs.sum().backward()
     assert not hidden.grad.any()
+
+
+def without_the_last() -> None:
+    """The last rank is gone before the call of the others, which raise."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    dist.barrier()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(1)
+    data = case(TRANSFORMS[0])
+    with pytest.raises(RuntimeError) as error:
+        fr.linear_logprobs(data["hidden"], data["weight"][here()], data["targets"], process_group=dist.group.WORLD)
+    print("ended with", error.value)
 
 
 def main(*names: str) -> None:

@@ -1,4 +1,4 @@
-"""The functions for Megatron-Core, NeMo-RL and SkyRL: their names, and one process. Several: parallel_cases.py."""
+"""The functions for Megatron-Core, NeMo-RL, SkyRL and prime-rl: their names, and one process. Several: parallel_cases.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import fused_rlhf as fr
-from fused_rlhf.integrations import megatron, nemo_rl, skyrl
+from fused_rlhf.integrations import megatron, nemo_rl, prime_rl, skyrl
 
 S, B, H, V = 5, 2, 8, 30
 
@@ -30,6 +30,7 @@ OF_SKYRL = (
     *("backend", "hidden", "weight", "target", "vocab_start_index", "vocab_end_index", "chunk_size", "tp_group"),
     "inference_only",
 )
+OF_PRIME_RL = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_the_names_are_those_of_the_frameworks() -> None:
     inspect.signature(megatron.output_processor).bind(**dict.fromkeys(OF_MEGATRON))
     assert tuple(inspect.signature(nemo_rl.from_parallel_hidden_states_to_logprobs).parameters) == OF_NEMO_RL
     assert tuple(inspect.signature(skyrl.fused_lm_head_logprob_apply).parameters) == OF_SKYRL
+    assert tuple(inspect.signature(prime_rl.SequenceLogProbEntropy.apply).parameters) == OF_PRIME_RL
 
 
 def test_in_one_process(group: Any) -> None:
@@ -63,6 +65,20 @@ def test_in_one_process(group: Any) -> None:
     torch.testing.assert_close(theirs, log_p[:, :-1].gather(-1, ids[:, 1:, None])[..., 0])
     of_sky = skyrl.fused_lm_head_logprob_apply("triton", hidden.transpose(0, 1), weight, ids, 0, V, 4, group, True)
     torch.testing.assert_close(of_sky, whole)
+
+
+def test_prime_rl() -> None:
+    """Temperatures a token; gradients of the entropy too."""
+    hidden, weight, ids, _ = inputs()
+    flat, labels = hidden.flatten(0, 1).requires_grad_(), ids.T.reshape(-1)
+    inverse = torch.linspace(0.5, 2, S * B)
+    log_p = torch.log_softmax(flat.double() @ weight.double().T * inverse[:, None], -1)
+    truth = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    found = prime_rl.SequenceLogProbEntropy.apply(flat, weight, labels.int(), inverse, 4)
+    for value, true in zip(found, truth):
+        torch.testing.assert_close(value.double(), true, rtol=0, atol=5e-6)
+        ours, theirs = (torch.autograd.grad(v.sum(), flat, retain_graph=True)[0] for v in (value, true))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
 def test_a_loss_in_the_place_of_log_probs(group: Any) -> None:

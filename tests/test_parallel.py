@@ -23,6 +23,14 @@ def test_ranks_of_a_vocabulary_parallel_head_equal_one_process(processes: int, t
     launch.together(RUN, tmp_path, processes)
 
 
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    code = "from tests import parallel_cases as p; p.without_the_last()"
+    last, first = launch.forked(["-c", code], tmp_path / "log", 2)[::-1]
+    last.wait()
+    assert first.wait() == 0, (tmp_path / "log").read_text()[-5000:]
+    assert "ended with" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.slow
 def test_in_the_interpreter(tmp_path: Path) -> None:
     """Of Triton, which must be chosen before triton is imported: not in a fork."""
