@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_rlhf.checks import check_count
@@ -445,6 +447,8 @@ def linear_kl(
     ref_softcap: float | None = None,
     beta: float = 0.5,
     backend: str = "auto",
+    process_group: Any = None,
+    hidden_grad: str = "sum",
 ) -> Tensor:
     """Divergence of a policy from a reference over the whole vocabulary, token by token, without the logits of either.
 
@@ -465,6 +469,8 @@ def linear_kl(
         beta: in (0, 1), weight of the reference in "jsd"; for no other kind.
         backend: as in `linear_logprobs`. "triton" and "chunked" hold fp32 logits of both heads for a block of rows, of
             1 GiB and 320 MiB together; "reference" holds them all.
+        process_group, hidden_grad: as in `linear_logprobs`: both weights are this rank's rows, of the same columns. Not for
+            "jsd" yet.
 
     Returns:
         fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Repeatable to the
@@ -474,14 +480,24 @@ def linear_kl(
         ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.
         RuntimeError: backend "triton" where it cannot run: without a GPU, or on fp64 operands.
     """
-    head = head_of(weight, bias, logit_scale, softcap)
-    ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
-    door, call = Door(), Call(temperature, backend=backend)
-    of, flat_temperature = check_divergence(door, hidden, head, ref_hidden, ref, kind, beta, mask, call)
-    live = None if mask is None else mask.reshape(-1).bool()
-    if isinstance(temperature, Tensor):
-        check_temperature(door, flat_temperature, live)
-    index = door.rows(live)
+    call = Call(temperature, backend=backend, sharded=process_group is not None)
+    with gate(process_group, hidden_grad) as entered:
+        head = head_of(weight, bias, logit_scale, softcap)
+        ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
+        door = Door()
+        of, flat_temperature = check_divergence(door, hidden, head, ref_hidden, ref, kind, beta, mask, call)
+        live = None if mask is None else mask.reshape(-1).bool()
+        if isinstance(temperature, Tensor):
+            check_temperature(door, flat_temperature, live)
+        index = door.rows(live)
+        if entered is not None:
+            if kind == "jsd":
+                raise NotImplementedError("process_group must be None with kind='jsd', which is of whole heads so far")
+            count = flat_temperature.numel() if index is None else index.numel()
+            anything = torch.zeros(count, dtype=torch.int64, device=hidden.device)
+            vocab = head.vocab_start, head.vocab_size
+            shard = entered.through(of.policy, anything, vocab, "kl", kind, of.ref.transform, of.ref.compute_dtype)
+            of = replace(of, policy=sharded(of.policy, shard), ref=sharded(of.ref, shard))
     x, y = (pick(h.reshape(-1, h.shape[-1]), index) for h in (hidden, ref_hidden))
     if head.lora is not None:
         x = with_adapter(x, head.lora[0], head.lora[2], of.policy)

@@ -157,6 +157,39 @@ def case_losses() -> None:
     compare(with_reference, data, padded=True)
 
 
+def divergences(far: float, kind: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(values, d_hidden, this rank's dW) of one process, and of the group with a padded vocabulary."""
+    data = case(TRANSFORMS[0], dtype)
+    noise = torch.randn(N, H, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    mask = torch.ones(N, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
+    own, results = shard(data["weight"], padded=True), []
+    assert own is not None
+    for rows, more in ((data["weight"], {}), (own, {"process_group": dist.group.WORLD})):
+        hidden, weight = data["hidden"].clone().requires_grad_(), rows.clone().requires_grad_()
+        head = fr.Head(weight, vocab_size=V if more else None)
+        ref_hidden = data["hidden"] + far * noise
+        value = fr.linear_kl(hidden, head, ref_hidden, rows, kind, mask=mask, backend=BACKENDS[0], **more)
+        (value * torch.linspace(1, 2, N, dtype=dtype)).sum().backward()
+        grad = weight.grad[: here().stop - here().start] if more else weight.grad[here()]
+        results.append((value.detach(), hidden.grad, grad))
+    return results
+
+
+def case_divergence() -> None:
+    """In both directions, near and far from the reference, and exactly 0 where there is no difference."""
+    fp64 = "triton" not in BACKENDS
+    for far in (1e-3, 1.0) if fp64 else (1.0,):
+        for kind in ("forward", "reverse"):
+            whole, found = divergences(far, kind, torch.float64 if fp64 else torch.float32)
+            for value, truth in zip(found, whole, strict=True):
+                limit = (1e-9 if fp64 else 5e-6) * truth.abs().amax().item() if truth.numel() else 0.0
+                torch.testing.assert_close(value, truth, rtol=0, atol=limit)
+    assert not divergences(0.0, "reverse", torch.float32)[1][0].any()
+    weight, hidden = case()["weight"][here()], case()["hidden"]
+    with pytest.raises(NotImplementedError, match="process_group must be None with kind='jsd'"):
+        fr.linear_kl(hidden, weight, hidden, weight, "jsd", process_group=dist.group.WORLD)
+
+
 def case_adapter() -> None:
     """A whole A and this rank's rows of B; dA is whole on every rank."""
     data = case()

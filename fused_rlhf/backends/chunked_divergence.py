@@ -16,15 +16,15 @@ from fused_rlhf.backends.tiling import Operands, slices
 from fused_rlhf.kernels.interface import Comparison, Grads, Needs, Projection, RowPairs, Rows, Sums, Work
 
 
-def _times(weight: Tensor, log: Tensor) -> Tensor:
+def times(weight: Tensor, log: Tensor) -> Tensor:
     """weight * log, 0 where the weight is, whatever the logarithm."""
     return (weight * log).masked_fill_(weight == 0, 0.0)
 
 
-def _kl_terms(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
+def kl_terms(a: Tensor, b: Tensor, gap: Tensor) -> Tensor:
     """a (e^gap - 1 - gap), gap = log b - log a; a e^gap is b, where that would overflow or has nothing to cancel."""
     near = a * (torch.expm1(gap) - gap)
-    return torch.where(gap.abs() < 1, near, (b - a) - _times(a, gap))
+    return torch.where(gap.abs() < 1, near, (b - a) - times(a, gap))
 
 
 def _mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -37,19 +37,19 @@ def _mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 def _terms(of: Comparison, p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor | None]:
     """(n, v) terms of the divergence, and of sum p s where that is needed."""
     if of.kind == "forward":
-        return _kl_terms(q, p, d), None
+        return kl_terms(q, p, d), None
     if of.kind == "reverse":
-        return _kl_terms(p, q, -d), _times(p, d)
+        return kl_terms(p, q, -d), times(p, d)
     over_p, over_q = _mixture(d, of.beta)
-    of_p = (of.beta - 1) * _times(p, over_p)
-    return of_p - of.beta * _times(q, over_q), of_p
+    of_p = (of.beta - 1) * times(p, over_p)
+    return of_p - of.beta * times(q, over_q), of_p
 
 
 def _d_logits(of: Comparison, p: Tensor, q: Tensor, d: Tensor, mean: Tensor) -> Tensor:
     if of.kind == "forward":
         return p - q
     score = d if of.kind == "reverse" else (of.beta - 1) * _mixture(d, of.beta)[0]
-    return _times(p, score - mean[:, None])
+    return times(p, score - mean[:, None])
 
 
 class _Pair:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fused_rlhf import backends
 from fused_rlhf.kernels.interface import Comparison, Needs, Projection, RowPairs, Sums, indices, pick
+from fused_rlhf.op import parallel
 from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.rows import scatter
 
@@ -53,7 +54,7 @@ class _Divergence(torch.autograd.Function):
         of: Comparison,
         backend: str,
     ) -> Tensor:
-        value, sums = backends.resolve(backend, hidden).divergence(rows, of)
+        value, sums = parallel.divergence(backends.resolve(backend, hidden), rows, of)
         ctx.save_for_backward(
             hidden, rows.ref_hidden, rows.temperature, *_operands(of.policy), *_operands(of.ref), *sums
         )
@@ -75,7 +76,8 @@ class _Divergence(torch.autograd.Function):
         g, *sums = (pick(v, some) for v in (upstream, *kept[6:]))
         computed = backends.resolve(ctx.backend, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = computed.divergence_gradients(rows, of, Sums(*sums), g, Needs(*ctx.needs_input_grad[:4]))
+            needs = Needs(*ctx.needs_input_grad[:4])
+            grads = parallel.divergence_gradients(computed, rows, of, Sums(*sums), g, needs)
         return (scatter(grads.hidden, some, len(hidden)), *grads[1:], None, None, None)
 
 

@@ -21,7 +21,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_rlhf import private
-from fused_rlhf.kernels.interface import Backend, Grads, Needs, Projection, Rows, Shard, Stats, TokenGrads
+from fused_rlhf.backends.chunked_divergence import kl_terms, times
+from fused_rlhf.kernels.interface import (
+    Backend,
+    Comparison,
+    Grads,
+    Needs,
+    Projection,
+    RowPairs,
+    Rows,
+    Shard,
+    Stats,
+    Sums,
+    TokenGrads,
+)
 from fused_rlhf.kernels.statistics import Partials, merge
 from fused_rlhf.op.once import once_differentiable
 
@@ -199,13 +212,70 @@ def gradients(
     if head.vocabulary:
         grads = backend.gradients(_local(rows, head.shard), head, stats, upstream, needs, filtered)
     else:
-        like = (rows.hidden, head.weight, head.bias, head.lora_b)
-        grads = Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
-    if grads.hidden is None or not head.shard.sums_hidden:
+        grads = _nothing(rows.hidden, head, needs)
+    return _summed(grads, head)
+
+
+def _nothing(hidden: Tensor, head: Projection, needs: Needs) -> Grads:
+    """What a shard without columns gives."""
+    like = (hidden, head.weight, head.bias, head.lora_b)
+    return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
+
+
+def _summed(grads: Grads, head: Projection) -> Grads:
+    """With d_hidden of all ranks, where it is asked to be summed."""
+    if grads.hidden is None or head.shard is None or not head.shard.sums_hidden:
         return grads
     total = grads.hidden.to(head.wide)
     dist.all_reduce(total, group=private.process_group(head.shard.group))
     return grads._replace(hidden=total.to(grads.hidden.dtype))
+
+
+def divergence(backend: Backend, rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+    """As `Backend.divergence`, over the shards of all ranks: (N,), and the sums over the whole vocabulary.
+
+    With P_r and Q_r the masses of shard r in the policy and in the reference, and p_r and q_r the distributions within it,
+
+        KL(q || p) = sum_r Q_r KL(q_r || p_r) + KL(Q || P)
+
+    and likewise the other way round, so that what a rank finds within its shard and four numbers of it are enough.
+    """
+    shard = of.policy.shard
+    if shard is None:
+        return backend.divergence(rows, of)
+    if of.policy.vocabulary:
+        value, sums = backend.divergence(rows, of)
+    else:
+        value = torch.zeros_like(rows.temperature)
+        nothing = torch.full_like(value, -torch.inf)
+        sums = Sums(nothing, nothing, value, value)
+    numbers = torch.stack([value, sums.lse, sums.ref_lse, sums.shift], 1)
+    gathered = numbers.new_empty((shard.world, *numbers.shape))
+    dist.all_gather(list(gathered.unbind()), numbers, group=private.process_group(shard.group))
+    values, lses, ref_lses, shifts = gathered.unbind(-1)
+    lse, ref_lse = lses.logsumexp(0), ref_lses.logsumexp(0)
+    p, q = (lses - lse).exp(), (ref_lses - ref_lse).exp()
+    # lse - ref_lse, exact where all shards differ alike: q sums to 1.
+    about = shifts.gather(0, q.argmax(0, keepdim=True))[0]
+    shift = about + torch.log1p(times(q, torch.expm1(shifts - about)).sum(0))
+    shift = torch.where(shift.isfinite(), shift, lse - ref_lse)
+    gap = torch.where((p == 0) & (q == 0), 0.0, shifts - shift)  # log p - log q
+    if of.kind == "forward":
+        whole = (times(q, values) + kl_terms(q, p, gap)).sum(0)
+        return whole, Sums(lse, ref_lse, shift, torch.zeros_like(whole))
+    whole = (times(p, values) + kl_terms(p, q, -gap)).sum(0)
+    return whole, Sums(lse, ref_lse, shift, whole)
+
+
+def divergence_gradients(
+    backend: Backend, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs
+) -> Grads:
+    """As `Backend.divergence_gradients`: of this rank's shard, with d_hidden as in `gradients`."""
+    if of.policy.shard is None or of.policy.vocabulary:
+        grads = backend.divergence_gradients(rows, of, sums, upstream, needs)
+    else:
+        grads = _nothing(rows.hidden, of.policy, needs)
+    return _summed(grads, of.policy)
 
 
 def gather_sequence(hidden: Tensor, group: Any) -> Tensor:
