@@ -93,10 +93,10 @@ class Gate:
         shared = (*options, head.transform, head.compute_dtype, head.adapter_dtype, head.round_logits, head.grad_filter)
         shared += (head.weight.shape[1], head.bias is None, head.copies, self.hidden_grad)
         hashed = zlib.crc32(repr(shared).encode())
+        self.passed = True  # from here on the others hear of a failure by the exchange itself
         everyone = Header(0, targets.numel(), hashed, checksum, largest, head.vocabulary, start, size).exchanged(
             self.group
         )
-        self.passed = True
         start, total = _place(everyone, dist.get_rank(self.group))
         return Shard(self.group.group_name, len(everyone), start, total, self.hidden_grad == "sum")
 
