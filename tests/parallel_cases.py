@@ -164,7 +164,8 @@ def divergences(far: float, kind: Any, dtype: torch.dtype) -> list[tuple[Tensor,
     mask = torch.ones(N, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
     own, results = shard(data["weight"], padded=True), []
     assert own is not None
-    for rows, more in ((data["weight"], {}), (own, {"process_group": dist.group.WORLD})):
+    tells: list[tuple[Tensor, dict[str, Any]]] = [(data["weight"], {}), (own, {"process_group": dist.group.WORLD})]
+    for rows, more in tells:
         hidden, weight = data["hidden"].clone().requires_grad_(), rows.clone().requires_grad_()
         head = fr.Head(weight, vocab_size=V if more else None)
         ref_hidden = data["hidden"] + far * noise

@@ -101,7 +101,8 @@ def output_processor(
     if asked.then is not None:
         return asked.then(hidden, head, targets.T, **shared)
     found = linear_logprobs(hidden, head, targets.T, outputs=asked.outputs, backend=asked.backend, **shared)
-    return LogProbs(*(None if value is None else value.T for value in found))
+    asked_for = {name: getattr(found, name).T for name in asked.outputs}
+    return LogProbs(found.logprobs.T, **asked_for)
 
 
 def _group(output_layer: Any) -> Any:
