@@ -34,7 +34,7 @@ from fused_rlhf.op.kept import ADDED, FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
 from fused_rlhf.op.logprobs import linear_logprobs_of_ids as logprobs_of_ids
 from fused_rlhf.op.parallel import Gate, gate, sharded
-from fused_rlhf.op.rows import check_id_shape, check_temperature, scatter, tokens_of
+from fused_rlhf.op.rows import Tokens, check_id_shape, check_temperature, scatter, tokens_of
 from fused_rlhf.op.sequences import (
     check_policy,
     check_preference,
@@ -42,7 +42,7 @@ from fused_rlhf.op.sequences import (
     reference_logprobs,
     sharded_reference,
 )
-from fused_rlhf.op.truncation import WITHIN, Kept, Truncation, check_sampling
+from fused_rlhf.op.truncation import WITHIN, Kept, Truncation
 
 
 class LogProbs(NamedTuple):
@@ -153,9 +153,13 @@ def linear_logprobs(
             head = head_of(weight, bias, logit_scale, softcap, lora)
             return _of_shards(entered, hidden, head, targets, call, check_outputs(outputs))
     head = head_of(weight, bias, logit_scale, softcap, lora)
-    check_sampling(kept, truncation, targets, grad_filter, ids)
     projection, flat_temperature = check_head(hidden, head, targets, call)
-    if kept is not None or truncation is not None:
+    if call.samples:
+        if ids is not None:
+            name = "truncation" if kept is None else "kept"
+            raise ValueError(
+                f"ids must be None with {name}: their log-probs are of the whole vocabulary; call once more"
+            )
         return _within_sets(hidden, head, projection, targets, flat_temperature, call, outputs)
     names = check_outputs(outputs)
     flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
@@ -185,9 +189,7 @@ def _of_shards(
     shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), "logprobs", names)
     projection = sharded(projection, shard)
     stats = logprobs_of_rows(tokens.rows(hidden, head, projection), projection, None, names, call.backend)
-    some = {"logprobs": stats.logprobs} | {name: stats[name] for name in names}
-    found = {name: scatter(values, tokens.index, targets.numel()) for name, values in some.items()}
-    return LogProbs(**{name: values.view(targets.shape) for name, values in found.items()})
+    return _laid_out(stats, names, tokens, targets)
 
 
 def _within_sets(
@@ -211,7 +213,12 @@ def _within_sets(
     else:
         stats = kept_statistics(rows, projection, tokens.sets, names, call.backend)
     wanted = (*names, *((ADDED,) if ADDED in stats.extra else ()))
-    some = {"logprobs": stats.logprobs} | {name: stats[name] for name in wanted}
+    return _laid_out(stats, wanted, tokens, targets)
+
+
+def _laid_out(stats: Stats, names: tuple[str, ...], tokens: Tokens, targets: Tensor) -> LogProbs:
+    """Statistics of tokens, in the shape of the targets."""
+    some = {"logprobs": stats.logprobs} | {name: stats[name] for name in names}
     found = {name: scatter(values, tokens.index, targets.numel()) for name, values in some.items()}
     return LogProbs(**{name: values.view(targets.shape) for name, values in found.items()})
 

@@ -424,6 +424,12 @@ class Grads(NamedTuple):
     bias: Tensor | None  # (V,)
     lora: Tensor | None = None  # (V, r), of lora_b
 
+    @staticmethod
+    def zeros(hidden: Tensor, head: Projection, needs: Needs) -> Grads:
+        """What there is without a row, or without a column."""
+        like = (hidden, head.weight, head.bias, head.lora_b)
+        return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
+
 
 def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int, exact: Tensor | None) -> Tensor:
     """(N, blocks) bool: the vocabulary blocks of `columns` columns that each row needs in the backward.

@@ -530,8 +530,7 @@ def _gradients_of_live_rows(rows: Rows, head: Projection, stats: Stats, upstream
     nonzero = upstream.live(rows.targets)
     count = int(nonzero.sum()) if any(needs) else 0
     if count == 0:
-        like = (rows.hidden, head.weight, head.bias, head.lora_b)
-        return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
+        return Grads.zeros(rows.hidden, head, needs)
     if count == rows.count:
         return gradients(rows, head, stats, upstream, needs)
     live = indices(nonzero, count)

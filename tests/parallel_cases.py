@@ -393,8 +393,9 @@ def case_refusals() -> None:
         *((ValueError, "got -7") if first else (RuntimeError, "refused on rank 0")),
         targets=bad if first else data["targets"],
     )
-    wrong: dict[str, Any] = {"temperature": -1.0} if first else {}
-    refused(*((ValueError, "temperature") if first else (RuntimeError, "refused on rank 0")), **wrong)
+    for name, value in (("temperature", -1.0), ("hidden_grad", "mean")):
+        wrong: dict[str, Any] = {name: value} if first else {}
+        refused(*((ValueError, name) if first else (RuntimeError, "refused on rank 0")), **wrong)
     refused(
         ValueError,
         r"as many rows to compute, got \[4, 11",

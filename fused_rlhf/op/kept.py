@@ -208,16 +208,13 @@ def _dense(rows: Rows, of_all: Stats | None, full: Tensor | None, found: KeptSet
         return _Dense(bounded, within, of_wide, [wide[live]])
     assert of_all is not None
     assert full is not None
-    whole = of_all.pick(every)
-    lead = torch.zeros_like(whole.lse)
+    lead = torch.zeros_like(of_all.lse[every])
+    whole = replace(of_all.pick(every), extra=dict.fromkeys(within.extra, lead))
 
     def after(value: Tensor | None, before: Tensor = lead) -> Tensor | None:
         return None if value is None else torch.cat([before, value.to(before.dtype)])
 
-    extra = {name: torch.cat([lead, value]) for name, value in within.extra.items()}
-    normaliser = None if whole.normaliser is None else after(within.normaliser, whole.normaliser)
-    logprobs, lse = torch.cat([whole.logprobs, within.logprobs]), torch.cat([whole.lse, within.lse])
-    stats = Stats(logprobs, lse, extra, normaliser=normaliser)
     g = torch.zeros_like(within.lse) if of_wide.logprobs is None else of_wide.logprobs
     upstream = TokenGrads(after(g, full[every].to(lead.dtype)), after(of_wide.entropy), after(of_wide.lse))
-    return _Dense(Rows.joined([rows.pick(every), bounded]), stats, upstream, [every, wide[live]])
+    joined = Rows.joined([rows.pick(every), bounded]), Stats.joined([whole, within])
+    return _Dense(*joined, upstream, [every, wide[live]])

@@ -10,6 +10,7 @@ bits on every rank.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from fused_rlhf.kernels.statistics import Partials, merge
 from fused_rlhf.op.once import once_differentiable
 
 HIDDEN_GRADS = ("sum", "local")
+LN2 = math.log(2)
 
 
 @dataclass
@@ -117,12 +119,12 @@ def gate(group: Any, hidden_grad: str = "sum") -> Iterator[Gate | None]:
     if group is None:
         yield None
         return
-    if hidden_grad not in HIDDEN_GRADS:
-        raise ValueError(f"hidden_grad must be one of {list(HIDDEN_GRADS)}, got {hidden_grad!r}")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     own = Gate(group, hidden_grad)
     try:
+        if hidden_grad not in HIDDEN_GRADS:
+            raise ValueError(f"hidden_grad must be one of {list(HIDDEN_GRADS)}, got {hidden_grad!r}")
         yield own
     except Exception:
         if not own.passed:
@@ -193,9 +195,6 @@ def statistics(backend: Backend, rows: Rows, head: Projection, outputs: tuple[st
     return replace(stats, normaliser=normaliser)
 
 
-LN2 = 0.6931471805599453
-
-
 def gradients(
     backend: Backend,
     rows: Rows,
@@ -212,14 +211,8 @@ def gradients(
     if head.vocabulary:
         grads = backend.gradients(_local(rows, head.shard), head, stats, upstream, needs, filtered)
     else:
-        grads = _nothing(rows.hidden, head, needs)
+        grads = Grads.zeros(rows.hidden, head, needs)
     return _summed(grads, head)
-
-
-def _nothing(hidden: Tensor, head: Projection, needs: Needs) -> Grads:
-    """What a shard without columns gives."""
-    like = (hidden, head.weight, head.bias, head.lora_b)
-    return Grads(*(torch.zeros_like(t) if need and t is not None else None for t, need in zip(like, needs)))
 
 
 def _summed(grads: Grads, head: Projection) -> Grads:
@@ -274,7 +267,7 @@ def divergence_gradients(
     if of.policy.shard is None or of.policy.vocabulary:
         grads = backend.divergence_gradients(rows, of, sums, upstream, needs)
     else:
-        grads = _nothing(rows.hidden, of.policy, needs)
+        grads = Grads.zeros(rows.hidden, of.policy, needs)
     return _summed(grads, of.policy)
 
 

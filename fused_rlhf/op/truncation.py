@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -115,16 +114,7 @@ class Entered:
 Sets = Entered | Cut
 
 
-def check_kept_outputs(outputs: Sequence[str], allowed: tuple[str, ...]) -> None:
-    """Refuses what is of the whole vocabulary alone, where a kept set is told."""
-    for name in outputs:
-        if name in allowed and name not in WITHIN:
-            raise ValueError(f"outputs must be among {list(WITHIN)} with kept or truncation, got {name!r}")
-
-
-def check_sampling(
-    kept: Kept | None, truncation: Truncation | None, targets: Tensor, grad_filter: float, ids: Tensor | None = None
-) -> None:
+def check_sampling(kept: Kept | None, truncation: Truncation | None, targets: Tensor, grad_filter: float) -> None:
     """What can be refused of them without reading a value."""
     named = [name for name, value in (("kept", kept), ("truncation", truncation)) if value is not None]
     if len(named) == 2:
@@ -134,8 +124,6 @@ def check_sampling(
     name = named[0]
     if grad_filter > 0:
         raise ValueError(f"grad_filter must be 0 with {name}, whose gradient is exact; got {grad_filter}")
-    if ids is not None:
-        raise ValueError(f"ids must be None with {name}: their log-probs are of the whole vocabulary; call once more")
     if kept is not None:
         _check_csr(kept, targets)
         return
