@@ -42,6 +42,7 @@ from fused_rlhf.bench.text import table
 LIMIT_S = 540.0
 SECONDS = "SECONDS"  # in a command, stands for what the stage may take less the time to write its result
 PYTHON = [sys.executable, "-m"]
+INSTALL = "install"  # the stage without which others lack their peers
 
 # Of suite `gpu`: the cases of a stage, and its seconds of LIMIT_S.
 BENCHES: dict[str, tuple[float, tuple[str, ...]]] = {
@@ -104,7 +105,7 @@ def install(wheels: Path, scratch: Path) -> Stage:
     """One by one: a wheel that does not fit the machine leaves the others."""
     pip = "-m pip install -q --no-index --no-deps --no-compile --target"
     each = f'for wheel; do "$0" {pip} {site(scratch)} "$wheel" || echo "does not install here: $wheel"; done'
-    return Stage("install", ["sh", "-c", each, sys.executable, *map(str, sorted(wheels.glob("*.whl")))], 15)
+    return Stage(INSTALL, ["sh", "-c", each, sys.executable, *map(str, sorted(wheels.glob("*.whl")))], 15)
 
 
 def tests(scratch: Path) -> Stage:
@@ -162,7 +163,7 @@ def chosen(planned: Sequence[Stage], only: Sequence[str] | None, at: Where) -> l
     found = []
     for stage in planned:
         some = tuple(case for case in stage.cases if case in only)
-        if stage.name in only:
+        if stage.name in only or stage.name == INSTALL:
             found.append(stage)
         elif some:
             found.append(bench(stage.name, stage.limit_s, some, at))

@@ -45,10 +45,10 @@ def exact_scores(
             for part in tl.static_range(T_PARTS):
                 t = tl.load(x_ptr + H + part * R + offs, mask=offs < R, other=0.0).to(tl.float32)
                 acc += t * b.to(ADAPTER).to(tl.float32)
-    bias = None
+    product = tl.sum(acc, 1)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + tokens, mask=wanted, other=0.0).to(tl.float32)
-    return scores_of(tl.sum(acc, 1), bias, unit, logit_scale, parameter, CURVE)
+        product += tl.load(bias_ptr + tokens, mask=wanted, other=0.0).to(tl.float32)
+    return scores_of(product, unit, logit_scale, parameter, CURVE)
 
 
 @triton.jit

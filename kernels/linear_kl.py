@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fused_rlhf.kernels.interface import Comparison, Kind, Sums
 from fused_rlhf.kernels.linear_logprobs import store_tile
-from fused_rlhf.kernels.primitives import LOG2E, bias_of, curve_of, expm1, load_raw, log1p, scores_of
+from fused_rlhf.kernels.primitives import LOG2E, curve_of, expm1, load_raw, log1p, scores_of, with_bias
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: below every logit, and still a number
 ROW_STEP = 2048  # columns of a row that a program takes at a time
@@ -122,7 +122,7 @@ def row_logits(
     """[1, STEP] logits of one row, from its products; -inf past V."""
     offs = start + tl.arange(0, STEP)
     product = tl.load(row_ptr + offs[None, :], mask=(offs < V)[None, :], other=0.0)
-    z = scores_of(product, bias_of(bias_ptr, offs, V), inv_temperature[:, None], logit_scale, parameter, CURVE)
+    z = scores_of(with_bias(product, bias_ptr, offs, V), inv_temperature[:, None], logit_scale, parameter, CURVE)
     return tl.where((offs < V)[None, :], z, float("-inf"))
 
 
@@ -254,9 +254,9 @@ def divergence_dlogits_kernel(
     g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
 
     z = load_raw(z_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
-    z = scores_of(z, bias_of(bias_ptr, offs_v, V), inv_temperature, logit_scale, parameter, CURVE)
+    z = scores_of(with_bias(z, bias_ptr, offs_v, V), inv_temperature, logit_scale, parameter, CURVE)
     r = load_raw(r_ptr, n_start, v_start, N, V, stride, BLOCK_N, BLOCK_V)
-    r = scores_of(r, bias_of(ref_bias_ptr, offs_v, V), inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE)
+    r = scores_of(with_bias(r, ref_bias_ptr, offs_v, V), inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE)
     p = tl.exp2((z - lse) * LOG2E)
     d = (z - r) - shift
     if PUSH is not None:

@@ -52,7 +52,6 @@ from fused_rlhf.kernels.objectives import KL_ESTIMATORS, SURROGATES, options_of
 from fused_rlhf.kernels.primitives import (
     LN2,
     LOG2E,
-    bias_of,
     column_slices,
     curve_of,
     expm1,
@@ -63,6 +62,7 @@ from fused_rlhf.kernels.primitives import (
     scores_of,
     tile_origin,
     unit_of,
+    with_bias,
 )
 from fused_rlhf.kernels.statistics import STATISTICS, parts_of, slots_of
 from fused_rlhf.kernels.tiles import Tile, multiprocessors
@@ -149,7 +149,7 @@ def stats_kernel(
             acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             offs_v = v_start + tl.arange(0, BLOCK_V)
             unit = unit_of(inv_temperature)[:, None]
-            score = scores_of(product, bias_of(bias_ptr, offs_v, V), unit, logit_scale, parameter, CURVE)
+            score = scores_of(with_bias(product, bias_ptr, offs_v, V), unit, logit_scale, parameter, CURVE)
             if v_start + BLOCK_V > V:
                 score = tl.where((offs_v < V)[None, :], score, float("-inf"))
 
@@ -512,7 +512,7 @@ def dlogits_kernel(
             for i in tl.static_range(SLICES):
                 slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
                 mask_v = slice_v < V
-                score = scores_of(parts[i], bias_of(bias_ptr, slice_v, V), unit, logit_scale, parameter, CURVE)
+                score = scores_of(with_bias(parts[i], bias_ptr, slice_v, V), unit, logit_scale, parameter, CURVE)
                 depth = score - normaliser[:, None]
                 p = tl.exp2(depth)
                 if floor_ptr is not None:

@@ -150,10 +150,8 @@ def unit_of(inv_temperature):
 
 
 @triton.jit
-def scores_of(product, bias, unit, logit_scale, parameter, CURVE: tl.constexpr):
-    """Products h W^T -> scores; all but logit_scale and parameter must broadcast, bias and CURVE may be None."""
-    if bias is not None:
-        product += bias
+def scores_of(product, unit, logit_scale, parameter, CURVE: tl.constexpr):
+    """Products h W^T + b -> scores; all but logit_scale and parameter must broadcast, CURVE may be None."""
     if CURVE is not None:
         return CURVE(product, logit_scale, parameter) * unit
     else:
@@ -161,12 +159,11 @@ def scores_of(product, bias, unit, logit_scale, parameter, CURVE: tl.constexpr):
 
 
 @triton.jit
-def bias_of(bias_ptr, offs_v, V):
-    """[1, BLOCK] fp32 of these columns, or None."""
-    if bias_ptr is None:
-        return None
-    else:
-        return tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+def with_bias(product, bias_ptr, offs_v, V):
+    """The products of these columns, (rows, BLOCK) fp32, with their bias; bias_ptr may be None."""
+    if bias_ptr is not None:
+        product += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return product
 
 
 @triton.jit

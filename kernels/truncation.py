@@ -40,7 +40,7 @@ from torch import Tensor
 
 from fused_rlhf.kernels.interface import NARROW, Border, Cut, Projection, Stats
 from fused_rlhf.kernels.linear_logprobs import RowBlock
-from fused_rlhf.kernels.primitives import LN2, LOG2E, bias_of, curve_of, outside, scores_of, unit_of
+from fused_rlhf.kernels.primitives import LN2, LOG2E, curve_of, outside, scores_of, unit_of, with_bias
 
 STEP = 1024  # columns of a row that a program takes at a time
 WAYS = 8  # thresholds of a pass of a search
@@ -174,7 +174,7 @@ def border_kernel(
         column = start + tl.arange(0, STEP)
         inside = (column < V)[None, :]
         product = tl.load(row_ptr + column[None, :], mask=inside, other=0.0)
-        z = scores_of(product, bias_of(bias_ptr, column, V), unit, logit_scale, parameter, CURVE) * LN2
+        z = scores_of(with_bias(product, bias_ptr, column, V), unit, logit_scale, parameter, CURVE) * LN2
         tl.store(row_ptr + column[None, :], z, mask=inside)
         highest = tl.maximum(highest, tl.where(inside, z, float("-inf")))
     top = tl.max(tl.max(highest, 1), 0)  # of a row that has nothing but -inf and NaN: -inf
