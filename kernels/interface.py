@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fused_rlhf.kernels.statistics import Partials
-from fused_rlhf.kernels.transforms import IDENTITY, Transform
+from fused_rlhf.kernels.transforms import Transform
 
 Maybe = TypeVar("Maybe", bound=Tensor | None)
 
@@ -192,7 +192,7 @@ class Projection:
 
     weight: Tensor  # (V, H)
     bias: Tensor | None = None  # (V,)
-    transform: Transform = IDENTITY
+    transform: Transform = field(default_factory=Transform)
     # Operands of the products are cast to this tile by tile; accumulation and logits are fp32 (fp64 for fp64).
     compute_dtype: torch.dtype = torch.float32
     # Logits may be rounded to compute_dtype before the softmax where that is faster. Off by default: it costs accuracy.
@@ -635,6 +635,10 @@ class Backend(Protocol):
 
     def one_pass_pays(self, rows: Rows, head: Projection, needs: Needs) -> bool:
         """Whether "auto" is to take one_pass where it serves: whether it is predicted to be the faster."""
+        ...
+
+    def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """A gradient of one_pass times (), in place, rounded once; nothing is written where that is 1."""
         ...
 
     def has_normaliser(self) -> bool:

@@ -78,6 +78,7 @@ from fused_rlhf.kernels.linear_logprobs import (
     matmul,
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
+from fused_rlhf.kernels.scaling import launch_scale
 from fused_rlhf.kernels.tiles import BOUNDED, Tile, arch, device_bytes, multiprocessors, precision, tune
 from fused_rlhf.kernels.truncation import Sets, launch_borders, launch_names
 
@@ -94,6 +95,7 @@ __all__ = [
     "one_pass",
     "one_pass_pays",
     "partials",
+    "scaled",
     "statistics",
     "truncated",
 ]
@@ -383,6 +385,13 @@ def _one_pass(
                 into.fresh = False
                 sink.close(into)
     return Stats.joined(found), torch.cat(losses), Grads(dx, None, None) if sink is None else sink.grads(dx)
+
+
+@on_its_device
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """See `Backend`."""
+    launch_scale(gradient, factor)
+    return gradient
 
 
 def has_normaliser() -> bool:

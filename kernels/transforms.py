@@ -61,6 +61,3 @@ class Transform:
         if not self.curve:
             return None
         return CURVES[self.curve].slope(z, self.parameter, temperature[:, None])
-
-
-IDENTITY = Transform()

@@ -330,6 +330,16 @@ def test_one_pass(options: dict[str, Any], transform: dict[str, Any]) -> None:
     check_one_pass(inputs(23, 24, 103, **transform), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 5000), (7,), (0, 3)])
+def test_a_gradient_is_scaled_in_fp32(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gradient = torch.randn(shape).to(dtype)
+    rtol = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter cuts where a GPU rounds
+    for factor in (1.0, 1 / 3, -2.5, math.nan):
+        found = ops.scaled(gradient.clone(), torch.tensor(factor))
+        torch.testing.assert_close(found, (gradient.float() * factor).to(dtype), rtol=rtol, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(False, True, False), Needs(False, False, False)])
 def test_one_pass_with_frozen_operands(needs: Needs) -> None:
     grads = check_one_pass(inputs(9, 24, 75), needs)[2]

@@ -31,6 +31,8 @@ def test_kernels_are_launched_on_the_device_of_the_rows(monkeypatch, name):
     arguments: tuple[Any, ...]
     if name == "loss":
         arguments, expected = (None, vector, None), vector
+    elif name == "scaled":
+        arguments, expected = (hidden, vector), vector
     elif name.startswith("divergence"):
         arguments, expected = (RowPairs(hidden, hidden.clone(), vector), None), hidden
     elif name.startswith("gathered"):

@@ -34,6 +34,7 @@ from fused_rlhf.kernels import (  # noqa: E402
     objectives,
     ops,
     primitives,
+    scaling,
     tiles,
     truncation,
 )
@@ -72,7 +73,7 @@ TENSOR_CORES = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
-KERNEL_FILES = (linear_logprobs, linear_kl, objectives, gathered, truncation)
+KERNEL_FILES = (linear_logprobs, linear_kl, objectives, gathered, scaling, truncation)
 TWINS = ("SURROGATE", "KL", "LEVEL", "PREFERENCE", "TERMS", "PUSH")  # what picks a device function or a branch
 OPTIONAL = ("bias_ptr", "exps", "h_ptr", "raw_ptr", "floor_ptr", "lora_ptr", "table_ptr", "top_k_ptr", "top_p_ptr")
 GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
@@ -175,6 +176,7 @@ def record(arch: str, how: str) -> list[Launch]:
         if how != "tf32":
             for head, outputs in ((plain, ()), (plain, ("entropy",)), (replace(full, bias=None), ("entropy",))):
                 ops.one_pass(rows, head, outputs, objective, Needs(True, True, False))
+            ops.scaled(weight, torch.ones(()))
         pairs = RowPairs(hidden, hidden, ones)
         for kind in KINDS if how == "half" else KINDS[-1:]:  # fp32 differs in the dtype of dz alone
             for head in (plain, full):

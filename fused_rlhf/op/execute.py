@@ -188,8 +188,9 @@ class _OnePassLoss(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, ...]:
         needs = Needs(*ctx.needs_input_grad[:4])
+        ctx.backend = backends.resolve(backend, hidden)
         with no_autocast(hidden):
-            stats, loss, grads = backends.resolve(backend, hidden).one_pass(rows, head, outputs, objective, needs)
+            stats, loss, grads = ctx.backend.one_pass(rows, head, outputs, objective, needs)
         ctx.grads = grads
         values = _flat(stats, outputs)
         ctx.mark_non_differentiable(*values)
@@ -206,10 +207,10 @@ class _OnePassLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, None, *nothing)
         if private.keeps_graph():
-            return (*(None if g is None else g * upstream for g in grads), *nothing)
+            return (*(None if g is None else ctx.backend.scaled(g.clone(), upstream) for g in grads), *nothing)
         # The last use: the buffers themselves become the gradients, so that no second dW ever exists.
         ctx.grads = None
-        return (*(None if g is None else g.mul_(upstream) for g in grads), *nothing)
+        return (*(None if g is None else ctx.backend.scaled(g, upstream) for g in grads), *nothing)
 
 
 def _one_pass_loss(
