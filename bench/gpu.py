@@ -51,6 +51,7 @@ BENCHES: dict[str, tuple[float, tuple[str, ...]]] = {
     "long": (40, ("n128k",)),
     "small": (28, ("n64", "n256", "n1024")),
     "narrow": (35, ("h896-16k", "h896-64k", "h1536-16k", "h1536-64k", "h2048-16k", "h2048-64k")),
+    "sampled": (25, ("whole", "kept", "top_p", "ids")),
     "objectives": (60, ("logprobs", "sft", "dpo", "gspo", "entropy", "lora", "masters", "padded", "lengths")),
     "graphs": (28, ("graphs",)),
     "precision": (28, ("ieee", "tf32")),

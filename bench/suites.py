@@ -231,27 +231,32 @@ def sampling() -> Suite:
     full = Case(op="logprobs_fwd_bwd")
     cases = {"full": full, **{op: replace(full, op=op) for op in ("kept", "top_p", "ids")}}
 
-    def over_full(what: str, limit: float, op: str) -> Target:
-        return Target(
-            f"{what}: time / log-probs of the whole vocabulary", limit, Figure(op, "ours"), Figure("full", "ours")
-        )
-
     return Suite(
         "log-probs of kept sets, of a nucleus and of further tokens of each row, N=2048, beside those of the whole vocabulary",
         cases,
         rows("full", "gemm-blocked", 3)
         + [row for name in cases for row in rows(name, "ours", 3) + rows(name, "dense", 1)],
         [
-            over_full("sets of 20 tokens", 0.05, "kept"),
+            *times_of_sampled("full"),
             Target(
                 "sets of 20 tokens: memory beside the gradients, bytes", 64e6, Figure("kept", "ours", "scratch_bytes")
             ),
-            over_full("nucleus 0.9", 1.35, "top_p"),
-            over_full("64 further tokens", 1.10, "ids"),
         ],
         together=True,
         groups=(tuple(cases),),
     )
+
+
+def times_of_sampled(full: str) -> list[Target]:
+    """Beside the case `full`, the same of the whole vocabulary."""
+    return [
+        Target(f"{what}: time / log-probs of the whole vocabulary", limit, Figure(op, "ours"), Figure(full, "ours"))
+        for what, limit, op in (
+            ("sets of 20 tokens", 0.05, "kept"),
+            ("nucleus 0.9", 1.35, "top_p"),
+            ("64 further tokens", 1.10, "ids"),
+        )
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- long
@@ -312,6 +317,7 @@ def gpu(scale: int = 1) -> Suite:
             "padded": case(density=0.5),
             "lengths": case(4096, lengths=8),
         },
+        "sampled": {"whole": case(2048, **logprobs), **{op: case(2048, op=op) for op in ("kept", "top_p", "ids")}},
         "graphs": {"graphs": case(256, T=128, wall=True, **logprobs)},
         "precision": {how: case(2048, dtype=dtype) for how, dtype in (("ieee", "fp32"), ("tf32", "tf32"))},
     }
@@ -338,9 +344,10 @@ def gpu(scale: int = 1) -> Suite:
         + rows("masters", "dense ours", 5)
         + rows("padded", "dense ours trl liger", 5)
         + rows("lengths", "ours trl", 5)
+        + [row for name in groups["sampled"] for row in rows(name, "ours", 5)]
         + rows("graphs", "dense ours ours-compiled ours-graphs", 15)
         + [row for name in groups["precision"] for row in rows(name, f"gemm {one} dense trl", 5)],
-        [*times_of_gpu(one, two), *memory_of_gpu(one, two, case()), *errors_of_gpu()],
+        [*times_of_gpu(one, two), *times_of_sampled("whole"), *memory_of_gpu(one, two, case()), *errors_of_gpu()],
         together=True,
         groups=tuple(map(tuple, groups.values())),
     )
