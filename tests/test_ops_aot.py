@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -57,6 +59,7 @@ from fused_rlhf.preferences import BoundPreferenceLoss, PreferenceLoss  # noqa: 
 from fused_rlhf.segments import Sequences  # noqa: E402
 from tests.helpers import projection  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -300,6 +303,38 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
             [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+
+
+OLDEST = Path(sys.prefix, "oldest")  # see the Makefile
+
+
+def compile_few(arch: str, how: str) -> None:
+    """Of each kernel the launches with the fewest and the most of what may be None."""
+    of_kernel: dict[str, list[Launch]] = {}
+    for launch in record(arch, how):
+        of_kernel.setdefault(launch.kernel, []).append(launch)
+    print(triton.__version__)
+    for launches in of_kernel.values():
+        launches.sort(key=lambda launch: launch.name.count("_ptr"))
+        for launch in {launches[0], launches[-1]}:
+            compile_launch(launch)
+            print(launch.kernel)
+
+
+@pytest.mark.slow
+def test_the_oldest_triton_compiles_every_kernel() -> None:
+    """Which refuses what later ones take, a device function that returns None among it."""
+    if not OLDEST.is_dir() and not os.environ.get("CI"):
+        pytest.skip(f"the oldest Triton is not in {OLDEST}: make test puts it there")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(OLDEST), os.environ.get("PYTHONPATH", "")])}
+    script = "from tests.test_ops_aot import compile_few; compile_few('sm_90', 'half')"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    version, *kernels = run.stdout.split()
+    assert version.startswith("3.6.")
+    assert {*kernels} == {name for module in KERNEL_FILES for name in dir(module) if name.endswith("_kernel")}
 
 
 @pytest.fixture(scope="module")
