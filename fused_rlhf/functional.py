@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_rlhf import private
 from fused_rlhf.checks import check_count
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Kind, Projection, RowPairs, Rows, Stats, pick
@@ -145,8 +146,11 @@ def linear_logprobs(
     call = Call(
         temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation, process_group is not None
     )
-    if process_group is not None:
-        with gate(process_group, hidden_grad) as entered:
+    if call.samples or ids is not None or grad_filter != 0:
+        weight = _whole(weight)
+    group = _group_of(process_group, weight)
+    if group is not None:
+        with gate(group, hidden_grad) as entered:
             if ids is not None:
                 raise NotImplementedError("process_group must be None with ids, which are of one device's head so far")
             assert entered is not None
@@ -182,14 +186,28 @@ def linear_logprobs(
 def _of_shards(
     entered: Gate, hidden: Tensor, head: Head, targets: Tensor, call: Call, names: tuple[str, ...]
 ) -> LogProbs:
-    """`linear_logprobs` with a process_group."""
+    """`linear_logprobs` with a process_group, or a streamed head."""
     projection, temperature = check_head(hidden, head, targets, call)
     one = targets.new_zeros(targets.numel())
     tokens = tokens_of(Door(), targets, None, call, projection, temperature, one, 1)
-    shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), "logprobs", names)
-    projection = sharded(projection, shard)
+    if head.stream is None:
+        shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), "logprobs", names)
+        projection = sharded(projection, shard)
+    else:
+        entered.together(hidden, projection, "logprobs", names)
     stats = logprobs_of_rows(tokens.rows(hidden, head, projection), projection, None, names, call.backend)
     return _laid_out(stats, names, tokens, targets)
+
+
+def _group_of(process_group: Any, *weights: Tensor | Head | None) -> Any:
+    """The group that a call is made in: the given one, or that by which a head is streamed; None: it is one process's own."""
+    streams = [weight.stream for weight in weights if isinstance(weight, Head) and weight.stream is not None]
+    return private.process_group(streams[0].group) if process_group is None and streams else process_group
+
+
+def _whole(weight: Any) -> Any:
+    """Of a streamed head all rows, for what is not computed block by block; anything else as it is."""
+    return weight.whole() if isinstance(weight, Head) else weight
 
 
 def _within_sets(
@@ -294,7 +312,9 @@ def linear_policy_loss(
     """
     call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
-    with gate(process_group, hidden_grad) as entered:
+    if call.samples:
+        weight, ref_weight = _whole(weight), _whole(ref_weight)
+    with gate(_group_of(process_group, weight, ref_weight), hidden_grad) as entered:
         head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
         projection, flat_temperature = check_head(hidden, head, targets, call)
         names = check_outputs(outputs, allowed=("entropy", *((FULL,) if call.samples else ())))
@@ -308,12 +328,12 @@ def linear_policy_loss(
             "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
         )
         num_tokens = check_count("num_tokens", max(tokens.count, 1) if num_tokens is None else num_tokens, tokens.count)
-        if entered is not None:
-            given = [name for name, values in per_token.items() if values is not None]
-            vocab = head.vocab_start, head.vocab_size
-            shard = entered.through(
-                projection, tokens.targets, vocab, "policy", objective, names, given, reference is None
-            )
+        given = [name for name, values in per_token.items() if values is not None]
+        options = "policy", objective, names, given, reference is None
+        if entered is not None and process_group is None:
+            entered.together(hidden, projection, *options)
+        elif entered is not None:
+            shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), *options)
             projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     vectors = {name: tokens.vector(values) for name, values in per_token.items()}
     if reference is not None:
@@ -398,7 +418,9 @@ def linear_preference_loss(
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
     call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
-    with gate(process_group, hidden_grad) as entered:
+    if call.samples:
+        weight, ref_weight = _whole(weight), _whole(ref_weight)
+    with gate(_group_of(process_group, weight, ref_weight), hidden_grad) as entered:
         head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
         projection, flat_temperature = check_head(hidden, head, targets, call)
         names = check_outputs(outputs, allowed=("entropy",) if call.samples else ("entropy", "mean_logit", "is_top1"))
@@ -410,11 +432,11 @@ def linear_preference_loss(
         tokens = tokens_of(door, targets, completion_mask, call, projection, flat_temperature, sequence_of, count)
         num_pairs = None if num_pairs is None else check_count("num_pairs", num_pairs, count)
         num_tokens = None if num_tokens is None else check_count("num_tokens", num_tokens, tokens.count)
-        if entered is not None:
-            vocab = head.vocab_start, head.vocab_size
-            shard = entered.through(
-                projection, tokens.targets, vocab, "preference", objective, names, reference is None
-            )
+        options = "preference", objective, names, reference is None
+        if entered is not None and process_group is None:
+            entered.together(hidden, projection, *options)
+        elif entered is not None:
+            shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), *options)
             projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     if reference is None:
         per_token = tokens.vector(ref_logprobs) if sums is None else None
@@ -488,6 +510,7 @@ def linear_kl(
         RuntimeError: backend "triton" where it cannot run: without a GPU, or on fp64 operands.
     """
     call = Call(temperature, backend=backend, sharded=process_group is not None)
+    weight, ref_weight = _whole(weight), _whole(ref_weight)
     with gate(process_group, hidden_grad) as entered:
         head = head_of(weight, bias, logit_scale, softcap)
         ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")

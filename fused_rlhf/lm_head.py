@@ -7,8 +7,10 @@ head's input, which makes whatever happens before the head right by construction
 multiply. The other puts known values where the logits would be; what `.logits` then holds tells scale and curve, and
 is compared with them value by value, so that a head of any other kind is refused instead of being trained wrongly.
 
-A head in a group of its own under FSDP2 is whole only while it runs. What is multiplied by is copied then: the copy lives
-as long as it is needed, and FSDP2 frees, reduces and scatters as ever, since the head's input has gone through its hooks.
+A head in a group of its own under FSDP2 stays in its shards (`fsdp.py`), which are streamed while they are multiplied by. One
+that shares a group with other modules, or cannot be streamed for another reason, is whole only while it runs. It is copied
+then: the copy lives as long as it is needed, and FSDP2 frees, reduces and scatters as ever, since the head's input has gone
+through its hooks.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from torch import Tensor, nn
 from fused_rlhf import model_inputs as model_inputs_of
 from fused_rlhf import private, reading
 from fused_rlhf.checks import dtensor
+from fused_rlhf.fsdp import Shards
 from fused_rlhf.functional import LogProbs, linear_logprobs
+from fused_rlhf.kernels.interface import Stream
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.head import DTYPES, Head, LoRA
 
@@ -45,7 +49,9 @@ class HeadInputs:
     """What one forward of a model leaves for its head."""
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
-    head: Head  # with the model's own parameters, or copies with their graph where FSDP2 has sharded the head by itself
+    # With the model's own parameters. Where FSDP2 has sharded the head by itself, it is streamed: `weight` is this rank's rows,
+    # and `head.whole()` the head with all of them.
+    head: Head
     aux_loss: Tensor | None  # a mixture of experts' auxiliary loss, where asked for (`output_router_logits=True`)
     autocast_dtype: torch.dtype | None  # of the autocast the head would have run in; None outside of one
 
@@ -61,11 +67,20 @@ class Operands(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     lora: LoRA | None
+    stream: Stream | None = None  # as in `Head`
 
     def copied(self) -> Operands:
         """The same, with memory of its own and the same graph."""
         lora = None if self.lora is None else LoRA(self.lora.a.clone(), self.lora.b.clone(), self.lora.scale)
         return Operands(self.weight.clone(), None if self.bias is None else self.bias.clone(), lora)
+
+    def streamed(self, shards: Shards) -> Operands:
+        """This rank's rows of the weight, the others whole; every rank must call."""
+        lora = None
+        if self.lora is not None:
+            lora = LoRA(shards.whole(self.lora.a), shards.whole(self.lora.b), self.lora.scale)
+        weight: Any = self.weight
+        return Operands(weight.to_local(), shards.whole(self.bias), lora, shards.stream(weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +95,11 @@ class Probed:
 
     @property
     def head(self) -> Head:
-        (weight, bias, lora), scale = self.operands, self.transform.logit_scale
+        (weight, bias, lora, stream), scale = self.operands, self.transform.logit_scale
         name, parameter = self.transform.curve, self.transform.parameter
         if name in ("", "softcap"):
-            return Head(weight, bias, scale, parameter if name else None, lora)
-        return Head(weight, bias, scale, lora=lora, curve=(name, parameter))
+            return Head(weight, bias, scale, parameter if name else None, lora, stream=stream)
+        return Head(weight, bias, scale, lora=lora, curve=(name, parameter), stream=stream)
 
 
 def logprobs(
@@ -194,8 +209,8 @@ def find_head(model: nn.Module, **model_inputs: Any) -> Head:
     gpus = {p.device.index for p in base.parameters() if p.is_cuda}
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
-    weight, bias, _ = operands_of(base.get_output_embeddings())  # a parametrised weight wants its graph
-    return replace(head, weight=weight, bias=bias)
+    weight, bias, lora, stream = operands_now(base.get_output_embeddings())  # a parametrised weight wants its graph
+    return replace(head, weight=weight, bias=bias, lora=lora, stream=stream)
 
 
 def forward(
@@ -267,7 +282,8 @@ def _checked_reading(
         if _takes(base, "use_cache"):
             tried["use_cache"] = False  # type: ignore[assignment]
         # What gathers parameters for a forward has to see its end; elsewhere nothing after the head is wanted.
-        with _stubbed(embeddings, last=not torch.distributed.is_initialized()) as stub:
+        last = not torch.distributed.is_initialized()
+        with _stubbed(embeddings, last, shards=shards_of(embeddings)) as stub:
             with contextlib.suppress(_HeadReached):
                 model(**tried)
             if stub.calls != 1:
@@ -333,15 +349,21 @@ def probe(
     """Run `call()`, a forward of the transformers model `base`, up to its output embeddings.
 
     Args:
-        operands: what the head multiplies by, asked for where it is whole; None is `operands_of(embeddings)`.
+        operands: what the head multiplies by, asked for where it is whole or can be streamed; None is
+            `operands_of(embeddings)`.
         tied: a backward from `hidden` begins with what `call()` returned, where FSDP2 has hooked it. Without it nobody
             reduces the gradients of what is in the root's group alone.
 
     Raises:
         ValueError: the logits are made in a way that `Probed` cannot say; the message tells why.
     """
+    given = operands or (lambda: parts_of(embeddings))
+    shards = shards_of(embeddings, given)
     found = operands or (lambda: operands_of(embeddings))
-    with _stubbed(embeddings, operands=found if _is_fsdp2(embeddings) else None) as stub:
+    copies = _is_fsdp2(embeddings) and shards is None
+    # What shares a group with the head, as the last norm may, must be whole again in the backward.
+    tied = tied or (copies and private.fsdp_group(embeddings) is None)
+    with _stubbed(embeddings, operands=found if copies else None, shards=shards) as stub:
         try:
             result = call()
         except torch.OutOfMemoryError:
@@ -354,7 +376,8 @@ def probe(
     transform = _fit(logits.detach(), stub)
     hidden = _Tied.apply(stub.hidden, logits) if tied and logits.requires_grad else stub.hidden
     # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
-    return Probed(hidden, stub.operands or found(), transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
+    used = stub.operands or (found() if shards is None else given().streamed(shards))
+    return Probed(hidden, used, transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
 
 
 class _Tied(torch.autograd.Function):
@@ -412,11 +435,12 @@ class _HeadReached(BaseException):
 class _Stub:
     """The hooks that stand in for the head during one forward, in the thread that runs it.
 
-    last: which ends there. operands: of a head that is whole now alone.
+    last: which ends there. operands: of a head that is whole now alone. shards: of one that is not made whole.
     """
 
-    def __init__(self, last: bool, operands: Callable[[], Operands] | None) -> None:
+    def __init__(self, last: bool, operands: Callable[[], Operands] | None, shards: Shards | None) -> None:
         self.last = last
+        self.shards = shards
         self.operands_now = operands
         self.operands: Operands | None = None
         self.thread = threading.get_ident()
@@ -433,7 +457,7 @@ class _Stub:
             raise ValueError(f"the output embeddings are called with {what}")
         if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
             raise ValueError(f"the output embeddings are called with {[_describe(a) for a in args]}, not (B, T, H)")
-        self.hidden = args[0]
+        self.hidden = args[0] if self.shards is None else self.shards.cast(args[0])
         kind = self.hidden.device.type
         self.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if self.last:
@@ -450,7 +474,8 @@ class _Stub:
         self.probe = values.view(*(1 for _ in output.shape[:-2]), rows, V)
         if self.operands_now is not None:
             self.operands = self.operands_now().copied()
-            if self.hidden.requires_grad:  # else a backward from the output would gather the head for nothing
+            alone = private.fsdp_group(module) is not None
+            if self.hidden.requires_grad and alone:  # else a backward from the output would gather the head for nothing
                 output = output.detach()
         wide = torch.float32 if output.device.type == "mps" else torch.float64
         # The empty product ties the model's output to all its parameters: DDP looks there for unused ones.
@@ -465,9 +490,12 @@ class _Stub:
 
 @contextlib.contextmanager
 def _stubbed(
-    embeddings: nn.Module, last: bool = False, operands: Callable[[], Operands] | None = None
+    embeddings: nn.Module,
+    last: bool = False,
+    operands: Callable[[], Operands] | None = None,
+    shards: Shards | None = None,
 ) -> Iterator[_Stub]:
-    stub = _Stub(last, operands)
+    stub = _Stub(last, operands, shards)
     # Hooks that were there first run before `before` and after `after`: they are part of what is probed.
     handles = [
         embeddings.register_forward_pre_hook(stub.before),
@@ -475,7 +503,8 @@ def _stubbed(
         embeddings.register_forward_hook(stub.tie),
     ]
     try:
-        yield stub
+        with contextlib.nullcontext() if shards is None else shards.asleep():
+            yield stub
     finally:
         for handle in handles:
             handle.remove()
@@ -605,24 +634,44 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
     return module
 
 
+def parts_of(embeddings: nn.Module) -> Operands:
+    """What the output embeddings multiply by, whole or in shards. Raises as `linear_of`."""
+    linear = linear_of(embeddings)
+    return Operands(linear.weight, linear.bias, adapter_of(embeddings))
+
+
+def shards_of(embeddings: nn.Module, operands: Callable[[], Operands] | None = None) -> Shards | None:
+    """Of a head that can be streamed; None of any other."""
+    if not _is_fsdp2(embeddings):
+        return None
+    return Shards.of(embeddings, (parts_of(embeddings) if operands is None else operands()).weight)
+
+
+def operands_now(embeddings: nn.Module) -> Operands:
+    """As `operands_of`, or in shards that can be streamed: then every rank must call."""
+    shards = shards_of(embeddings)
+    return operands_of(embeddings) if shards is None else parts_of(embeddings).streamed(shards)
+
+
 def operands_of(embeddings: nn.Module) -> Operands:
     """What the output embeddings multiply by, where that is whole.
 
     Raises:
         ValueError: they are no head that `Head` can say, or are sharded.
     """
-    linear = linear_of(embeddings)
-    weight, bias = linear.weight, linear.bias
+    parts = parts_of(embeddings)
+    weight = parts.weight
     if what := dtensor(weight):
         raise ValueError(
-            f"unsupported head: its weight is {what}. FSDP2 gathers it for a forward alone: not for find_head, nor where "
-            "fully_shard is called for a part of model.get_output_embeddings()"
+            f"unsupported head: its weight is {what}. FSDP2 gathers it for a forward alone, and none is in one: not for "
+            "find_head of a head that shares its group, nor where fully_shard is called for a part of "
+            "model.get_output_embeddings()"
         )
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"unsupported head: its weight is sharded ({_name(weight)}, {tuple(weight.shape)})")
     if weight.is_meta:
         raise ValueError("unsupported head: its weight is on the meta device (offloaded?); keep the head in memory")
-    return Operands(weight, bias, adapter_of(embeddings))
+    return parts
 
 
 def _is_fsdp2(module: nn.Module) -> bool:

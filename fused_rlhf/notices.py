@@ -66,9 +66,10 @@ def in_words(head: Head) -> str:
         parts.append(f"{transform.curve} {transform.parameter:g}")
     if head.lora is not None:
         parts.append(f"LoRA of rank {head.lora[0].shape[0]}")
-    of = f"head {tuple(head.weight.shape)} {dtype_of(head.weight)}"
+    streamed = "" if head.stream is None else f", streamed from {head.stream.world} shards"
+    of = f"head {(head.vocabulary, head.weight.shape[1])} {dtype_of(head.dtype)}{streamed}"
     return f"{of} with {', '.join(parts)}" if parts else f"{of}, its logits as they are"
 
 
-def dtype_of(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_of(of: Tensor | torch.dtype) -> str:
+    return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")

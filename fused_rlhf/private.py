@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def keeps_graph() -> bool:
@@ -47,3 +50,57 @@ def compiled_graphs() -> int:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether it stands for a tensor while something traces through us (`torch.export`, `make_fx`): it has no numbers."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def all_gather(into: Tensor, own: Tensor, group: Any) -> Any:
+    """The rows of all ranks, one rank's after the other's, into one tensor; -> what to wait for. torch 2.13 renames it."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(into, own, group=group, async_op=True)
+
+
+def reduce_scatter(into: Tensor, everyone: Tensor, group: Any) -> Any:
+    """The sum over ranks of this rank's part; otherwise as `all_gather`."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return scatter(into, everyone, group=group, async_op=True)
+
+
+class FSDPGroup(NamedTuple):
+    """How FSDP2 treats the parameters of one group; None: as they are."""
+
+    param_dtype: torch.dtype | None
+    reduce_dtype: torch.dtype | None
+    divisor: float | None  # of gradients; None: the number of ranks
+    casts_inputs: bool
+    device: torch.device  # that it computes on
+
+
+def fsdp_group(module: Any) -> FSDPGroup | None:
+    """Of a module for which `fully_shard` was called; None where it shares a group with others, or has several. There is no
+    public way to ask. Were it to answer wrongly, gradients of a streamed head would have another factor or dtype than others.
+    """
+    state = module._get_fsdp_state()
+    if len(state._modules) != 1 or len(getattr(state, "_fsdp_param_groups", [None])) != 1:
+        return None
+    policy, divisor = state._mp_policy, state._fsdp_param_group.gradient_divide_factor
+    return FSDPGroup(policy.param_dtype, policy.reduce_dtype, divisor, policy.cast_forward_inputs, state._device)
+
+
+@contextmanager
+def fsdp_asleep(module: Any) -> Iterator[None]:
+    """Calls of the module do not make its parameters whole: FSDP2's hooks on it, which nothing public turns off, do nothing."""
+    state, held = module._get_fsdp_state(), []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in hooks.items():
+            if getattr(hook, "__self__", None) is state:
+                held.append((hooks, key, hook))
+    for hooks, key, _ in held:
+        hooks[key] = _nothing  # in its place: the order of the hooks stays
+    try:
+        yield
+    finally:
+        for hooks, key, hook in held:
+            hooks[key] = hook
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

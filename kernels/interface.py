@@ -177,6 +177,25 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """How a tensor travels that ranks, each with tokens of its own, hold in shards: rank r has the rows from r R on,
+    R = ceil(length / world)."""
+
+    group: str  # its name
+    world: int
+    length: int  # rows of all ranks
+    dtype: torch.dtype  # of the rows on their way here
+    reduce_dtype: torch.dtype  # of their gradient on its way back
+    divisor: float  # of the gradient's sum over all ranks
+    replicas: str = ""  # the group of those that hold the same shard
+
+    @property
+    def rows(self) -> int:
+        """R; the last ranks may have fewer, or none."""
+        return -(-self.length // self.world)
+
+
+@dataclass(frozen=True)
 class ShardStats:
     """Of the columns of a shard, for rows whose targets may lie beyond it."""
 
@@ -204,11 +223,14 @@ class Projection:
     lora_b: Tensor | None = None
     lora_dtype: torch.dtype | None = None  # of the adapter's operands, A and B; None: compute_dtype
     shard: Shard | None = None  # weight, bias and lora_b are these rows of a vocabulary-parallel head
+    stream: Stream | None = (
+        None  # weight is this rank's rows of a streamed head, bias and lora_b are whole; for no backend
+    )
 
     @property
     def vocabulary(self) -> int:
         """Columns here."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.stream is None else self.stream.length
 
     @property
     def wide(self) -> torch.dtype:

@@ -10,8 +10,8 @@ e = exp(z - m), S = sum e, a statistic keeps one number:
     margin        the second largest z            m less that
 
 `merge` puts two parts together: sums move to the common maximum and are then joined. Whoever merges does so in the order
-of the vocabulary, so that the bits do not depend on who it is. The Triton kernels hold the same numbers in slots of the
-same order. This file needs torch alone.
+of the vocabulary, so that the bits do not depend on who it is; the blocks of a streamed head alone have an order of their
+own. The Triton kernels hold the same numbers in slots of the same order. This file needs torch alone.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _first_column(tile: Tile) -> Tensor:
 
 
 def _of_the_larger(first: Tensor, second: Tensor, maximum: Tensor, other_maximum: Tensor) -> Tensor:
-    return torch.where(other_maximum > maximum, second, first)
+    # Of equals the first in the vocabulary, which streamed blocks do not come in the order of.
+    of_equals = torch.where(other_maximum == maximum, torch.minimum(first, second), first)
+    return torch.where(other_maximum > maximum, second, of_equals)
 
 
 def _margin_of(z: Tensor, log_p: Tensor, lse: Tensor, targets: Tensor) -> Tensor:

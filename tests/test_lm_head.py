@@ -383,7 +383,9 @@ def sharded(case: str, shard: bool) -> Any:
             fully_shard(block)
     if "embedding" in groups:
         fully_shard(base.get_input_embeddings())
-    if "head" in groups:
+    if "norm" in groups:
+        fully_shard([base.model.norm, base.get_output_embeddings()])
+    elif "head" in groups:
         fully_shard(base.get_output_embeddings(), reshard_after_forward=False if "stays" in case else None)
     return fully_shard(model)
 
@@ -397,6 +399,7 @@ SHARDED: dict[str, tuple[str, set[str]]] = {
     "in the root's group on a frozen body": ("qwen2", {"blocks"}),
     "a bias": ("phi", {"blocks", "head"}),
     "a softcap": ("nanochat", {"blocks", "head"}),
+    "in one group with the last norm": ("qwen2", {"blocks", "norm", "head"}),
     "tied": ("gemma2", {"blocks"}),
     "adapters": ("qwen2", {"blocks", "head"}),
     "modules_to_save": ("qwen2", {"blocks", "head"}),
@@ -442,14 +445,16 @@ def test_heads_sharded_over_two_processes_equal_whole_ones(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("one_process_group")
-def test_a_sharded_head_is_whole_in_a_forward_alone() -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_sharded_head_is_streamed_or_whole_in_a_forward_alone(alone: bool) -> None:
     model = build()
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    fsdp.fully_shard(model.lm_head)
+    fsdp.fully_shard(model.lm_head if alone else [model.model.norm, model.lm_head])
     fsdp.fully_shard(model)
     expected = build()
     inputs = lm_head.forward(model, batch())
-    torch.testing.assert_close(inputs.head.weight, expected.lm_head.weight)
+    assert (inputs.head.stream is not None) == alone
+    torch.testing.assert_close(inputs.head.whole().weight, expected.lm_head.weight)
     loss = fr.linear_logprobs(inputs.hidden, inputs.head, batch()).logprobs.sum()
     for _ in range(2):
         loss.backward(retain_graph=True)
@@ -457,8 +462,13 @@ def test_a_sharded_head_is_whole_in_a_forward_alone() -> None:
         lm_head.hidden_states(expected, batch()), expected.lm_head.weight, batch()
     ).logprobs.sum().backward()
     torch.testing.assert_close(model.lm_head.weight.grad.full_tensor(), 2 * expected.lm_head.weight.grad)
-    with pytest.raises(ValueError, match=r"its weight is a DTensor, Shard.* not for find_head"):
-        lm_head.find_head(model)
+    if alone:
+        found = lm_head.find_head(model)
+        assert found.stream == inputs.head.stream
+        assert found.weight.requires_grad
+    else:
+        with pytest.raises(ValueError, match=r"its weight is a DTensor, Shard.* not for find_head"):
+            lm_head.find_head(model)
 
 
 def assert_refused_as_split(model: nn.Module) -> None:

@@ -119,7 +119,12 @@ def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
 
 def check_mode(mode: Mode, hidden: Tensor, head: Projection, call: Call, tokenwise: bool, entropy_term: bool) -> None:
     """Refuses a mode that is none, and "one_pass" where it does not serve."""
-    for given, what in ((call.cuts, "kept or truncation"), (call.sharded, "a process_group")):
+    streams = head.stream is not None
+    for given, what in (
+        (call.cuts, "kept or truncation"),
+        (call.sharded, "a process_group"),
+        (streams, "a head that FSDP2 shards"),
+    ):
         if mode == "one_pass" and given:
             raise ValueError(f"mode='one_pass' must not be used with {what}; use 'auto' or 'two_phase'")
     if mode not in ("auto", "one_pass", "two_phase"):
@@ -148,7 +153,8 @@ def _pays(rows: Rows, head: Projection, backend: str) -> bool:
     operands = (rows.hidden, head.weight, head.bias, head.lora_b)
     needs = Needs(*(t is not None and t.requires_grad for t in operands))
     half = torch.float16 in (rows.hidden.dtype, head.weight.dtype)
-    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling() or head.shard is not None:
+    in_parts = head.shard is not None or head.stream is not None
+    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling() or in_parts:
         return False
     return backends.resolve(backend, rows.hidden).one_pass_pays(rows, head, needs)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from fused_rlhf import backends
 from fused_rlhf.checks import check_tensor, shape
 from fused_rlhf.door import Door
-from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection
+from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection, Stream
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import CURVES, Transform
+from fused_rlhf.op.streams import gathered
 from fused_rlhf.op.truncation import Kept, Truncation, check_sampling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -46,6 +47,8 @@ class Head:
             before, and as many as all ranks hold.
         curve: the name of a registered curve (`fused_rlhf.kernels.transforms.CURVES`) and its parameter; not together
             with `softcap`, which is short for ("softcap", softcap).
+        stream: of a head that FSDP2 shards, as `lm_head.forward` gives it: weight holds this rank's rows, bias and lora are
+            whole, and the functions that take the head fetch the others' rows block by block.
     """
 
     weight: Tensor
@@ -56,9 +59,28 @@ class Head:
     curve: tuple[str, float] | None = None
     vocab_start: int | None = None
     vocab_size: int | None = None
+    stream: Stream | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns: of a vocabulary-parallel head, those here."""
+        return len(self.weight) if self.stream is None else self.stream.length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight, as it is multiplied by."""
+        return self.weight.dtype if self.stream is None else self.stream.dtype
+
+    def whole(self) -> Head:
+        """With all rows of a streamed weight, gathered with its graph; every rank must call. Any other head is as it is."""
+        if self.stream is None:
+            return self
+        return replace(self, weight=gathered(self.weight, self.stream), stream=None)
 
     def kwargs(self) -> dict[str, Any]:
         """All but the weight, for a function that takes the parts."""
+        if self.stream is not None:
+            raise ValueError("stream must be None to be told in keywords; pass the Head itself, or its whole()")
         if self.curve is not None:
             raise ValueError(f"curve must be None to be told in keywords, got {self.curve}; pass the Head itself")
         transform = {"logit_scale": self.logit_scale, "softcap": self.softcap}
@@ -150,10 +172,12 @@ def check_outputs(outputs: Sequence[str], allowed: tuple[str, ...] = OUTPUTS) ->
 
 def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple[Projection, Tensor]:
     """Everything that can be refused without reading a tensor's values; -> projection and (N,) temperatures."""
-    _check_operands(hidden, head, targets, call.sharded)
+    if call.sharded and head.stream is not None:
+        raise ValueError("process_group must be None with a head that FSDP2 shards, which is streamed by its own group")
+    _check_operands(hidden, head, targets, call.sharded or head.stream is not None)
     check_vocab(head, call.sharded)
     if head.lora is not None:
-        _check_lora(head.lora, hidden, head.weight)
+        _check_lora(head.lora, hidden, head)
     transform = head.transform
     check_number("grad_filter", call.grad_filter, positive=False)
     if not 0 <= call.grad_filter < 1:
@@ -178,13 +202,14 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
         float(call.grad_filter),
         None if head.lora is None else head.lora[1].contiguous(),
         adapter_dtype,
+        stream=head.stream,
     )
     return projection, _temperatures(call.temperature, targets, wide)
 
 
 def _dtypes(hidden: Tensor, head: Head) -> tuple[torch.dtype, torch.dtype]:
     """Of the operands of h W^T, and of those of an adapter: what torch makes of theirs, under autocast or not."""
-    operands = [hidden.dtype, head.weight.dtype]
+    operands = [hidden.dtype, head.dtype]
     adapter = [] if head.lora is None else [factor.dtype for factor in head.lora[:2]]
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and torch.float64 not in (*operands, *adapter):
@@ -228,11 +253,11 @@ def _check_operands(hidden: Tensor, head: Head, targets: Tensor, sharded: bool =
         raise TypeError(f"targets must be int64, got {targets.dtype}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets must have shape {shape(hidden)[:-1]}, as hidden, got {shape(targets)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) with V={weight.shape[0]}, got {shape(bias)}")
+    if bias is not None and bias.shape != (head.vocabulary,):
+        raise ValueError(f"bias must be (V,) with V={head.vocabulary}, got {shape(bias)}")
 
 
-def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tensor) -> None:
+def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, head: Head) -> None:
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"lora must be (A, B, scale), got {type(lora).__name__}")
     a, b, scale = lora
@@ -241,11 +266,9 @@ def _check_lora(lora: tuple[Tensor, Tensor, float], hidden: Tensor, weight: Tens
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a tensor of one of {[str(d) for d in DTYPES]}, got {got}")
         check_tensor(name, value, hidden.device)
-    if a.dim() != 2 or a.shape[1] != weight.shape[1] or b.shape != (len(weight), len(a)):
-        raise ValueError(
-            f"lora must be A (r, H) and B (V, r) with H={weight.shape[1]} and V={len(weight)}, got {shape(a)} and "
-            f"{shape(b)}"
-        )
+    H, V = head.weight.shape[1], head.vocabulary
+    if a.dim() != 2 or a.shape[1] != H or b.shape != (V, len(a)):
+        raise ValueError(f"lora must be A (r, H) and B (V, r) with H={H} and V={V}, got {shape(a)} and {shape(b)}")
     check_number("lora scale", scale, positive=False)
 
 
@@ -303,10 +326,10 @@ def check_reference(
     elif ref_weight is None:
         ref = replace(head, lora=None)
     else:
-        ref = replace(head, weight=ref_weight, bias=ref_bias, lora=None)
-    _check_ref_operands(hidden, head.weight, ref_hidden, ref)
+        ref = replace(head, weight=ref_weight, bias=ref_bias, lora=None, stream=None)
+    _check_ref_operands(hidden, head, ref_hidden, ref)
     if ref.lora is not None:
-        _check_lora(ref.lora, ref_hidden, ref.weight)
+        _check_lora(ref.lora, ref_hidden, ref)
     of_ref = replace(
         projection,
         weight=ref.weight.contiguous(),
@@ -314,21 +337,23 @@ def check_reference(
         transform=ref.transform,
         lora_b=None if ref.lora is None else ref.lora[1].contiguous(),
         lora_dtype=_dtypes(ref_hidden, ref)[1],
+        stream=ref.stream,
     )
     return Reference(ref_hidden, ref, of_ref)
 
 
-def _check_ref_operands(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref: Head) -> None:
+def _check_ref_operands(hidden: Tensor, head: Head, ref_hidden: Tensor, ref: Head) -> None:
     for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref.weight), ("ref_bias", ref.bias)):
         if value is not None:
             check_tensor(name, value, hidden.device)
     expected = (*hidden.shape[:-1], ref.weight.shape[-1])
     if ref_hidden.shape != expected:
         raise ValueError(f"ref_hidden must be {expected}, got {shape(ref_hidden)}")
-    if ref.weight.dim() != 2 or len(ref.weight) != len(weight):
-        raise ValueError(f"ref_weight must be (V, H) with V={len(weight)} as weight has, got {shape(ref.weight)}")
-    if ref.bias is not None and ref.bias.shape != (len(weight),):
-        raise ValueError(f"ref_bias must be (V,) = ({len(weight)},), got {shape(ref.bias)}")
+    V = head.vocabulary
+    if ref.weight.dim() != 2 or ref.vocabulary != V:
+        raise ValueError(f"ref_weight must be (V, H) with V={V} as weight has, got {shape(ref.weight)}")
+    if ref.bias is not None and ref.bias.shape != (V,):
+        raise ValueError(f"ref_bias must be (V,) = ({V},), got {shape(ref.bias)}")
 
 
 def check_divergence(
@@ -365,7 +390,7 @@ def check_divergence(
             raise TypeError(f"{name} must be one of {[str(d) for d in DTYPES]}, got {given.dtype}")
         if given is not None and given.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {given.device}")
-    _check_ref_operands(hidden, head.weight, ref_hidden, ref)
+    _check_ref_operands(hidden, head, ref_hidden, ref)
     check_number("ref_logit_scale", ref.logit_scale, positive=False)
     if ref.softcap is not None:
         check_number("ref_softcap", ref.softcap, positive=True)

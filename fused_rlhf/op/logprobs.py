@@ -35,7 +35,7 @@ from fused_rlhf.kernels.interface import (
 )
 from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.kernels.transforms import Transform
-from fused_rlhf.op import parallel
+from fused_rlhf.op import parallel, streamed
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.rows import check_ids, check_targets, check_temperature, scatter
 
@@ -99,8 +99,10 @@ def linear_logprobs(
 ) -> Stats:
     """Statistics of any flat rows, zero where the target is `ignore_index`; differentiable.
 
-    ignore_index None: a `Door` has let the rows in, and all are to be computed.
+    ignore_index None: a `Door` has let the rows in, and all are to be computed, as it must be of a streamed head.
     """
+    if head.stream is not None:
+        return streamed.linear_logprobs(rows, head, outputs, backend)
     named = _computed(rows, head, ignore_index, None, outputs, backend)
     return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)})
 

@@ -92,15 +92,28 @@ class Gate:
         summary = [targets.amax() if targets.numel() else targets.new_tensor(-1), (targets * numbers).sum()]
         largest, checksum = torch.stack(summary).tolist()
         start, size = (-1 if value is None else value for value in vocab)
-        shared = (*options, head.transform, head.compute_dtype, head.adapter_dtype, head.round_logits, head.grad_filter)
-        shared += (head.weight.shape[1], head.bias is None, head.copies, self.hidden_grad)
-        hashed = zlib.crc32(repr(shared).encode())
+        hashed = _hash(head, self.hidden_grad, *options)
         self.passed = True  # from here on the others hear of a failure by the exchange itself
         everyone = Header(0, targets.numel(), hashed, checksum, largest, head.vocabulary, start, size).exchanged(
             self.group
         )
         start, total = _place(everyone, dist.get_rank(self.group))
         return Shard(self.group.group_name, len(everyone), start, total, self.hidden_grad == "sum")
+
+    def together(self, hidden: Tensor, head: Projection, *options: Any) -> None:
+        """As `through` for a head that is streamed: each rank has rows of its own, and the same way to go."""
+        operands = (hidden, head.weight, head.bias, head.lora_b)
+        trained = [t is not None and t.requires_grad for t in operands] if torch.is_grad_enabled() else []
+        hashed = _hash(head, *trained, *options)
+        self.passed = True
+        _agree(Header(0, options=hashed).exchanged(self.group), ("options", "the same options, dtypes and shapes"))
+
+
+def _hash(head: Projection, *options: Any) -> int:
+    """Of what must be the same on every rank."""
+    shared = (*options, head.transform, head.compute_dtype, head.adapter_dtype, head.round_logits, head.grad_filter)
+    shared += (head.weight.shape[1], head.bias is None, head.copies)
+    return zlib.crc32(repr(shared).encode())
 
 
 def sharded(head: Projection, shard: Shard | None) -> Projection:
@@ -132,22 +145,28 @@ def gate(group: Any, hidden_grad: str = "sum") -> Iterator[Gate | None]:
         raise
 
 
-def _place(everyone: list[Header], rank: int) -> tuple[int, int]:
-    """This rank's first column, and the columns of all. Raises where the ranks do not agree."""
+def _agree(everyone: list[Header], *fields: tuple[str, str]) -> None:
+    """Raises where a rank refused its call, or the ranks do not have the same; fields are (name, in words)."""
     refused = [i for i, header in enumerate(everyone) if header.status]
     if refused:
         raise RuntimeError(
             f"process_group: the call was refused on rank {', '.join(map(str, refused))}; its error says why"
         )
-    for name, what in (
+    for name, what in fields:
+        values = [getattr(header, name) for header in everyone]
+        if len(set(values)) > 1:
+            raise ValueError(f"process_group: every rank must have {what}, got {values} by rank")
+
+
+def _place(everyone: list[Header], rank: int) -> tuple[int, int]:
+    """This rank's first column, and the columns of all. Raises where the ranks do not agree."""
+    _agree(
+        everyone,
         ("rows", "as many rows to compute"),
         ("options", "the same options, dtypes and shapes"),
         ("targets", "the same targets"),
         ("vocabulary", "the same vocab_size, or none"),
-    ):
-        values = [getattr(header, name) for header in everyone]
-        if len(set(values)) > 1:
-            raise ValueError(f"process_group: every rank must have {what}, got {values} by rank")
+    )
     starts, begin = [], 0
     for header in everyone:
         starts.append(begin if header.start < 0 else header.start)
