@@ -176,7 +176,7 @@ def linear_logprobs(
         stats = logprobs_of_rows(rows, projection, ignore_index, names, backend)
     else:
         check_id_shape(ids, targets)
-        some = ids.detach().reshape(len(flat), -1)
+        some = ids.detach().reshape(len(flat), ids.shape[-1])
         stats, of_ids = logprobs_of_ids(rows, projection, ignore_index, some, names, backend)
         of_ids = of_ids.view(ids.shape)
     found = {name: stats[name].view(targets.shape) for name in names}
