@@ -23,7 +23,6 @@ import fused_rlhf as fr
 from fused_rlhf import private
 from fused_rlhf.backends import tiling
 from fused_rlhf.fsdp import Shards
-from fused_rlhf.kernels.interface import Stream
 from fused_rlhf.op import streams
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 

@@ -426,6 +426,8 @@ SHORT += ["--learning-rate", "3e-3", "--num-test", "11", "--eval-steps", "2", "-
 )
 def test_two_processes_do_what_one_does(tmp_path, file, options):
     arguments = [*SHORT, "--data", str(file)]
+    if "--fsdp" in options:  # an untied head, which is streamed
+        arguments[1:5] = ["--model", tiny.saved_model(tmp_path / "base", tied=False)]
     if "--micro-batch-tokens" in options:
         arguments[arguments.index("--micro-batch-size") + 1] = "32"
     more = [option for option in options if option != "--fsdp"]
@@ -434,6 +436,7 @@ def test_two_processes_do_what_one_does(tmp_path, file, options):
     different = launch.worst(one, two)
     assert {"loss", "grad_norm", "eval_loss", "eval_rewards/margins", "num_tokens"} <= set(different)
     assert max(different.values()) < 1e-5
+    assert ("streamed from 2 shards" in launch.log_of(tmp_path / "two").read_text()) == ("--fsdp" in options)
 
 
 @pytest.mark.slow

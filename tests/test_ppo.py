@@ -821,10 +821,8 @@ def test_a_step_is_the_same_in_every_layout(tmp_path, value_model, changes):
 @pytest.mark.parametrize("value_model", ["shared", "copy"])
 def test_two_processes_replicated_or_sharded_do_what_one_does(tmp_path, value_model):
     flags = [
-        "--hidden-size",
-        "32",
-        "--num-layers",
-        "2",
+        "--model",
+        tiny.saved_model(tmp_path / "base", tied=False),
         "--steps",
         "3",
         "--prompts-per-step",
@@ -842,6 +840,7 @@ def test_two_processes_replicated_or_sharded_do_what_one_does(tmp_path, value_mo
         assert {"loss", "grad_norm", "objective/kl", "val/explained_variance", "val/ratio_var"} <= set(differences)
         assert max(differences.values()) < 1e-4, differences
         assert differences["loss"] < 1e-5
+        assert ("streamed from 2 shards" in launch.log_of(tmp_path / name).read_text()) == (name == "fsdp")
 
 
 def test_prompts_need_no_answers_where_no_reward_reads_them(tmp_path):

@@ -3,9 +3,10 @@
     weights       P bytes each, and a reference's
     gradients     trained P; in several processes DDP's buckets, too
     optimiser     two moments of each trained weight
-    gathered      FSDP2: what is whole while it is used: the rest's group, two blocks, head and its gradient
+    gathered      FSDP2: what is whole while it is used: the rest's group, two blocks, a tied head and its gradient
     activations   of one micro-batch, by a trial without numbers (`activations.trial`)
     head          rows of logits that the op keeps at a time, and the gradient of hidden        ours
+                  FSDP2: two blocks of its weight and two of their gradients, too
                   logits, their softmax and its gradient, [N, V] fp32 each                      dense
     sampling      keys and values of the sequences sampled together, and two fp32 rows of V each
 
@@ -23,11 +24,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fused_rlhf import backends
+from fused_rlhf import backends, lm_head
 from fused_rlhf.kernels.interface import Needs, Work
+from fused_rlhf.op import streamed
 from fused_rlhf.trainers.activations import trial
 from fused_rlhf.trainers.adapters import base_of
 from fused_rlhf.trainers.attention import Group
@@ -142,11 +144,16 @@ def memory(engine: Engine, loaded: Loaded, workload: Workload, reference: bool) 
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else every[0].dtype
     micro = micro_batch(config, workload, world)
     tokens, V, H = micro * workload.length, text.vocab_size, text.hidden_size
-    table = base_of(loaded.model).get_output_embeddings().weight
+    embeddings = base_of(loaded.model).get_output_embeddings()
+    table, shards_of_head = embeddings.weight, lm_head.shards_of(embeddings)
     needs = Needs(True, table.requires_grad, False)
     work = Work("one_pass", tokens, H, V, dtype, needs)
     of_weight = V * H * dtype.itemsize if table.requires_grad else 0
-    head = backends.resolve(config.backend, every[0]).memory(work) - of_weight
+    backend = backends.resolve(config.backend, every[0])
+    if shards_of_head is None:
+        head = backend.memory(work) - of_weight
+    else:
+        head = streamed.memory(backend, work, shards_of_head.stream(table))
     if dtype != table.dtype and not engine.sharded:
         head += V * H * dtype.itemsize  # autocast's copy of the weight
     copies = 2 if world > 1 and not engine.sharded else 1
@@ -158,7 +165,7 @@ def memory(engine: Engine, loaded: Loaded, workload: Workload, reference: bool) 
         gradients=gradients,
         optimiser=2 * trained // shards,
         head=int(head),
-        gathered=gathered(engine, table, dtype) if engine.sharded else 0,
+        gathered=gathered(engine, embeddings, dtype) if engine.sharded else 0,
         sampling=sampled(engine, loaded, workload),
         early=first if alone else gradients,
         late=first if alone else gradients,
@@ -176,15 +183,16 @@ def micro_batch(config: TrainConfig, workload: Workload, world: int) -> int:
     return min(most, max(workload.sequences // (world * workload.updates), 1))
 
 
-def gathered(engine: Engine, table: Tensor, dtype: torch.dtype) -> int:
-    """What FSDP2 makes whole: for all of an update the rest's group, in turns the others, two at a time; of the head, the copy
-    that the op works on, and its gradient until it is scattered."""
+def gathered(engine: Engine, embeddings: nn.Module, dtype: torch.dtype) -> int:
+    """What FSDP2 makes whole: for all of an update the rest's group, in turns the others, two at a time. A head in a group of
+    its own is streamed; a tied one is part of the rest, and its gradient there twice until it is scattered."""
     groups = [m for m in engine.wrapped.modules() if isinstance(m, FSDPModule)]
     inner = {p for group in groups if group is not engine.wrapped for p in group.parameters()}
     rest = [p for p in engine.wrapped.parameters() if p not in inner]
-    others = sorted(sum(p.numel() for p in group.parameters()) for group in groups if group is not engine.wrapped)
-    count = sum(p.numel() for p in rest) + sum(others[-2:]) + 2 * table.numel()
-    return count * dtype.itemsize
+    turns = [group for group in groups if group not in (engine.wrapped, embeddings)]
+    others = sorted(sum(p.numel() for p in group.parameters()) for group in turns)
+    tied = 0 if embeddings in groups else 2 * sum(p.numel() for p in embeddings.parameters())
+    return (sum(p.numel() for p in rest) + sum(others[-2:]) + tied) * dtype.itemsize
 
 
 def with_activations(need: Memory, engine: Engine, groups: Sequence[Group], layout: Layout = PADDED) -> Memory:

@@ -4,6 +4,8 @@
     backward   its dlogits again; d_hidden is summed here, dW of the block goes home
 
 Every rank goes through all blocks, whether it has a row or not.
+
+    memory     shard + its gradient + 2 blocks + 2 gradients of blocks + what the op takes for one + fp32 d_hidden
 """
 
 from __future__ import annotations
@@ -15,13 +17,24 @@ import torch
 from torch import Tensor
 
 from fused_rlhf import backends
-from fused_rlhf.kernels.interface import Backend, Grads, Needs, Projection, Rows, Stats, TokenGrads, indices
+from fused_rlhf.kernels.interface import (
+    Backend,
+    Grads,
+    Needs,
+    Projection,
+    Rows,
+    Stats,
+    Stream,
+    TokenGrads,
+    Work,
+    indices,
+)
 from fused_rlhf.kernels.statistics import STATISTICS, Partials, merge
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.parallel import LN2
 from fused_rlhf.op.rows import scatter
-from fused_rlhf.op.streams import Home, blocks
+from fused_rlhf.op.streams import Home, blocks, rows_of_block
 
 
 def linear_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
@@ -117,3 +130,18 @@ def gradients(
             home.send(block.start, block.count, of_block)
     d_weight = None if home is None else home.complete()
     return Grads(None if d_hidden is None else d_hidden.to(rows.hidden.dtype), d_weight, d_bias, d_lora)
+
+
+def memory(backend: Backend, work: Work, stream: Stream) -> float:
+    """Bytes at the peak of a call and its backward, the gradient of hidden included, shard and gradient of the shard not."""
+    N, H, count = work.rows, work.hidden_size, rows_of_block(stream, work.hidden_size)
+    columns, held = min(stream.world * count, stream.length), 2 if count < stream.rows else 1
+    numbers = held * stream.dtype.itemsize
+    if work.needs.weight:
+        numbers += held * stream.reduce_dtype.itemsize
+        if stream.reduce_dtype == stream.dtype:  # one of them is what the backend makes, and counts
+            numbers -= stream.dtype.itemsize
+    wide = torch.promote_types(work.dtype, torch.float32).itemsize
+    copies = 2 if work.dtype.itemsize < wide else 1  # d_hidden, and hidden where it is narrower
+    of_block = replace(work, route="two_phase", vocabulary=columns)
+    return backend.memory(of_block) + numbers * columns * H + copies * wide * N * H
