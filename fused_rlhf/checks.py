@@ -45,9 +45,10 @@ def dtensor(value: Tensor) -> str:
         return ""
     placements = ", ".join(map(repr, value.placements))
     return (
-        f"a DTensor, {placements} over {value.device_mesh.size()} processes (tensor parallelism or FSDP2): load the model "
-        "without tp_plan and shard it by fully_shard, for lm_head.forward, or gather the tensor: full_tensor(), with "
-        "grad_placements=[Partial()] where processes have data of their own"
+        f"a DTensor, {placements} over {value.device_mesh.size()} processes (tensor parallelism or FSDP2): take the head from "
+        "lm_head.forward, of a model that fully_shard or transformers' tp_plan has sharded, or give this process's rows, "
+        "to_local(), with a process_group, or gather the tensor: full_tensor(), with grad_placements=[Partial()] where "
+        "processes have data of their own"
     )
 
 

@@ -13,14 +13,15 @@ from fused_rlhf import private
 from fused_rlhf.checks import check_count
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Kind, Projection, RowPairs, Rows, Stats, pick
+from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.objectives.metrics import policy_metrics, preference_metrics
 from fused_rlhf.objectives.policy import PolicyLoss
 from fused_rlhf.objectives.preference import PreferenceLoss
 from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.objectives.surrogates import Count
 from fused_rlhf.op.adapter import with_adapter
-from fused_rlhf.op.divergence import divergence
-from fused_rlhf.op.execute import Mode, check_mode, execute
+from fused_rlhf.op.divergence import divergence, divergence_block
+from fused_rlhf.op.execute import Mode, check_mode, execute, one_pass_block
 from fused_rlhf.op.head import (
     Call,
     Head,
@@ -29,13 +30,14 @@ from fused_rlhf.op.head import (
     check_head,
     check_outputs,
     check_reference,
+    group_of,
     head_of,
 )
 from fused_rlhf.op.kept import ADDED, FULL, kept_statistics
 from fused_rlhf.op.logprobs import linear_logprobs as logprobs_of_rows
 from fused_rlhf.op.logprobs import linear_logprobs_of_ids as logprobs_of_ids
 from fused_rlhf.op.parallel import Gate, gate, sharded
-from fused_rlhf.op.rows import Tokens, check_id_shape, check_temperature, scatter, tokens_of
+from fused_rlhf.op.rows import Tokens, check_id_shape, check_ids, check_temperature, scatter, tokens_of
 from fused_rlhf.op.sequences import (
     check_policy,
     check_preference,
@@ -43,7 +45,7 @@ from fused_rlhf.op.sequences import (
     reference_logprobs,
     sharded_reference,
 )
-from fused_rlhf.op.truncation import WITHIN, Kept, Truncation
+from fused_rlhf.op.truncation import ANY, WITHIN, Kept, Truncation
 
 
 class LogProbs(NamedTuple):
@@ -116,7 +118,8 @@ def linear_logprobs(
         process_group: of a vocabulary-parallel head: `weight` (with bias and B) is this rank's rows, `Head` may say which;
             every rank gives the same hidden states, targets and options. Ranks may hold different numbers of rows, or none.
             What comes back is of the whole vocabulary, with the same bits on every rank; the gradients of weight, bias and B
-            are this rank's own. If one rank refuses its call, all raise. Not with kept, truncation or ids yet.
+            are this rank's own. If one rank refuses its call, all raise. Not with truncation yet. None: that of the
+            `Head`, if it has one.
         hidden_grad: with a process_group: "sum" adds the ranks' parts of d_hidden, so that each has the whole; "local" leaves
             that to the caller, as to the backward of a sequence-parallel gather.
         lora: (A, B, scale): a low-rank adapter on the head, A (r, H) and B (V, r): hidden @ weight.T gains
@@ -141,30 +144,25 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
         RuntimeError: with a process_group: another rank refused the call.
-        NotImplementedError: process_group beside kept, truncation or ids.
+        NotImplementedError: process_group beside truncation.
     """
-    call = Call(
-        temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation, process_group is not None
-    )
+    group = group_of(process_group, weight=weight)
+    call = Call(temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation, group is not None)
     if call.samples or ids is not None or grad_filter != 0:
         weight = _whole(weight)
-    group = _group_of(process_group, weight)
-    if group is not None:
-        with gate(group, hidden_grad) as entered:
-            if ids is not None:
-                raise NotImplementedError("process_group must be None with ids, which are of one device's head so far")
+    met_in = _met_in(group, weight)
+    if met_in is not None:
+        with gate(met_in, hidden_grad) as entered:
             assert entered is not None
             head = head_of(weight, bias, logit_scale, softcap, lora)
-            return _of_shards(entered, hidden, head, targets, call, check_outputs(outputs))
+            return _of_shards(entered, hidden, head, targets, call, outputs, ids)
     head = head_of(weight, bias, logit_scale, softcap, lora)
     projection, flat_temperature = check_head(hidden, head, targets, call)
     if call.samples:
-        if ids is not None:
-            name = "truncation" if kept is None else "kept"
-            raise ValueError(
-                f"ids must be None with {name}: their log-probs are of the whole vocabulary; call once more"
-            )
-        return _within_sets(hidden, head, projection, targets, flat_temperature, call, outputs)
+        _check_no_ids(ids, call)
+        names, one = check_outputs(outputs, WITHIN), targets.new_zeros(targets.numel())
+        tokens = tokens_of(Door(), targets, None, call, projection, flat_temperature, one, 1)
+        return _within_sets(tokens.rows(hidden, head, projection), projection, tokens, targets, call, names)
     names = check_outputs(outputs)
     flat, x = targets.reshape(-1), hidden.reshape(-1, hidden.shape[-1])
     if head.lora is not None:
@@ -184,25 +182,50 @@ def linear_logprobs(
 
 
 def _of_shards(
-    entered: Gate, hidden: Tensor, head: Head, targets: Tensor, call: Call, names: tuple[str, ...]
+    entered: Gate, hidden: Tensor, head: Head, targets: Tensor, call: Call, outputs: Sequence[str], ids: Tensor | None
 ) -> LogProbs:
     """`linear_logprobs` with a process_group, or a streamed head."""
     projection, temperature = check_head(hidden, head, targets, call)
-    one = targets.new_zeros(targets.numel())
-    tokens = tokens_of(Door(), targets, None, call, projection, temperature, one, 1)
+    names = check_outputs(outputs, WITHIN if call.samples else OUTPUTS)
+    door, one = Door(), targets.new_zeros(targets.numel())
+    flat_ids = None
+    if ids is not None:
+        _check_no_ids(ids, call)
+        check_id_shape(ids, targets)
+        flat_ids = ids.detach().reshape(targets.numel(), ids.shape[-1])
+        check_ids(door, flat_ids, targets.reshape(-1) != call.ignore_index, call.ignore_index, ANY)
+    tokens = tokens_of(door, targets, None, call, projection, temperature, one, 1)
+    some, asked = pick(flat_ids, tokens.index), None
+    if some is not None:
+        asked = some != call.ignore_index
+        some = some.masked_fill(~asked, 0)
+    named = tokens.named if some is None else (some,)
+    what = "logprobs", call.shared, None if some is None else some.shape
+    rows = tokens.rows(hidden, head, projection)
     if head.stream is None:
-        shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), "logprobs", names)
-        projection = sharded(projection, shard)
+        projection = sharded(projection, entered.through(projection, head, rows, what, names, named=named))
     else:
-        entered.together(hidden, projection, "logprobs", names)
-    stats = logprobs_of_rows(tokens.rows(hidden, head, projection), projection, None, names, call.backend)
-    return _laid_out(stats, names, tokens, targets)
+        entered.together(hidden, projection, what, names)
+    if call.samples:
+        return _within_sets(rows, projection, tokens, targets, call, names)
+    if some is None or asked is None or ids is None:
+        stats = logprobs_of_rows(rows, projection, None, names, call.backend)
+        return _laid_out(stats, names, tokens, targets)
+    stats, of_ids = logprobs_of_ids(rows, projection, None, some, names, call.backend)
+    of_ids = scatter(torch.where(asked, of_ids, 0.0), tokens.index, targets.numel())
+    return _laid_out(stats, names, tokens, targets)._replace(id_logprobs=of_ids.view(ids.shape))
 
 
-def _group_of(process_group: Any, *weights: Tensor | Head | None) -> Any:
-    """The group that a call is made in: the given one, or that by which a head is streamed; None: it is one process's own."""
+def _check_no_ids(ids: Tensor | None, call: Call) -> None:
+    if call.samples and ids is not None:
+        name = "truncation" if call.kept is None else "kept"
+        raise ValueError(f"ids must be None with {name}: their log-probs are of the whole vocabulary; call once more")
+
+
+def _met_in(group: Any, *weights: Tensor | Head | None) -> Any:
+    """Where ranks meet: the group of a vocabulary-parallel head, or that by which a head is streamed; None: there is none."""
     streams = [weight.stream for weight in weights if isinstance(weight, Head) and weight.stream is not None]
-    return private.process_group(streams[0].group) if process_group is None and streams else process_group
+    return private.process_group(streams[0].group) if group is None and streams else group
 
 
 def _whole(weight: Any) -> Any:
@@ -211,25 +234,15 @@ def _whole(weight: Any) -> Any:
 
 
 def _within_sets(
-    hidden: Tensor,
-    head: Head,
-    projection: Projection,
-    targets: Tensor,
-    temperature: Tensor,
-    call: Call,
-    outputs: Sequence[str],
+    rows: Rows, head: Projection, tokens: Tokens, targets: Tensor, call: Call, names: tuple[str, ...]
 ) -> LogProbs:
-    """`linear_logprobs` with kept or truncation; temperature (N,)."""
-    names = check_outputs(outputs, WITHIN)
-    one = targets.new_zeros(targets.numel())
-    tokens = tokens_of(Door(), targets, None, call, projection, temperature, one, 1)
-    rows = tokens.rows(hidden, head, projection)
+    """`linear_logprobs` with kept or truncation."""
     if tokens.sets is None:  # a truncation that keeps everything
         inner = tuple(name for name in names if name != FULL)
-        stats = logprobs_of_rows(rows, projection, None, inner, call.backend)
+        stats = logprobs_of_rows(rows, head, None, inner, call.backend)
         stats = Stats(stats.logprobs, stats.lse, {**stats.extra, FULL: stats.logprobs})
     else:
-        stats = kept_statistics(rows, projection, tokens.sets, names, call.backend)
+        stats = kept_statistics(rows, head, tokens.sets, names, call.backend)
     wanted = (*names, *((ADDED,) if ADDED in stats.extra else ()))
     return _laid_out(stats, wanted, tokens, targets)
 
@@ -301,7 +314,7 @@ def linear_policy_loss(
         kept, truncation: as in `linear_logprobs`: how the sampler cut its distribution. The ratio and the entropy are then
             those of what it kept, as old_logprobs must be; the KL compares whole distributions, as ref_logprobs must be.
         process_group, hidden_grad: as in `linear_logprobs`: `weight`, and `ref_weight`, are this rank's rows. Everything else
-            must be the same on every rank; "one_pass" does not serve there.
+            must be the same on every rank. "one_pass" exchanges statistics once for each of its blocks of rows.
 
     Returns:
         loss (scalar, fp32; a differentiable 0 without tokens) and metrics (0-d, see `objectives.metrics.policy_metrics`;
@@ -310,11 +323,12 @@ def linear_policy_loss(
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
+    group = group_of(process_group, weight=weight, ref_weight=ref_weight)
+    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, group is not None)
     per_token = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "sampling_logprobs": sampling_logprobs}
     if call.samples:
         weight, ref_weight = _whole(weight), _whole(ref_weight)
-    with gate(_group_of(process_group, weight, ref_weight), hidden_grad) as entered:
+    with gate(_met_in(group, weight, ref_weight), hidden_grad) as entered:
         head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
         projection, flat_temperature = check_head(hidden, head, targets, call)
         names = check_outputs(outputs, allowed=("entropy", *((FULL,) if call.samples else ())))
@@ -328,12 +342,16 @@ def linear_policy_loss(
             "num_sequences", max(count, 1) if num_sequences is None else num_sequences, tokens.count
         )
         num_tokens = check_count("num_tokens", max(tokens.count, 1) if num_tokens is None else num_tokens, tokens.count)
+        rows = tokens.rows(hidden, head, projection)
         given = [name for name, values in per_token.items() if values is not None]
-        options = "policy", objective, names, given, reference is None
-        if entered is not None and process_group is None:
-            entered.together(hidden, projection, *options)
+        what = "policy", call.shared, objective, mode, given, reference is None
+        if entered is not None and group is None:
+            entered.together(hidden, projection, what, names)
         elif entered is not None:
-            shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), *options)
+            block = one_pass_block(
+                rows, projection, tokens.sets, mode, backend, objective.tokenwise, objective.entropy_coef != 0
+            )
+            shard = entered.through(projection, head, rows, what, names, named=tokens.named, block=block)
             projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     vectors = {name: tokens.vector(values) for name, values in per_token.items()}
     if reference is not None:
@@ -347,7 +365,6 @@ def linear_policy_loss(
         per_sequence=per_sequence,
         **vectors,
     )
-    rows = tokens.rows(hidden, head, projection)
     loss, stats = execute(rows, projection, bound, names, mode, backend, tokens.sets)
     return loss, policy_metrics(
         bound, stats.logprobs.detach(), stats.entropy, stats.extra.get(FULL), stats.extra.get(ADDED)
@@ -417,10 +434,11 @@ def linear_preference_loss(
     Raises:
         ValueError, TypeError: as `linear_logprobs`; also contradictory arguments.
     """
-    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, process_group is not None)
+    group = group_of(process_group, weight=weight, ref_weight=ref_weight)
+    call = Call(temperature, ignore_index, backend, round_logits, 0.0, kept, truncation, group is not None)
     if call.samples:
         weight, ref_weight = _whole(weight), _whole(ref_weight)
-    with gate(_group_of(process_group, weight, ref_weight), hidden_grad) as entered:
+    with gate(_met_in(group, weight, ref_weight), hidden_grad) as entered:
         head, door = head_of(weight, bias, logit_scale, softcap, lora), Door()
         projection, flat_temperature = check_head(hidden, head, targets, call)
         names = check_outputs(outputs, allowed=("entropy",) if call.samples else ("entropy", "mean_logit", "is_top1"))
@@ -432,11 +450,13 @@ def linear_preference_loss(
         tokens = tokens_of(door, targets, completion_mask, call, projection, flat_temperature, sequence_of, count)
         num_pairs = None if num_pairs is None else check_count("num_pairs", num_pairs, count)
         num_tokens = None if num_tokens is None else check_count("num_tokens", num_tokens, tokens.count)
-        options = "preference", objective, names, reference is None
-        if entered is not None and process_group is None:
-            entered.together(hidden, projection, *options)
+        rows = tokens.rows(hidden, head, projection)
+        what = "preference", call.shared, objective, mode, reference is None
+        if entered is not None and group is None:
+            entered.together(hidden, projection, what, names)
         elif entered is not None:
-            shard = entered.through(projection, tokens.targets, (head.vocab_start, head.vocab_size), *options)
+            block = one_pass_block(rows, projection, tokens.sets, mode, backend, tokenwise=False, entropy_term=False)
+            shard = entered.through(projection, head, rows, what, names, named=tokens.named, block=block)
             projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     if reference is None:
         per_token = tokens.vector(ref_logprobs) if sums is None else None
@@ -452,7 +472,6 @@ def linear_preference_loss(
         num_tokens=num_tokens,
         dtype=tokens.temperature.dtype,
     )
-    rows = tokens.rows(hidden, head, projection)
     loss, stats = execute(rows, projection, bound, names, mode, backend, tokens.sets)
     extra = {name: stats.extra.get(name) for name in ("entropy", "mean_logit", "is_top1")}
     full, added = stats.extra.get(FULL), stats.extra.get(ADDED)
@@ -498,8 +517,7 @@ def linear_kl(
         beta: in (0, 1), weight of the reference in "jsd"; for no other kind.
         backend: as in `linear_logprobs`. "triton" and "chunked" hold fp32 logits of both heads for a block of rows, of
             1 GiB and 320 MiB together; "reference" holds them all.
-        process_group, hidden_grad: as in `linear_logprobs`: both weights are this rank's rows, of the same columns. Not for
-            "jsd" yet.
+        process_group, hidden_grad: as in `linear_logprobs`: both weights are this rank's rows, of the same columns.
 
     Returns:
         fp32 (fp64 for fp64 inputs), of the rows' shape; differentiable in hidden, weight and bias, once. Repeatable to the
@@ -509,9 +527,10 @@ def linear_kl(
         ValueError, TypeError: as `linear_logprobs`; heads whose vocabularies differ.
         RuntimeError: backend "triton" where it cannot run: without a GPU, or on fp64 operands.
     """
-    call = Call(temperature, backend=backend, sharded=process_group is not None)
+    group = group_of(process_group, weight=weight, ref_weight=ref_weight)
+    call = Call(temperature, backend=backend, sharded=group is not None)
     weight, ref_weight = _whole(weight), _whole(ref_weight)
-    with gate(process_group, hidden_grad) as entered:
+    with gate(group, hidden_grad) as entered:
         head = head_of(weight, bias, logit_scale, softcap)
         ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
         door = Door()
@@ -520,18 +539,17 @@ def linear_kl(
         if isinstance(temperature, Tensor):
             check_temperature(door, flat_temperature, live)
         index = door.rows(live)
+        x, y = (pick(h.reshape(-1, h.shape[-1]), index) for h in (hidden, ref_hidden))
+        if head.lora is not None:
+            x = with_adapter(x, head.lora[0], head.lora[2], of.policy)
+        if ref.lora is not None:
+            y = with_adapter(y, ref.lora[0], ref.lora[2], of.ref)
+        pairs = RowPairs(x, y.detach(), pick(flat_temperature, index))
         if entered is not None:
-            if kind == "jsd":
-                raise NotImplementedError("process_group must be None with kind='jsd', which is of whole heads so far")
-            count = flat_temperature.numel() if index is None else index.numel()
-            anything = torch.zeros(count, dtype=torch.int64, device=hidden.device)
-            vocab = head.vocab_start, head.vocab_size
-            shard = entered.through(of.policy, anything, vocab, "kl", kind, of.ref.transform, of.ref.compute_dtype)
+            anything = torch.zeros(pairs.count, dtype=torch.int64, device=hidden.device)
+            rows = Rows(x, anything, pairs.temperature)
+            what = "kl", call.shared, kind, beta, of.ref.transform, of.ref.compute_dtype
+            shard = entered.through(of.policy, head, rows, what, block=divergence_block(pairs, of, backend))
             of = replace(of, policy=sharded(of.policy, shard), ref=sharded(of.ref, shard))
-    x, y = (pick(h.reshape(-1, h.shape[-1]), index) for h in (hidden, ref_hidden))
-    if head.lora is not None:
-        x = with_adapter(x, head.lora[0], head.lora[2], of.policy)
-    if ref.lora is not None:
-        y = with_adapter(y, ref.lora[0], ref.lora[2], of.ref)
-    values = divergence(RowPairs(x, y.detach(), pick(flat_temperature, index)), of, backend)
+    values = divergence(pairs, of, backend)
     return scatter(values, index, flat_temperature.numel()).view(hidden.shape[:-1])

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf import model_inputs as model_inputs_of
-from fused_rlhf import private, reading
+from fused_rlhf import private, reading, tensor_parallel
 from fused_rlhf.checks import dtensor
 from fused_rlhf.fsdp import Shards
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.kernels.interface import Stream
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.head import DTYPES, Head, LoRA
+from fused_rlhf.tensor_parallel import TensorParallel
 
 LMHead = Head  # its name before every function took one
 
@@ -50,7 +51,7 @@ class HeadInputs:
 
     hidden: Tensor  # the head's own input, (B, T, H), with its graph
     # With the model's own parameters. Where FSDP2 has sharded the head by itself, it is streamed: `weight` is this rank's rows,
-    # and `head.whole()` the head with all of them.
+    # and `head.whole()` the head with all of them. Under a tp_plan `weight` is this rank's rows, with the group of the others.
     head: Head
     aux_loss: Tensor | None  # a mixture of experts' auxiliary loss, where asked for (`output_router_logits=True`)
     autocast_dtype: torch.dtype | None  # of the autocast the head would have run in; None outside of one
@@ -68,6 +69,14 @@ class Operands(NamedTuple):
     bias: Tensor | None
     lora: LoRA | None
     stream: Stream | None = None  # as in `Head`
+    over: TensorParallel | None = None  # weight and bias are this rank's rows under a tp_plan
+
+    def head(self) -> Head:
+        """Without a transform of the logits."""
+        group, vocabulary = self.over or (None, None)
+        return Head(
+            self.weight, self.bias, lora=self.lora, stream=self.stream, vocab_size=vocabulary, process_group=group
+        )
 
     def copied(self) -> Operands:
         """The same, with memory of its own and the same graph."""
@@ -95,11 +104,11 @@ class Probed:
 
     @property
     def head(self) -> Head:
-        (weight, bias, lora, stream), scale = self.operands, self.transform.logit_scale
-        name, parameter = self.transform.curve, self.transform.parameter
+        scale, name, parameter = self.transform.logit_scale, self.transform.curve, self.transform.parameter
+        head = self.operands.head()
         if name in ("", "softcap"):
-            return Head(weight, bias, scale, parameter if name else None, lora, stream=stream)
-        return Head(weight, bias, scale, lora=lora, curve=(name, parameter), stream=stream)
+            return replace(head, logit_scale=scale, softcap=parameter if name else None)
+        return replace(head, logit_scale=scale, curve=(name, parameter))
 
 
 def logprobs(
@@ -209,8 +218,8 @@ def find_head(model: nn.Module, **model_inputs: Any) -> Head:
     gpus = {p.device.index for p in base.parameters() if p.is_cuda}
     with torch.random.fork_rng(gpus), torch.no_grad():  # dropout must not move the training's random numbers
         head = forward(model, **model_inputs).head
-    weight, bias, lora, stream = operands_now(base.get_output_embeddings())  # a parametrised weight wants its graph
-    return replace(head, weight=weight, bias=bias, lora=lora, stream=stream)
+    operands = operands_now(base.get_output_embeddings())  # a parametrised weight wants its graph
+    return replace(head, weight=operands.weight, bias=operands.bias, lora=operands.lora, stream=operands.stream)
 
 
 def forward(
@@ -435,12 +444,14 @@ class _HeadReached(BaseException):
 class _Stub:
     """The hooks that stand in for the head during one forward, in the thread that runs it.
 
-    last: which ends there. operands: of a head that is whole now alone. shards: of one that is not made whole.
+    last: which ends there. operands: of a head that is whole now alone. shards: of one that is not made whole. rows: that it
+    multiplies; of none, DTensors make no logits.
     """
 
-    def __init__(self, last: bool, operands: Callable[[], Operands] | None, shards: Shards | None) -> None:
+    def __init__(self, last: bool, operands: Callable[[], Operands] | None, shards: Shards | None, rows: int) -> None:
         self.last = last
         self.shards = shards
+        self.rows = rows
         self.operands_now = operands
         self.operands: Operands | None = None
         self.thread = threading.get_ident()
@@ -462,6 +473,8 @@ class _Stub:
         self.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         if self.last:
             raise _HeadReached
+        if self.rows:
+            return (self.hidden[(slice(self.rows),) * (self.hidden.dim() - 1)], *args[1:])
         return (self.hidden[..., :0, :], *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -479,7 +492,7 @@ class _Stub:
                 output = output.detach()
         wide = torch.float32 if output.device.type == "mps" else torch.float64
         # The empty product ties the model's output to all its parameters: DDP looks there for unused ones.
-        return self.probe.to(output.device, wide) + output.sum().to(wide)
+        return self.probe.to(output.device, wide) + output[..., :0, :].sum().to(wide)
 
     def tie(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """After FSDP2's own hook, ties the output to the rest of the model again."""
@@ -495,7 +508,8 @@ def _stubbed(
     operands: Callable[[], Operands] | None = None,
     shards: Shards | None = None,
 ) -> Iterator[_Stub]:
-    stub = _Stub(last, operands, shards)
+    planned = isinstance(embeddings, nn.Linear) and tensor_parallel.is_sharded(embeddings)
+    stub = _Stub(last, operands, shards, rows=int(planned))
     # Hooks that were there first run before `before` and after `after`: they are part of what is probed.
     handles = [
         embeddings.register_forward_pre_hook(stub.before),
@@ -618,7 +632,11 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
             module = module.get_base_layer()
     # accelerate's device hooks replace the instance's forward and call the class's.
     replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if replaced and isinstance(module, nn.Linear) and (what := dtensor(module.weight)):  # transformers' tp_plan
+    if isinstance(module, nn.Linear) and tensor_parallel.is_sharded(module):
+        if module is not embeddings:
+            raise ValueError(f"unsupported head: PEFT must not wrap a head under a tp_plan, got {_name(embeddings)}")
+        replaced = False
+    elif replaced and isinstance(module, nn.Linear) and (what := dtensor(module.weight)):
         raise ValueError(f"unsupported head: its weight is {what}")
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or replaced:
         raise ValueError(
@@ -637,6 +655,9 @@ def linear_of(embeddings: nn.Module) -> nn.Linear:
 def parts_of(embeddings: nn.Module) -> Operands:
     """What the output embeddings multiply by, whole or in shards. Raises as `linear_of`."""
     linear = linear_of(embeddings)
+    if tensor_parallel.is_sharded(linear):
+        weight, bias, over = tensor_parallel.shard_of(linear)
+        return Operands(weight, bias, None, over=over)
     return Operands(linear.weight, linear.bias, adapter_of(embeddings))
 
 
@@ -654,10 +675,10 @@ def operands_now(embeddings: nn.Module) -> Operands:
 
 
 def operands_of(embeddings: nn.Module) -> Operands:
-    """What the output embeddings multiply by, where that is whole.
+    """What the output embeddings multiply by, where that is whole, or sharded by a tp_plan.
 
     Raises:
-        ValueError: they are no head that `Head` can say, or are sharded.
+        ValueError: they are no head that `Head` can say, or are sharded otherwise.
     """
     parts = parts_of(embeddings)
     weight = parts.weight

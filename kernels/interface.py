@@ -174,6 +174,8 @@ class Shard:
     start: int  # the first column here
     vocabulary: int  # of all ranks
     sums_hidden: bool  # whether d_hidden is summed over the group
+    # Rows of a block, after each of which the ranks exchange what they found; 0: they do so once, of all rows.
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -416,6 +418,12 @@ class Stats:
         return Stats(logprobs, lse, extra, cat("mass"), cat("normaliser"))
 
 
+# What a shard found of a block of rows, for these outputs -> their statistics over the shards of all ranks.
+Merge = Callable[[ShardStats, slice, tuple[str, ...]], Stats]
+# (n, 4), maximum and sum exp(z - maximum) of the policy and of the reference: of a shard -> of all.
+MergeTotals = Callable[[Tensor], Tensor]
+
+
 class TokenGrads(NamedTuple):
     """dloss / d(statistic) per row, (N,); None means zero everywhere.
 
@@ -558,6 +566,10 @@ class RowPairs:
     ref_hidden: Tensor  # (N, H')
     temperature: Tensor  # (N,)
 
+    @property
+    def count(self) -> int:
+        return len(self.hidden)
+
     def pick(self, rows: Tensor | None) -> RowPairs:
         return RowPairs(*(pick(t, rows) for t in (self.hidden, self.ref_hidden, self.temperature)))
 
@@ -642,13 +654,30 @@ class Backend(Protocol):
         ...
 
     def one_pass(
-        self, rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+        self,
+        rows: Rows,
+        head: Projection,
+        outputs: tuple[str, ...],
+        objective: BoundObjective,
+        needs: Needs,
+        merge: Merge | None = None,
     ) -> tuple[Stats, Tensor, Grads]:
-        """Statistics, contributions to the loss and the gradients of their sum."""
+        """Statistics, contributions to the loss and the gradients of their sum.
+
+        merge: of a shard, whose targets may lie beyond it: called for each of its blocks of rows, or once for all of them.
+        """
         ...
 
-    def divergence(self, rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
-        """(N,) divergences."""
+    def one_pass_block(self, rows: Rows, head: Projection, needs: Needs) -> int:
+        """Rows that one_pass takes at a time."""
+        ...
+
+    def divergence(self, rows: RowPairs, of: Comparison, merge: MergeTotals | None = None) -> tuple[Tensor, Sums]:
+        """(N,) divergences; with `merge`, called for each block of rows, this shard's terms of their sums."""
+        ...
+
+    def divergence_block(self, rows: RowPairs, of: Comparison) -> int:
+        """Rows that divergence takes at a time."""
         ...
 
     def divergence_gradients(self, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:

@@ -143,11 +143,39 @@ def row_sum(
 
 
 @triton.jit
+def totals_kernel(
+    z_ptr, bias_ptr, inv_temperature_ptr, out_ptr, V, stride, stride_out, logit_scale, parameter,
+    CURVE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One row's `row_sum` into two columns of out."""
+    n = tl.program_id(0)
+    inv_temperature = tl.load(inv_temperature_ptr + n + tl.arange(0, 1))
+    row_ptr = z_ptr + n.to(tl.int64) * stride
+    top, total = row_sum(row_ptr, bias_ptr, V, inv_temperature, logit_scale, parameter, CURVE, STEP)
+    out = out_ptr + n * stride_out + tl.arange(0, 1)
+    tl.store(out, top)
+    tl.store(out + 1, total)
+
+
+def launch_totals(of: Comparison, z: Tensor, r: Tensor, inv_temperature: Tensor) -> Tensor:
+    """(n, 4): maximum and sum exp(z - maximum) of both heads' logits, from their products as in `launch_divergence`."""
+    (n, V), found = z.shape, torch.empty((len(z), 4), dtype=torch.float32, device=z.device)
+    for products, head, out in ((z, of.policy, found[:, :2]), (r, of.ref, found[:, 2:])):
+        totals_kernel[(n,)](
+            products, head.bias, inv_temperature, out, V, products.stride(0), out.stride(0), head.transform.logit_scale,
+            head.transform.parameter, CURVE=curve_of(head.transform).apply, STEP=ROW_STEP, num_warps=8,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
 def divergence_kernel(
     z_ptr,  # (N, V) fp32 products of the policy
     r_ptr,  # (N, V) likewise of the reference
     bias_ptr,  # (V,) or None
     ref_bias_ptr,
+    totals_ptr,  # (N, 4) of `launch_totals`, over the shards of all ranks; None: the vocabulary is whole
     inv_temperature_ptr,  # (N,) fp32, as are the next five, written here
     value_ptr,
     lse_ptr,
@@ -173,10 +201,16 @@ def divergence_kernel(
     r_row = r_ptr + n.to(tl.int64) * stride
     row = n + tl.arange(0, 1)
     inv_temperature = tl.load(inv_temperature_ptr + row)
-    top, total = row_sum(z_row, bias_ptr, V, inv_temperature, logit_scale, parameter, CURVE, STEP)
-    ref_top, ref_total = row_sum(
-        r_row, ref_bias_ptr, V, inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE, STEP
-    )
+    if totals_ptr is None:
+        top, total = row_sum(z_row, bias_ptr, V, inv_temperature, logit_scale, parameter, CURVE, STEP)
+        ref_top, ref_total = row_sum(
+            r_row, ref_bias_ptr, V, inv_temperature, ref_logit_scale, ref_parameter, REF_CURVE, STEP
+        )
+    else:
+        top = tl.load(totals_ptr + 4 * row)
+        total = tl.load(totals_ptr + 4 * row + 1)
+        ref_top = tl.load(totals_ptr + 4 * row + 2)
+        ref_total = tl.load(totals_ptr + 4 * row + 3)
     log_total = tl.log(total)
     ref_log_total = tl.log(ref_total)
     shift = (top - ref_top) + tl.log(tl.div_rn(total, ref_total))  # 0 where they are equal, which `/` may miss
@@ -200,13 +234,25 @@ def divergence_kernel(
     tl.store(mean_ptr + row, tl.sum(mean, 1))
 
 
-def launch_divergence(of: Comparison, z: Tensor, r: Tensor, inv_temperature: Tensor, value: Tensor, sums: Sums) -> None:
-    """Writes `value` and `sums` (n,) from both heads' fp32 products z and r (n, V), of one row stride."""
+def launch_divergence(
+    of: Comparison,
+    z: Tensor,
+    r: Tensor,
+    inv_temperature: Tensor,
+    value: Tensor,
+    sums: Sums,
+    totals: Tensor | None = None,
+) -> None:
+    """Writes `value` and `sums` (n,) from both heads' fp32 products z and r (n, V), of one row stride.
+
+    totals: (n, 4) as of `launch_totals`, of a vocabulary of which this is a part; `value` and the mean are then this part's.
+    """
     n, V = z.shape
     twin, policy, ref = TWINS[of.kind], of.policy.transform, of.ref.transform
     divergence_kernel[(n,)](
-        z, r, of.policy.bias, of.ref.bias, inv_temperature, value, *sums, V, z.stride(0), of.beta, policy.logit_scale,
-        policy.parameter, ref.logit_scale, ref.parameter, CURVE=curve_of(policy).apply, REF_CURVE=curve_of(ref).apply,
+        z, r, of.policy.bias, of.ref.bias, totals, inv_temperature, value, *sums, V, z.stride(0), of.beta,
+        policy.logit_scale, policy.parameter, ref.logit_scale, ref.parameter, CURVE=curve_of(policy).apply,
+        REF_CURVE=curve_of(ref).apply,
         TERMS=twin.terms, PUSH=twin.push, STEP=ROW_STEP, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 

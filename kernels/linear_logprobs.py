@@ -380,12 +380,12 @@ def repair_kernel(
     exps_ptr,  # (N, V) E
     partials_ptr,
     reference_ptr,
-    row_max_ptr,
+    row_max_ptr,  # of a shard: the normaliser, which no logit of any shard is above
     logprobs_ptr,
     normaliser_ptr,
     slope_ptr,
     inv_temperature_ptr,
-    targets_ptr,
+    targets_ptr,  # of a shard some lie beyond it
     factor_ptr,  # (N,) fp32 out: dz (N, V) = factor E
     V,
     tiles,
@@ -419,7 +419,8 @@ def repair_kernel(
     at_target = expm1(logprob) * tl.exp2(normaliser - reference)
     if SLOPE is not None:
         at_target *= SLOPE(target, unit_of(inv_temperature), parameter)
-    tl.store(row + tl.load(targets_ptr + n), at_target.to(exps_ptr.dtype.element_ty))
+    y = tl.load(targets_ptr + n)
+    tl.store(row + y, at_target.to(exps_ptr.dtype.element_ty), mask=(y >= 0) & (y < V))
     slope = tl.load(slope_ptr + n)
     tl.store(factor_ptr + n, -slope * tl.exp2(reference - normaliser) * logit_scale * inv_temperature)
 

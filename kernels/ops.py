@@ -51,10 +51,13 @@ from fused_rlhf.kernels.interface import (
     Grads,
     HeadSink,
     KeptSets,
+    Merge,
+    MergeTotals,
     Needs,
     Projection,
     RowPairs,
     Rows,
+    Shard,
     ShardStats,
     Stats,
     Sums,
@@ -62,7 +65,7 @@ from fused_rlhf.kernels.interface import (
     Work,
     indices,
 )
-from fused_rlhf.kernels.linear_kl import launch_divergence, launch_divergence_dlogits
+from fused_rlhf.kernels.linear_kl import launch_divergence, launch_divergence_dlogits, launch_totals
 from fused_rlhf.kernels.linear_logprobs import (
     ColumnBlock,
     Partials,
@@ -84,6 +87,7 @@ from fused_rlhf.kernels.truncation import Sets, launch_borders, launch_names
 
 __all__ = [
     "divergence",
+    "divergence_block",
     "divergence_gradients",
     "filter_columns",
     "gathered",
@@ -93,6 +97,7 @@ __all__ = [
     "loss",
     "memory",
     "one_pass",
+    "one_pass_block",
     "one_pass_pays",
     "partials",
     "scaled",
@@ -145,7 +150,7 @@ def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardSta
     if head.vocabulary == 0:
         return ShardStats(of_shards.Partials.none(fp32, outputs), normaliser=torch.full_like(fp32, -torch.inf))
     here = (rows.targets >= 0) & (rows.targets < head.vocabulary)
-    tokens = _tokens(replace(rows, targets=rows.targets.clamp(0, head.vocabulary - 1)), head)
+    tokens = _tokens(_inside(rows, head), head)
     tile = _tile("stats", tokens, head)
     scratch = Partials.empty(tile, min(rows.count, ROWS), head.vocabulary, outputs, rows.hidden.device)
     found = []
@@ -302,7 +307,12 @@ def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) ->
 
 @on_its_device
 def one_pass(
-    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+    rows: Rows,
+    head: Projection,
+    outputs: tuple[str, ...],
+    objective: BoundObjective,
+    needs: Needs,
+    merge: Merge | None = None,
 ) -> tuple[Stats, Tensor, Grads]:
     """See `Backend`. 6NVH; rows at which the objective is flat leave before dX and dW.
 
@@ -314,13 +324,23 @@ def one_pass(
     tokenwise = objective.tokenwise and not objective.needs_entropy
     plain_head = head.lora_b is None and head.compute_dtype != torch.float16
     if any(needs) and plain_head and tokenwise and not bias_gradient:
-        return _one_pass(rows, head, outputs, objective, needs)
+        return _one_pass(rows, head, outputs, objective, needs, merge)
     computed = (*outputs, "entropy") if objective.needs_entropy and "entropy" not in outputs else outputs
-    stats = statistics(rows, head, computed)
+    if merge is None:
+        stats = statistics(rows, head, computed)
+    else:
+        stats = merge(partials(rows, head, computed), slice(0, rows.count), computed)
     contributions, upstream = loss(objective, stats.logprobs, stats.entropy)
     grads = _gradients_of_live_rows(rows, head, stats, upstream, needs)
     asked = {name: value for name, value in stats.extra.items() if name in outputs}
     return replace(stats, extra=asked), contributions, grads
+
+
+def one_pass_block(rows: Rows, head: Projection, needs: Needs) -> int:
+    """See `Backend`."""
+    halves = needs.weight and head.weight.dtype.itemsize == 2
+    sizes = rows.count, head.vocabulary, rows.hidden.shape[1], head.compute_dtype.itemsize
+    return one_pass_rows(*sizes, halves, device_bytes(rows.hidden.device))
 
 
 def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
@@ -332,18 +352,23 @@ def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:
 
 
 def _one_pass(
-    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+    rows: Rows,
+    head: Projection,
+    outputs: tuple[str, ...],
+    objective: BoundObjective,
+    needs: Needs,
+    merge: Merge | None,
 ) -> tuple[Stats, Tensor, Grads]:
-    tokens = _tokens(rows, head)
+    tokens = _tokens(rows if merge is None else _inside(rows, head), head)
     tile = _tile("stats", tokens, head)
     (N, H), V, device = rows.hidden.shape, head.vocabulary, rows.hidden.device
-    halves = needs.weight and head.weight.dtype.itemsize == 2
-    capacity = one_pass_rows(N, V, H, head.compute_dtype.itemsize, halves, device_bytes(device))
+    capacity = one_pass_block(rows, head, needs) if head.shard is None else head.shard.block
     partials = Partials.empty(tile, capacity, V, outputs, device)
     scratch = _scratch(capacity, V, head.compute_dtype, device)
     dx = torch.zeros_like(rows.hidden) if needs.hidden else None
     sink = _SplitSink(head, needs, several=capacity < N) if needs.weight else None
-    twin = cast(BoundPolicy, objective) if has_twin(objective) else None  # a preference is not tokenwise
+    # A preference is not tokenwise. The statistics of a shard are not yet those that the loss is of.
+    twin = cast(BoundPolicy, objective) if has_twin(objective) and merge is None else None
     found, losses = [], []
     for at in _ranges(N, capacity):
         some = _slice(tokens, at)
@@ -353,6 +378,12 @@ def _one_pass(
         for block in _blocks(head, _uncut(head)):
             launch_stats(tile, some, block, head, partials, exps[:, block.columns], reference)
         stats, contributions, slope = launch_finish(some, head, partials, row_max, twin, at)
+        if merge is not None:
+            some = replace(some, targets=rows.targets[at])
+            here = (some.targets >= 0) & (some.targets < V)
+            of_shard = partials.merged(stats, row_max, here, V)
+            stats = merge(ShardStats(of_shard, normaliser=stats.normaliser), at, outputs)
+            row_max = cast(Tensor, stats.normaliser)
         if contributions is None or slope is None:
             contributions, upstream = objective(at, stats.logprobs, stats.entropy)
             slope = torch.zeros_like(contributions) if upstream.logprobs is None else upstream.logprobs
@@ -399,7 +430,7 @@ def has_normaliser() -> bool:
 
 
 @on_its_device
-def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+def divergence(rows: RowPairs, of: Comparison, merge: MergeTotals | None = None) -> tuple[Tensor, Sums]:
     """See `Backend`. The products are cuBLAS's: a row's bits may depend on how many rows there are.
 
     Raises:
@@ -407,7 +438,7 @@ def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     """
     x, y, inv_temperature = _pairs(rows, of)
     N, V, device = len(x), of.policy.vocabulary, x.device
-    capacity = divergence_rows(N, V)
+    capacity = divergence_rows(N, V) if merge is None else cast(Shard, of.policy.shard).block
     z_scratch, r_scratch = (_scratch(capacity, V, torch.float32, device) for _ in range(2))
     value, *sums = (torch.empty(N, dtype=torch.float32, device=device) for _ in ("value", *Sums._fields))
     for at in _ranges(N, capacity):
@@ -415,8 +446,14 @@ def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
         for hidden, head, out in ((x, of.policy, z), (y, of.ref, r)):
             for block in _blocks(head, _uncut(head)):
                 matmul(hidden[at], block.w.T, out[:, block.columns])
-        launch_divergence(of, z, r, inv_temperature[at], value[at], Sums(*(v[at] for v in sums)))
+        totals = None if merge is None else merge(launch_totals(of, z, r, inv_temperature[at]))
+        launch_divergence(of, z, r, inv_temperature[at], value[at], Sums(*(v[at] for v in sums)), totals)
     return value, Sums(*sums)
+
+
+def divergence_block(rows: RowPairs, of: Comparison) -> int:
+    """See `Backend`."""
+    return divergence_rows(len(rows.hidden), of.policy.vocabulary)
 
 
 @on_its_device
@@ -555,6 +592,11 @@ def _tokens(rows: Rows, head: Projection) -> RowBlock:
     if _misplaced(x):
         x = x.clone()
     return RowBlock(x, rows.targets, rows.temperature.to(torch.float32).reciprocal())
+
+
+def _inside(rows: Rows, head: Projection) -> Rows:
+    """With some column of a shard for each target beyond it."""
+    return replace(rows, targets=rows.targets.clamp(0, head.vocabulary - 1))
 
 
 def _tile(kernel: str, rows: RowBlock, head: Projection, entropy: bool = False) -> Tile:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fused_rlhf as fr
+from fused_rlhf.backends import tiling
 from fused_rlhf.integrations import megatron, nemo_rl, skyrl, verl
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
@@ -27,6 +31,7 @@ N, H, V = 12, 16, 90
 # Shards of any sizes, also of none; the last has six rows that pad the vocabulary.
 EDGES = {2: [0, 31, V], 3: [0, 40, 40, V], 4: [0, 1, 50, 70, V]}
 PADDING = 6
+HEADER = 11 * 8  # bytes
 BACKENDS = ("triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("chunked", "reference")
 
 
@@ -109,6 +114,64 @@ def case_statistics() -> None:
         compare(log_probs, case(dtype=torch.float64))
 
 
+def some_ids(targets: Tensor) -> Tensor:
+    """(N, 5): one to ignore, the target, and three that lie anywhere, one of them twice."""
+    g = torch.Generator().manual_seed(5)
+    some = torch.randint(3, V, (len(targets), 2), generator=g)
+    return torch.cat([torch.full_like(some[:, :1], -100), targets[:, None].clamp(min=3), some, some[:, :1]], 1)
+
+
+def some_sets(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sets of two to eight tokens; that of row 1 lies in one place, so that some ranks have none of it."""
+    g = torch.Generator().manual_seed(8)
+    sets = []
+    for row, target in enumerate(targets.tolist()):
+        others = torch.randint(0, V, (1 + row % 7,), generator=g) if row != 1 else torch.tensor([target])
+        sets.append(torch.cat([others, torch.tensor([max(target, 0)])]).unique())
+    return torch.cat(sets), torch.tensor([0, *(len(found) for found in sets)]).cumsum(0)
+
+
+def case_ids() -> None:
+    """Each rank has the logits of some: at upstreams that are zero in one place or the other, and of rows and ids alone."""
+
+    def of_ids(by_rows: float, by_ids: float, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        found = fr.linear_logprobs(**arguments, ids=some_ids(arguments["targets"]), outputs=("entropy",))
+        u = torch.linspace(-1, 2, found.id_logprobs.numel(), dtype=found.logprobs.dtype).view_as(found.id_logprobs)
+        u = u.index_fill(0, torch.tensor([4, 7]), 0.0)
+        loss = by_rows * (found.logprobs * u[:, 0] + found.entropy).sum() + by_ids * (found.id_logprobs * u).sum()
+        return loss, [found.logprobs.detach(), found.id_logprobs.detach()]
+
+    for backend in BACKENDS:
+        for number, transform in enumerate(TRANSFORMS):
+            for weights in ((1.0, 1.0), (0.0, 1.0)) if number else ((1.0, 0.0), (0.0, 0.0)):
+                compare(partial(of_ids, *weights), case(transform), padded=number % 2 == 0, backend=backend)
+
+
+def case_kept() -> None:
+    def of_sets(outputs: tuple[str, ...], **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        found = fr.linear_logprobs(**arguments, kept=some_sets(arguments["targets"]), outputs=outputs)
+        u = torch.linspace(-1, 1, 4 * N, dtype=found.logprobs.dtype).view(4, N)
+        u[:, 5] = 0
+        grads = [name for name in ("entropy", "lse", "full_logprobs") if name in outputs]
+        loss = (found.logprobs * u[0]).sum() + sum((getattr(found, name) * u[1]).sum() for name in grads)
+        return loss, [found.logprobs.detach(), *(getattr(found, name).detach() for name in outputs)]
+
+    everything = ("entropy", "lse", "sum_sq", "full_logprobs")
+    for backend in BACKENDS:
+        for number, transform in enumerate(TRANSFORMS):
+            outputs = everything if number % 2 else everything[:number]
+            compare(partial(of_sets, outputs), case(transform), padded=number % 3 == 0, backend=backend)
+
+    def policy(**arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        loss, metrics = fr.linear_policy_loss(
+            **arguments, objective=fr.GRPO(beta=0.1), advantages=torch.tensor([1.0]), outputs=("full_logprobs",),
+            kept=some_sets(arguments["targets"]), ref_logprobs=torch.full((N,), -2.0),
+        )  # fmt: skip
+        return loss, [loss.detach(), *(metrics[name] for name in sorted(metrics))]
+
+    compare(policy, case(TRANSFORMS[5]))
+
+
 def case_losses() -> None:
     """Policies and preferences, with references given, and computed from a head that is sharded likewise."""
     data = case(TRANSFORMS[5])
@@ -157,7 +220,70 @@ def case_losses() -> None:
     compare(with_reference, data, padded=True)
 
 
-def divergences(far: float, kind: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+@contextmanager
+def blocks() -> Iterator[int]:
+    """Rows of a block: as few as the rank has that takes the fewest."""
+    own = 5 + dist.get_rank()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tiling, "row_block", return_value=own))
+        if "triton" in BACKENDS:
+            ops: Any = import_module("fused_rlhf.kernels.ops")
+            for name in ("one_pass_rows", "divergence_rows"):
+                stack.enter_context(mock.patch.object(ops, name, return_value=own))
+        yield 5
+
+
+def case_one_pass() -> None:
+    """In one block of rows and in several, of ranks that would choose different ones; trained, and frozen."""
+    g = torch.Generator().manual_seed(3)
+    old = -torch.rand(N, generator=g) * 3
+
+    def policy(objective: Any, mode: Any, frozen: bool, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        if frozen:
+            head = arguments["weight"]
+            arguments["weight"] = replace(head, weight=head.weight.detach(), bias=None)
+        loss, metrics = fr.linear_policy_loss(
+            **arguments, objective=objective, old_logprobs=old, mode=mode, cu_seqlens=torch.tensor([0, 4, 7, 12]),
+            advantages=torch.tensor([1.0, 0.0, -0.5]), outputs=("entropy",),
+        )  # fmt: skip
+        if frozen:  # `outcome` asks for the gradients of these, too
+            loss = loss + 0 * head.weight.sum()
+        return loss, [loss.detach(), *(metrics[name] for name in sorted(metrics))]
+
+    for backend in BACKENDS:
+        for number, transform in enumerate(TRANSFORMS):
+            frozen = number in (0, 2)
+            for objective in (fr.DAPO(), fr.GRPO()) if backend == "triton" else (fr.DAPO(), fr.PPO(entropy_coef=0.01)):
+                if frozen and objective.entropy_coef:
+                    objective = fr.GSPO()
+                call = partial(policy, objective, "one_pass", frozen)
+                compare(call, case(transform), padded=number % 2 == 0, backend=backend)
+                with blocks():
+                    compare(call, case(transform), padded=number % 2 == 0, backend=backend)
+    with blocks() as rows:
+        for mode, forward in (
+            ("auto", 1 + -(-(N - 1) // rows)),
+            ("one_pass", 1 + -(-(N - 1) // rows)),
+            ("two_phase", 2),
+        ):
+            data = case(TRANSFORMS[0])
+            leaves = [data["hidden"].clone().requires_grad_(), data["weight"][here()].clone().requires_grad_()]
+            with counted() as (calls, size):
+                arguments: dict[str, Any] = {"mode": mode, "process_group": dist.group.WORLD, "backend": BACKENDS[0]}
+                hidden, weight = leaves
+                loss, _ = fr.linear_policy_loss(
+                    hidden, weight, data["targets"], objective=fr.DAPO(), advantages=torch.ones(1), **arguments
+                )
+                assert dict(calls) == {"all_gather": forward}
+                numbers = 4 if BACKENDS[0] == "triton" else 3
+                assert size["all_gather"] == HEADER + 4 * (N - 1) * numbers
+                loss.backward(retain_graph=True)
+                loss.backward()
+                assert calls["all_reduce"] == 2
+                assert size["all_reduce"] == 2 * 4 * (N - 1) * H
+
+
+def divergences(far: float, kind: Any, dtype: torch.dtype, backend: str) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(values, d_hidden, this rank's dW) of one process, and of the group with a padded vocabulary."""
     data = case(TRANSFORMS[0], dtype)
     noise = torch.randn(N, H, generator=torch.Generator().manual_seed(9), dtype=dtype)
@@ -169,7 +295,7 @@ def divergences(far: float, kind: Any, dtype: torch.dtype) -> list[tuple[Tensor,
         hidden, weight = data["hidden"].clone().requires_grad_(), rows.clone().requires_grad_()
         head = fr.Head(weight, vocab_size=V if more else None)
         ref_hidden = data["hidden"] + far * noise
-        value = fr.linear_kl(hidden, head, ref_hidden, rows, kind, mask=mask, backend=BACKENDS[0], **more)
+        value = fr.linear_kl(hidden, head, ref_hidden, rows, kind, mask=mask, backend=backend, **more)
         (value * torch.linspace(1, 2, N, dtype=dtype)).sum().backward()
         grad = weight.grad[: here().stop - here().start] if more else weight.grad[here()]
         results.append((value.detach(), hidden.grad, grad))
@@ -179,16 +305,32 @@ def divergences(far: float, kind: Any, dtype: torch.dtype) -> list[tuple[Tensor,
 def case_divergence() -> None:
     """In both directions, near and far from the reference, and exactly 0 where there is no difference."""
     fp64 = "triton" not in BACKENDS
-    for far in (1e-3, 1.0) if fp64 else (1.0,):
-        for kind in ("forward", "reverse"):
-            whole, found = divergences(far, kind, torch.float64 if fp64 else torch.float32)
-            for value, truth in zip(found, whole, strict=True):
-                limit = (1e-9 if fp64 else 5e-6) * truth.abs().amax().item() if truth.numel() else 0.0
-                torch.testing.assert_close(value, truth, rtol=0, atol=limit)
-    assert not divergences(0.0, "reverse", torch.float32)[1][0].any()
-    weight, hidden = case()["weight"][here()], case()["hidden"]
-    with pytest.raises(NotImplementedError, match="process_group must be None with kind='jsd'"):
-        fr.linear_kl(hidden, weight, hidden, weight, "jsd", process_group=dist.group.WORLD)
+    for backend in BACKENDS:
+        for far in (1e-3, 1.0) if fp64 else (1.0,):
+            for kind in ("forward", "reverse", "jsd"):
+                with blocks():
+                    whole, found = divergences(far, kind, torch.float64 if fp64 else torch.float32, backend)
+                for value, truth in zip(found, whole, strict=True):
+                    limit = (1e-9 if fp64 else 5e-6) * truth.abs().amax().item() if truth.numel() else 0.0
+                    torch.testing.assert_close(value, truth, rtol=0, atol=limit)
+    for kind in ("reverse", "jsd"):
+        assert not divergences(0.0, kind, torch.float32, BACKENDS[0])[1][0].any()
+
+
+def case_what_a_divergence_sends() -> None:
+    """Of the JSD twice: what the probabilities need, block by block, and then the terms."""
+    data, live = case(TRANSFORMS[0]), N
+    weight = data["weight"][here()]
+    cases: tuple[tuple[Any, int, int], ...] = (("forward", 1, 4), ("jsd", 3 + 1, 4 + 2))
+    for kind, calls_of, numbers in cases:
+        hidden = data["hidden"].clone().requires_grad_()
+        with blocks(), counted() as (calls, size):
+            value = fr.linear_kl(hidden, weight, data["hidden"], weight, kind, process_group=dist.group.WORLD)
+            assert dict(calls) == {"all_gather": 1 + calls_of}
+            assert size["all_gather"] == HEADER + 4 * live * numbers
+            value.sum().backward()
+            assert calls["all_reduce"] == 1
+            assert size["all_reduce"] == 4 * live * H
 
 
 def case_adapter() -> None:
@@ -356,19 +498,35 @@ def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
 def case_what_is_sent() -> None:
     """A header and statistics forward, d_hidden backward, and nothing else; nothing at all back where no row is live."""
     data = case(TRANSFORMS[0])
-    live, header = N - 1, 8 * 8
-    for outputs, numbers in (((), 3), (ALL_OUTPUTS, 8)):
+    live, ids = N - 1, some_ids(data["targets"])
+    cases: tuple[tuple[dict[str, Any], int, int], ...] = (
+        ({}, 3, live),
+        ({"outputs": ALL_OUTPUTS}, 8, live),
+        ({"ids": ids}, 3 + ids.shape[1], live),
+        ({"kept": some_sets(data["targets"]), "outputs": ("entropy",)}, 4, live),
+        ({"kept": some_sets(data["targets"]), "outputs": ("sum_sq", "full_logprobs")}, 4 + 3, live),
+    )
+    for arguments, numbers, rows in cases:
         hidden = data["hidden"].clone().requires_grad_()
-        arguments: dict[str, Any] = {"outputs": outputs, "process_group": dist.group.WORLD}
         with counted() as (calls, size):
-            found = fr.linear_logprobs(hidden, data["weight"][here()], data["targets"], **arguments)
+            found = fr.linear_logprobs(
+                hidden, data["weight"][here()], data["targets"], **arguments, process_group=dist.group.WORLD
+            )
             assert dict(calls) == {"all_gather": 2}
-            assert size["all_gather"] == header + 4 * live * numbers
+            assert size["all_gather"] == HEADER + 4 * live * numbers
             (found.logprobs.sum() * 1.0).backward(retain_graph=True)
             assert dict(calls) == {"all_gather": 2, "all_reduce": 1}
-            assert size["all_reduce"] == 4 * live * H
+            assert size["all_reduce"] == 4 * rows * H
             (found.logprobs.sum() * 0.0).backward()
             assert calls["all_reduce"] == 1
+    hidden = data["hidden"].clone().requires_grad_()
+    with counted() as (calls, size):
+        found = fr.linear_logprobs(
+            hidden, data["weight"][here()], data["targets"], ids=ids, process_group=dist.group.WORLD
+        )
+        (found.logprobs.sum() + found.id_logprobs.sum()).backward()
+        assert dict(calls) == {"all_gather": 2, "all_reduce": 1}
+        assert size["all_reduce"] == 4 * live * H
 
 
 def refused(error: type[Exception], words: str, **changes: Any) -> None:
@@ -419,14 +577,21 @@ def case_refusals() -> None:
         weight=fr.Head(data["weight"][here()], vocab_start=here().start + (0 if first else 2)),
     )
     refused(ValueError, "vocab_size must lie in", weight=fr.Head(data["weight"][here()], vocab_size=V + 1))
-    refused(
-        NotImplementedError, "process_group must be None with kept or truncation", truncation=fr.Truncation(top_k=2)
-    )
-    refused(NotImplementedError, "process_group must be None with ids", ids=torch.zeros(N, 1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="mode='one_pass' must not be used with a process_group"):
+    refused(NotImplementedError, "process_group must be None with truncation", truncation=fr.Truncation(top_k=2))
+    ids = some_ids(data["targets"])[:, 1:]
+    refused(ValueError, "the same ids or kept sets", ids=ids + 1 if first else ids)
+    refused(ValueError, rf"ids must lie in \[0, {V}\), the vocabulary of all ranks, got 1\d\d", ids=ids + V)
+    below = ids - V if first else ids
+    refused(*((ValueError, "ids must lie in") if first else (RuntimeError, "refused on rank 0")), ids=below)
+    kept, offsets = some_sets(data["targets"])
+    refused(ValueError, "the same options", **({"kept": (kept, offsets)} if first else {}))
+    more = torch.cat([kept, torch.arange(V)]), torch.cat([offsets[:-1], offsets[-1:] + V])
+    refused(ValueError, "the same ids or kept sets", kept=more if first else (kept, offsets))
+    refused(ValueError, "ids must be None with kept", ids=ids, kept=(kept, offsets))
+    with pytest.raises(ValueError, match="the same options"):
         fr.linear_policy_loss(
-            data["hidden"], data["weight"][here()], data["targets"], objective=fr.GRPO(), advantages=torch.ones(1),
-            mode="one_pass", process_group=dist.group.WORLD,
+            data["hidden"], data["weight"][here()], data["targets"], objective=fr.DAPO(), advantages=torch.ones(1),
+            mode="one_pass" if first else "auto", process_group=dist.group.WORLD,
         )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def torch_gradients(arguments: Arguments, upstream: Tensor) -> Grads:
     eye = torch.eye(w.shape[0], device="cuda", dtype=torch.float32)
     # The reference's definition over given products: a head of ones and zeros, in fp32.
     head = replace(of.policy, weight=eye, compute_dtype=torch.float32)
-    value = reference._divergence(replace(rows, hidden=products), replace(of, policy=head))
+    value = reference.divergence(replace(rows, hidden=products), replace(of, policy=head))[0]
     dz = torch.autograd.grad(value, products, upstream)[0].to(x.dtype)
     return Grads((dz @ w).to(x.dtype), (dz.T @ x).to(w.dtype), None)
 

@@ -473,7 +473,7 @@ def test_a_sharded_head_is_streamed_or_whole_in_a_forward_alone(alone: bool) -> 
 
 def assert_refused_as_split(model: nn.Module) -> None:
     for call in (lm_head.find_head, lambda m: lm_head.forward(m, batch()), lambda m: lm_head.logprobs(m, batch())):
-        with pytest.raises(ValueError, match=r"a DTensor, .* over \d processes \(tensor parallelism .*without tp_plan"):
+        with pytest.raises(ValueError, match=r"a DTensor, .* over \d processes \(tensor parallelism .*to_local"):
             call(model)
 
 

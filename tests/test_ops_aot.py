@@ -50,6 +50,7 @@ from fused_rlhf.kernels.interface import (  # noqa: E402
     Needs,
     RowPairs,
     Rows,
+    Shard,
     Stats,
     TokenGrads,
 )
@@ -186,6 +187,8 @@ def record(arch: str, how: str) -> list[Launch]:
                 of = Comparison(head, head, kind, 0.5)
                 _, sums = ops.divergence(pairs, of)
                 ops.divergence_gradients(pairs, of, sums, ones, Needs(True, True, head.bias is not None))
+                shard = replace(head, shard=Shard("", 2, 0, 2 * V, True, N))
+                ops.divergence(pairs, replace(of, policy=shard), lambda totals: totals)
         if how != "tf32":
             record_kept_sets(rows, how)
         if how == "half":

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from fused_rlhf.backends import gathered as entry_products
 from fused_rlhf.backends import tiling, truncation
-from fused_rlhf.backends.chunked_divergence import divergence, divergence_gradients, divergence_memory
+from fused_rlhf.backends.chunked_divergence import (
+    divergence,
+    divergence_block,
+    divergence_gradients,
+    divergence_memory,
+)
 from fused_rlhf.backends.tiling import Operands, slices
 from fused_rlhf.kernels.interface import (
     BlockGrads,
@@ -32,6 +37,7 @@ from fused_rlhf.kernels.interface import (
     EntryGrads,
     Grads,
     KeptSets,
+    Merge,
     Needs,
     Projection,
     Rows,
@@ -45,6 +51,7 @@ from fused_rlhf.kernels.statistics import FAR, Partials, Tile, parts_of, referen
 
 __all__ = [
     "divergence",
+    "divergence_block",
     "divergence_gradients",
     "filter_columns",
     "gathered",
@@ -54,6 +61,7 @@ __all__ = [
     "loss",
     "memory",
     "one_pass",
+    "one_pass_block",
     "one_pass_pays",
     "partials",
     "scaled",
@@ -113,6 +121,13 @@ class _Running:
         logprobs, found = self.partials[rows].finish(self.targets[rows], self.vocabulary, self.outputs)
         mass = None if self.log_mass is None else (self.log_mass[rows] - found["lse"][:, None]).exp()
         return Stats.of(logprobs, found, mass)
+
+    def of_shard(self, rows: slice = slice(None)) -> ShardStats:
+        partials, mass = self.partials[rows], None
+        if self.log_mass is not None:
+            own = partials.maximum + partials.total.log()
+            mass = (self.log_mass[rows] - own[:, None]).exp()
+        return ShardStats(partials, mass)
 
 
 @dataclass
@@ -234,12 +249,7 @@ def _merged(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> _Running:
 def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
     if head.vocabulary == 0:
         return ShardStats(Partials.none(rows.temperature.to(head.wide), outputs))
-    running = _merged(rows, head, outputs)
-    mass = None
-    if running.log_mass is not None:
-        own = running.partials.maximum + running.partials.total.log()
-        mass = (running.log_mass - own[:, None]).exp()
-    return ShardStats(running.partials, mass)
+    return _merged(rows, head, outputs).of_shard()
 
 
 def filter_columns(device: torch.device) -> int:
@@ -337,7 +347,12 @@ def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) ->
 
 
 def one_pass(
-    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+    rows: Rows,
+    head: Projection,
+    outputs: tuple[str, ...],
+    objective: BoundObjective,
+    needs: Needs,
+    merge: Merge | None = None,
 ) -> tuple[Stats, Tensor, Grads]:
     """Rows outermost: a block's logits are kept until its own loss has turned them into gradients.
 
@@ -351,6 +366,7 @@ def one_pass(
     losses = torch.zeros_like(rows.temperature)
     kept = op.new(min(op.rows, rows.count), head.vocabulary)
     exponentials = not (op.curved or objective.needs_entropy)
+    found = []
     for some in slices(rows.count, op.rows):
         x = op.x(some)
         logits = kept[: x.shape[0]]
@@ -358,7 +374,8 @@ def one_pass(
         for columns in slices(head.vocabulary, tiling.TILE):
             z = op.logits(x, op.w(columns), some, columns, logits[:, columns])
             references.append(running.update(z, some, columns, in_place=exponentials))
-        stats = running.stats(some)
+        stats = running.stats(some) if merge is None else merge(running.of_shard(some), some, outputs)
+        found.append(stats)
         losses[some], upstream = objective(some, stats.logprobs, stats.entropy)
         live = upstream.live(rows.targets[some])
         count = int(live.sum())  # of each block of rows: a GPU is waited for once a block
@@ -375,7 +392,11 @@ def one_pass(
             sink.close(into)
         if d_hidden is not None:
             d_hidden[here] = block.d_hidden().to(rows.hidden.dtype)
-    return running.stats(), losses, sink.grads(d_hidden)
+    return Stats.joined(found), losses, sink.grads(d_hidden)
+
+
+def one_pass_block(rows: Rows, head: Projection, needs: Needs) -> int:
+    return tiling.row_block(head.vocabulary, head.wide.itemsize)
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:

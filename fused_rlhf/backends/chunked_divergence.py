@@ -13,7 +13,8 @@ from torch.nn.functional import relu
 
 from fused_rlhf.backends import tiling
 from fused_rlhf.backends.tiling import Operands, slices
-from fused_rlhf.kernels.interface import Comparison, Grads, Needs, Projection, RowPairs, Rows, Sums, Work
+from fused_rlhf.kernels.interface import Comparison, Grads, MergeTotals, Needs, Projection, RowPairs, Rows, Sums, Work
+from fused_rlhf.kernels.statistics import reference_of
 
 
 def times(weight: Tensor, log: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ class _Pair:
         self.ref = self._operands(rows.ref_hidden, of.ref, rows.temperature)
         self.count, self.vocabulary = len(rows.hidden), of.policy.vocabulary
         # Forward and backward take the same blocks, so that they see the same bits.
-        self.block = tiling.row_block(2 * self.vocabulary, self.policy.wide.itemsize)
+        agreed = 0 if of.policy.shard is None else of.policy.shard.block
+        self.block = agreed or divergence_block(rows, of)
 
     @staticmethod
     def _operands(hidden: Tensor, head: Projection, temperature: Tensor) -> Operands:
@@ -81,13 +83,17 @@ def _whole_rows(pair: _Pair, op: Operands, rows: slice, out: Tensor) -> tuple[Te
     for columns in pair.tiles():
         z = op.logits(x, op.w(columns), rows, columns, out[:, columns])
         maximum = torch.maximum(maximum, z.amax(1))
-    total = torch.zeros_like(maximum)
+    total, reference = torch.zeros_like(maximum), reference_of(maximum)
     for columns in pair.tiles():
-        total += (out[:, columns] - maximum[:, None]).exp_().sum(1)
+        total += (out[:, columns] - reference[:, None]).exp_().sum(1)
     return maximum, total
 
 
-def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+def divergence_block(rows: RowPairs, of: Comparison) -> int:
+    return tiling.row_block(2 * of.policy.vocabulary, of.policy.wide.itemsize)
+
+
+def divergence(rows: RowPairs, of: Comparison, merge: MergeTotals | None = None) -> tuple[Tensor, Sums]:
     """Rows outermost: both heads' logits of a block are kept until its divergence is known."""
     pair, temperature = _Pair(rows, of), rows.temperature
     value = torch.zeros_like(temperature)
@@ -95,8 +101,9 @@ def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
     kept = pair.policy.new(2, min(pair.block, pair.count), pair.vocabulary)
     for some in pair.row_blocks():
         whole_z, whole_r = kept[:, : len(temperature[some])]
-        maximum, total = _whole_rows(pair, pair.policy, some, whole_z)
-        ref_maximum, ref_total = _whole_rows(pair, pair.ref, some, whole_r)
+        found = (*_whole_rows(pair, pair.policy, some, whole_z), *_whole_rows(pair, pair.ref, some, whole_r))
+        totals = torch.stack(found, 1)
+        maximum, total, ref_maximum, ref_total = (totals if merge is None else merge(totals)).unbind(1)
         sums.lse[some], sums.ref_lse[some] = maximum + total.log(), ref_maximum + ref_total.log()
         sums.shift[some] = (maximum - ref_maximum) + (total / ref_total).log()
         for columns in pair.tiles():

@@ -1,13 +1,13 @@
 """The definition of correct: dense, obvious, any floating dtype (fp64 too).
 
 Everything is written on the whole `[N, V]` matrix of logits. Operands are rounded to `head.compute_dtype`, products and
-logits are fp32 (fp64 when that is the compute dtype); gradients are the closed forms in `kernels/interface.py`, those of a
-divergence autograd's.
+logits are fp32 (fp64 when that is the compute dtype); gradients are the closed forms in `kernels/interface.py` and
+`fused_rlhf.op.divergence`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from fused_rlhf.kernels.interface import (
     EntryGrads,
     Grads,
     KeptSets,
+    Merge,
+    MergeTotals,
     Needs,
     Projection,
     RowPairs,
@@ -89,6 +91,19 @@ def gradients(
     if upstream.entropy is not None:
         assert stats.entropy is not None
         dz = dz - h * p * torch.where(p == 0, 0.0, log_p + stats.entropy[:, None])
+    return _through_head(dz, z, rows.hidden, temperature, head, needs, entries)
+
+
+def _through_head(
+    dz: Tensor,
+    z: Tensor,
+    hidden: Tensor,
+    temperature: Tensor,
+    head: Projection,
+    needs: Needs,
+    entries: EntryGrads | None = None,
+) -> Grads:
+    """From (N, V): dloss / dlogits."""
     du = dz / temperature[:, None]
     slope = head.transform.slope(z, temperature)
     if slope is not None:
@@ -97,7 +112,7 @@ def gradients(
 
     sink = head.sink(needs, head.vocabulary, direct=False)
     block = sink.open(slice(0, head.vocabulary))
-    x, parts = head.split(rows.hidden.to(head.compute_dtype).to(z.dtype))
+    x, parts = head.split(hidden.to(head.compute_dtype).to(z.dtype))
     if block.weight is not None:
         block.weight.copy_(du.T @ x)
     if block.bias is not None:
@@ -108,7 +123,7 @@ def gradients(
     if entries is not None:
         _add_entries(block, entries, head)
     sink.close(block)
-    d_hidden = (du @ head.rows(EVERYTHING).to(z.dtype)).to(rows.hidden.dtype) if needs.hidden else None
+    d_hidden = (du @ head.rows(EVERYTHING).to(z.dtype)).to(hidden.dtype) if needs.hidden else None
     return sink.grads(d_hidden)
 
 
@@ -190,31 +205,23 @@ def loss(objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) ->
 
 
 def one_pass(
-    rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+    rows: Rows,
+    head: Projection,
+    outputs: tuple[str, ...],
+    objective: BoundObjective,
+    needs: Needs,
+    merge: Merge | None = None,
 ) -> tuple[Stats, Tensor, Grads]:
-    stats = statistics(rows, head, outputs)
+    if merge is None:
+        stats = statistics(rows, head, outputs)
+    else:
+        stats = merge(partials(rows, head, outputs), slice(0, rows.count), outputs)
     contributions, upstream = loss(objective, stats.logprobs, stats.entropy)
     return stats, contributions, gradients(rows, head, stats, upstream, needs)
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
-
-
-def _divergence(rows: RowPairs, of: Comparison) -> Tensor:
-    """(N,), on both heads' whole logits."""
-    log_p = torch.log_softmax(logits(rows.hidden, of.policy, rows.temperature), -1)
-    with torch.no_grad():
-        log_q = torch.log_softmax(logits(rows.ref_hidden, of.ref, rows.temperature), -1)
-    if of.kind == "forward":
-        return _kl(log_q, log_p)
-    if of.kind == "reverse":
-        return _kl(log_p, log_q)
-    beta = log_p.new_full((), of.beta)
-    floor = torch.finfo(log_p.dtype).min / 4  # -inf in both would make the gradient of logaddexp a NaN
-    log_m = torch.logaddexp(log_q.clamp(min=floor) + beta.log(), log_p.clamp(min=floor) + (1 - beta).log())
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+def one_pass_block(rows: Rows, head: Projection, needs: Needs) -> int:
+    return rows.count
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -226,26 +233,59 @@ def has_normaliser() -> bool:
     return False
 
 
-def divergence(rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
-    nothing = torch.zeros_like(rows.temperature)  # the gradient is taken from the definition once more
-    with torch.no_grad():
-        return _divergence(rows, of), Sums(nothing, nothing, nothing, nothing)
+def divergence(rows: RowPairs, of: Comparison, merge: MergeTotals | None = None) -> tuple[Tensor, Sums]:
+    z, r = _both_logits(rows, of)
+    totals = torch.stack([*_total(z), *_total(r)], 1)
+    maximum, total, ref_maximum, ref_total = (totals if merge is None else merge(totals)).unbind(1)
+    log_p, log_q = (z - maximum[:, None]) - total.log()[:, None], (r - ref_maximum[:, None]) - ref_total.log()[:, None]
+    shift = (maximum - ref_maximum) + (total.log() - ref_total.log())
+    sums = Sums(maximum + total.log(), ref_maximum + ref_total.log(), shift, torch.zeros_like(shift))
+    if of.kind == "forward":
+        return _kl(log_q, log_p), sums
+    if of.kind == "reverse":
+        value = _kl(log_p, log_q)
+        return value, sums._replace(mean=value)
+    log_m = _mixture(log_p, log_q, of.beta)
+    of_p = (1 - of.beta) * _kl(log_p, log_m)
+    return of.beta * _kl(log_q, log_m) + of_p, sums._replace(mean=of_p)
+
+
+def divergence_block(rows: RowPairs, of: Comparison) -> int:
+    return len(rows.hidden)
 
 
 def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs) -> Grads:
-    policy = of.policy
-    with torch.enable_grad():
-        hidden, weight, bias, lora_b = leaves = tuple(
-            None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip((rows.hidden, policy.weight, policy.bias, policy.lora_b), needs)
-        )
-        assert hidden is not None
-        assert weight is not None
-        head = replace(policy, weight=weight, bias=bias, lora_b=lora_b)
-        values = _divergence(replace(rows, hidden=hidden), replace(of, policy=head))
-        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(values, wanted, upstream.to(values.dtype)))
-    return Grads(*(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves))
+    z, r = _both_logits(rows, of)
+    log_p, log_q = z - sums.lse[:, None], r - sums.ref_lse[:, None]
+    p = log_p.exp()
+    if of.kind == "forward":
+        dz = p - log_q.exp()
+    else:
+        over = log_q if of.kind == "reverse" else _mixture(log_p, log_q, of.beta)
+        score = (log_p - over) * (1 if of.kind == "reverse" else 1 - of.beta)
+        dz = p * (score - sums.mean[:, None]).masked_fill(p == 0, 0.0)
+    dz = dz * upstream.to(z.dtype)[:, None]
+    return _through_head(dz, z, rows.hidden, rows.temperature.to(z.dtype), of.policy, needs)
+
+
+def _both_logits(rows: RowPairs, of: Comparison) -> tuple[Tensor, Tensor]:
+    return logits(rows.hidden, of.policy, rows.temperature), logits(rows.ref_hidden, of.ref, rows.temperature)
+
+
+def _total(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum exp(z - maximum), (N,)."""
+    maximum = z.amax(1)
+    return maximum, (z - reference_of(maximum)[:, None]).exp().sum(1)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log m, -inf where both are."""
+    return torch.logaddexp(log_q + math.log(beta), log_p + math.log1p(-beta))
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    a = log_a.exp()
+    return (a * (log_a - log_b).masked_fill(a == 0, 0.0)).sum(-1)
 
 
 def one_pass_pays(rows: Rows, head: Projection, needs: Needs) -> bool:

@@ -17,7 +17,7 @@ ONE_PASS_BYTES = 320 << 20  # the block of logits that one_pass keeps: fewer row
 
 def row_block(vocabulary: int, itemsize: int) -> int:
     """Rows per block. The same for every function of a backend, so that they see the same bits."""
-    return max(32, min(ROWS, ONE_PASS_BYTES // (vocabulary * itemsize) // 32 * 32))
+    return max(32, min(ROWS, ONE_PASS_BYTES // max(vocabulary * itemsize, 1) // 32 * 32))
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -40,7 +40,8 @@ class Operands:
             rows.border,
         )
         self.head, self.compute, self.wide = head, head.compute_dtype, head.wide
-        self.rows = row_block(head.vocabulary, self.wide.itemsize)
+        agreed = 0 if head.shard is None else head.shard.block
+        self.rows = agreed or row_block(head.vocabulary, self.wide.itemsize)
         native = self.compute == torch.bfloat16 and native_bf16(rows.hidden.device)
         self.narrow = self.compute if native else self.wide  # the operands of the backward's products
         self.rounded = native and head.round_logits

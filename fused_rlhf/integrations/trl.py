@@ -200,7 +200,7 @@ def add_fused_lm_head(
 
         call = functools.partial(forward, *args, **{**kwargs, "use_cache": False})
         probed = lm_head.probe(self, embeddings, call, operands)
-        weight, bias, lora, _ = probed.operands
+        weight, bias, lora, *_ = probed.operands
         hidden, targets = (probed.hidden, labels) if shifted else (probed.hidden[:, :-1], labels[:, 1:])
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         precision: AbstractContextManager[Any] = contextlib.nullcontext()

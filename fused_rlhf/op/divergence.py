@@ -42,6 +42,15 @@ def divergence(rows: RowPairs, of: Comparison, backend: str) -> Tensor:
         return _Divergence.apply(rows.hidden, policy.weight, policy.bias, policy.lora_b, rows, of, backend)
 
 
+def divergence_block(rows: RowPairs, of: Comparison, backend: str) -> int:
+    """Of sharded heads: rows of a block, as this rank would take them; 0 where the ranks exchange what they found once."""
+    if of.kind != "jsd" or not rows.count:
+        return 0
+    if not of.policy.vocabulary:
+        return rows.count
+    return backends.resolve(backend, rows.hidden).divergence_block(rows, of)
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]

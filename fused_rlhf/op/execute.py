@@ -26,6 +26,7 @@ from fused_rlhf.kernels.interface import (
     TokenGrads,
 )
 from fused_rlhf.kernels.statistics import OUTPUTS
+from fused_rlhf.op import parallel
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.head import Call
 from fused_rlhf.op.kept import FULL, kept_statistics
@@ -81,8 +82,10 @@ def execute(
     if sets is not None:
         return _within_sets(rows, head, objective, outputs, backend, sets)
     computed = tuple(name for name in OUTPUTS if name in outputs or name in objective.outputs)
-    serves = serves_one_pass(objective.tokenwise, objective.has_entropy_term, trains(head))
-    one_pass = rows.count > 0 and (mode == "one_pass" or (mode == "auto" and serves and _pays(rows, head, backend)))
+    if head.shard is None:
+        one_pass = takes_one_pass(rows, head, mode, backend, objective.tokenwise, objective.has_entropy_term)
+    else:
+        one_pass = head.shard.block > 0
     if one_pass and objective.tokenwise:
         return _one_pass_loss(rows, head, computed, objective, backend)
     if one_pass:
@@ -90,6 +93,24 @@ def execute(
     else:
         stats = linear_logprobs(rows, head, None, computed, backend)
     return loss_of(stats, objective, backend), stats
+
+
+def takes_one_pass(rows: Rows, head: Projection, mode: Mode, backend: str, tokenwise: bool, entropy_term: bool) -> bool:
+    if not rows.count or mode == "two_phase":
+        return False
+    serves = serves_one_pass(tokenwise, entropy_term, trains(head))
+    return mode == "one_pass" or (serves and _pays(rows, head, backend))
+
+
+def one_pass_block(
+    rows: Rows, head: Projection, sets: Sets | None, mode: Mode, backend: str, tokenwise: bool, entropy_term: bool
+) -> int:
+    """Of a sharded head: rows of a block, as this rank would take them; 0: two_phase."""
+    if sets is not None or not takes_one_pass(rows, head, mode, backend, tokenwise, entropy_term):
+        return 0
+    if not head.vocabulary:
+        return rows.count
+    return backends.resolve(backend, rows.hidden).one_pass_block(rows, head, _needs(rows, head))
 
 
 def _within_sets(
@@ -106,7 +127,7 @@ def _within_sets(
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
     """For a loss of log-probs alone: those are differentiable, the other statistics maybe not."""
-    if rows.count > 0 and not trains(head) and _pays(rows, head, backend):
+    if rows.count > 0 and head.shard is None and not trains(head) and _pays(rows, head, backend):
         return _frozen_logprobs(rows, head, outputs, backend)
     return linear_logprobs(rows, head, None, outputs, backend)
 
@@ -119,12 +140,7 @@ def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:
 
 def check_mode(mode: Mode, hidden: Tensor, head: Projection, call: Call, tokenwise: bool, entropy_term: bool) -> None:
     """Refuses a mode that is none, and "one_pass" where it does not serve."""
-    streams = head.stream is not None
-    for given, what in (
-        (call.cuts, "kept or truncation"),
-        (call.sharded, "a process_group"),
-        (streams, "a head that FSDP2 shards"),
-    ):
+    for given, what in ((call.cuts, "kept or truncation"), (head.stream is not None, "a head that FSDP2 shards")):
         if mode == "one_pass" and given:
             raise ValueError(f"mode='one_pass' must not be used with {what}; use 'auto' or 'two_phase'")
     if mode not in ("auto", "one_pass", "two_phase"):
@@ -150,13 +166,19 @@ def trains(head: Projection) -> bool:
 def _pays(rows: Rows, head: Projection, backend: str) -> bool:
     """Whether gradients are wanted at all, can be held (those of fp16 would underflow before a loss scale) and are
     predicted to come sooner."""
-    operands = (rows.hidden, head.weight, head.bias, head.lora_b)
-    needs = Needs(*(t is not None and t.requires_grad for t in operands))
+    needs = _needs(rows, head)
     half = torch.float16 in (rows.hidden.dtype, head.weight.dtype)
-    in_parts = head.shard is not None or head.stream is not None
-    if not (torch.is_grad_enabled() and any(needs)) or half or torch.compiler.is_compiling() or in_parts:
+    stops = half or torch.compiler.is_compiling() or head.stream is not None
+    if stops or not (torch.is_grad_enabled() and any(needs)):
         return False
+    if not head.vocabulary:  # a shard that leaves it to the others
+        return True
     return backends.resolve(backend, rows.hidden).one_pass_pays(rows, head, needs)
+
+
+def _needs(rows: Rows, head: Projection) -> Needs:
+    operands = (rows.hidden, head.weight, head.bias, head.lora_b)
+    return Needs(*(t is not None and t.requires_grad for t in operands))
 
 
 class _Loss(torch.autograd.Function):
@@ -196,8 +218,8 @@ class _OnePassLoss(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:4])
         ctx.backend = backends.resolve(backend, hidden)
         with no_autocast(hidden):
-            stats, loss, grads = ctx.backend.one_pass(rows, head, outputs, objective, needs)
-        ctx.grads = grads
+            stats, loss, grads = parallel.one_pass(ctx.backend, rows, head, outputs, objective, needs)
+        ctx.grads, ctx.shard = grads, head.shard
         values = _flat(stats, outputs)
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
@@ -213,10 +235,11 @@ class _OnePassLoss(torch.autograd.Function):
         if upstream is None:
             return (None, None, None, None, *nothing)
         if private.keeps_graph():
-            return (*(None if g is None else ctx.backend.scaled(g.clone(), upstream) for g in grads), *nothing)
-        # The last use: the buffers themselves become the gradients, so that no second dW ever exists.
-        ctx.grads = None
-        return (*(None if g is None else ctx.backend.scaled(g, upstream) for g in grads), *nothing)
+            grads = Grads(*(None if g is None else g.clone() for g in grads))
+        else:  # the last use: the buffers themselves become the gradients, so that no second dW ever exists
+            ctx.grads = None
+        d_hidden, *d_head = (None if g is None else ctx.backend.scaled(g, upstream) for g in grads)
+        return (parallel.summed(d_hidden, ctx.shard), *d_head, *nothing)
 
 
 def _one_pass_loss(
@@ -281,8 +304,9 @@ class _FrozenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         unit, needs = _Unit.over(rows.temperature), Needs(True, False, False)
         with no_autocast(hidden):
-            stats, _, grads = backends.resolve(backend, hidden).one_pass(rows, head, outputs, unit, needs)
+            stats, _, grads = parallel.one_pass(backends.resolve(backend, hidden), rows, head, outputs, unit, needs)
         ctx.save_for_backward(grads.hidden)
+        ctx.shard = head.shard
         values = _flat(stats, outputs)
         ctx.mark_non_differentiable(*values[1:])
         ctx.set_materialize_grads(False)
@@ -293,7 +317,7 @@ class _FrozenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple:  # type: ignore[override]
         (unit,) = ctx.saved_tensors
         d_hidden = None if upstream is None else (unit * upstream[:, None]).to(unit.dtype)
-        return d_hidden, None, None, None, None
+        return parallel.summed(d_hidden, ctx.shard), None, None, None, None
 
 
 def _frozen_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:

@@ -45,6 +45,7 @@ class Head:
         vocab_start, vocab_size: with a process_group, where weight holds this rank's rows of a vocabulary-parallel head: the
             first of them, and how many there are in all, beyond which rows are padding. None: after those of the ranks
             before, and as many as all ranks hold.
+        process_group: of a vocabulary-parallel head, for functions that are not given theirs: see `linear_logprobs`.
         curve: the name of a registered curve (`fused_rlhf.kernels.transforms.CURVES`) and its parameter; not together
             with `softcap`, which is short for ("softcap", softcap).
         stream: of a head that FSDP2 shards, as `lm_head.forward` gives it: weight holds this rank's rows, bias and lora are
@@ -59,6 +60,7 @@ class Head:
     curve: tuple[str, float] | None = None
     vocab_start: int | None = None
     vocab_size: int | None = None
+    process_group: Any = None
     stream: Stream | None = None
 
     @property
@@ -83,6 +85,8 @@ class Head:
             raise ValueError("stream must be None to be told in keywords; pass the Head itself, or its whole()")
         if self.curve is not None:
             raise ValueError(f"curve must be None to be told in keywords, got {self.curve}; pass the Head itself")
+        if self.process_group is not None:
+            raise ValueError("process_group must be None to be told in keywords, got one; pass the Head itself")
         transform = {"logit_scale": self.logit_scale, "softcap": self.softcap}
         return {"bias": self.bias, "lora": self.lora, **transform}
 
@@ -130,6 +134,19 @@ def head_of(
     return weight
 
 
+def group_of(process_group: Any, **heads: Tensor | Head | None) -> Any:
+    """The group that is given, or that the heads bring; None: they are whole.
+
+    Raises ValueError where they do not agree.
+    """
+    for name, head in heads.items():
+        own = head.process_group if isinstance(head, Head) else None
+        if own is not None and process_group is not None and own is not process_group:
+            raise ValueError(f"process_group must be that of the Head given as {name}, got another")
+        process_group = own if process_group is None else process_group
+    return process_group
+
+
 class Call(NamedTuple):
     """How a public function was asked to compute, beside head and rows."""
 
@@ -141,6 +158,12 @@ class Call(NamedTuple):
     kept: Kept | None = None
     truncation: Truncation | None = None
     sharded: bool = False  # the head is one rank's part of it
+
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What the ranks of a group must agree on, beside what `samples` are told by tensors."""
+        temperature = None if isinstance(self.temperature, Tensor) else self.temperature
+        return temperature, self.backend, self.kept is None, self.truncation is None
 
     @property
     def samples(self) -> bool:
@@ -183,10 +206,8 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
     if not 0 <= call.grad_filter < 1:
         raise ValueError(f"grad_filter must lie in [0, 1), got {call.grad_filter}")
     check_sampling(call.kept, call.truncation, targets, call.grad_filter)
-    if call.sharded and call.samples:
-        raise NotImplementedError(
-            "process_group must be None with kept or truncation, which are of a whole head so far"
-        )
+    if call.sharded and call.truncation is not None:
+        raise NotImplementedError("process_group must be None with truncation, which is of a whole head so far")
     if isinstance(call.ignore_index, bool) or not isinstance(call.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(call.ignore_index).__name__}")
     backends.choose(call.backend, hidden)  # refuses what cannot run before any work

@@ -25,6 +25,7 @@ from fused_rlhf.kernels.interface import (
     Cut,
     Entries,
     EntryGrads,
+    Grads,
     KeptSets,
     Needs,
     Projection,
@@ -34,6 +35,8 @@ from fused_rlhf.kernels.interface import (
     live_entries,
     pick,
 )
+from fused_rlhf.kernels.statistics import Partials, parts_of, reference_of
+from fused_rlhf.op import parallel
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.truncation import Entered, Sets
@@ -61,32 +64,26 @@ def kept_statistics(rows: Rows, head: Projection, sets: Sets, outputs: tuple[str
 class _Small:
     """Statistics over sets that are named, of N rows; rows without entries hold nothing of use."""
 
-    entries: Entries
+    entries: Entries  # of this rank's columns, where the head is sharded
     logits: Tensor  # (E,)
     at_target: Tensor  # (E,) bool
     stats: Stats
+    of_all: Stats | None  # over the whole vocabulary, where that is wanted
 
     @staticmethod
     def of(
-        backend: Backend, rows: Rows, head: Projection, row: Tensor, ids: Tensor, outputs: tuple[str, ...]
+        backend: Backend, rows: Rows, head: Projection, sets: Entered, outputs: tuple[str, ...], whole: bool
     ) -> _Small:
-        entries = Entries(rows.hidden, rows.temperature, row, ids)
-        z = backend.gathered(entries, head)
-        of_rows = Sequences.of(row, rows.count)
-        at_target = ids == rows.targets[row]
-        top = torch.segment_reduce(z, "max", lengths=of_rows.lengths, unsafe=True) if len(z) else rows.temperature
-        top = top.masked_fill(top == -torch.inf, 0.0)
-        depth = z - of_rows.spread(top)
-        exps = depth.exp()
-        total = of_rows.sum(exps)
-        log_total = total.log()
-        extra = {}
-        if "entropy" in outputs:
-            extra["entropy"] = log_total - of_rows.sum(torch.where(exps > 0, exps * depth, exps)) / total
-        if "sum_sq" in outputs:
-            extra["sum_sq"] = of_rows.sum(exps.square()) / total.square()
-        logprobs = of_rows.sum(torch.where(at_target, depth, 0.0)) - log_total
-        return _Small(entries, z, at_target, Stats(logprobs, top + log_total, extra))
+        named = Entries(rows.hidden, rows.temperature, sets.rows, sets.ids)
+        entries, here = parallel.own_entries(named, head)
+        at_target = sets.ids == rows.targets[sets.rows]
+        if here is not None:
+            at_target = at_target[here]
+        z = backend.gathered(entries, head) if entries.count else rows.temperature.new_empty(0)
+        partials = _partials(z, at_target, Sequences.of(entries.rows, rows.count), rows.temperature, outputs)
+        partials, of_all = parallel.within_sets(backend, rows, head, partials, outputs, whole)
+        stats = Stats.of(*partials.finish(rows.targets, head.vocabulary, outputs))
+        return _Small(entries, z, at_target, stats, of_all)
 
     def upstream(self, grads: TokenGrads) -> Tensor:
         """(E,): dloss / dlogits."""
@@ -103,6 +100,18 @@ class _Small:
             return dz
         assert stats.entropy is not None
         return dz - h[row] * torch.where(p > 0, p * (log_p + stats.entropy[row]), p)
+
+
+def _partials(z: Tensor, at_target: Tensor, of_rows: Sequences, like: Tensor, outputs: tuple[str, ...]) -> Partials:
+    """Of entries with logits z (E,), some of them their row's target; in the dtype of `like` (N,)."""
+    if not len(z):
+        return Partials.none(like, outputs)
+    top = torch.segment_reduce(z, "max", lengths=of_rows.lengths, unsafe=True)
+    depth = z - of_rows.spread(reference_of(top))
+    exps = depth.exp()
+    terms = {"entropy": torch.where(exps > 0, exps * depth, exps), "sum_sq": exps.square()}
+    parts = {name: of_rows.sum(terms[name]) for name in parts_of(outputs)}
+    return Partials(top, of_rows.sum(exps), of_rows.sum(torch.where(at_target, z, 0.0)), parts)
 
 
 class _Kept(torch.autograd.Function):
@@ -129,11 +138,11 @@ class _Kept(torch.autograd.Function):
             sets = Entered(rows.targets, rows.targets)
         if isinstance(sets, Cut):
             found = computed.truncated(rows, head, sets, outputs, whole)
-            small = _Small.of(computed, rows, head, found.rows, found.ids, outputs)
+            small = _Small.of(computed, rows, head, Entered(found.rows, found.ids), outputs, False)
             of_all = found.whole
         else:
-            small = _Small.of(computed, rows, head, sets.rows, sets.ids, outputs)
-            of_all = computed.statistics(rows, head, ()) if whole else None
+            small = _Small.of(computed, rows, head, sets, outputs, whole)
+            of_all = small.of_all
         stats = small.stats if found is None else _with(small.stats, found)
         ctx.save_for_backward(hidden, weight, bias, lora_b)
         ctx.rows, ctx.head, ctx.small, ctx.found, ctx.of_all = rows, head, small, found, of_all
@@ -157,16 +166,21 @@ class _Kept(torch.autograd.Function):
         rows = replace(ctx.rows, hidden=hidden)
         head = replace(ctx.head, weight=weight, bias=bias, lora_b=lora_b)
         small: _Small = ctx.small
+        live = grads.live(rows.targets)
+        if full is not None:
+            live |= full != 0
+        if not live.any():  # on every rank of a sharded head alike
+            return (*Grads.zeros(hidden, head, needs), *[None] * 6)
         entries = live_entries(EntryGrads(replace(small.entries, hidden=hidden), small.logits, small.upstream(grads)))
         dense = _dense(rows, ctx.of_all, full, ctx.found, grads)
         with no_autocast(hidden):
             some = entries if entries.entries.count else None
-            found = backend.gradients(dense.rows, head, dense.stats, dense.grads, needs, entries=some)
+            found = parallel.gradients(backend, dense.rows, head, dense.stats, dense.grads, needs, entries=some)
             d_hidden = backend.gathered_hidden(entries, head) if needs.hidden else None
         if d_hidden is not None and found.hidden is not None:
             for at, part in zip(dense.index, found.hidden.split([len(at) for at in dense.index])):
                 d_hidden.index_copy_(0, at, d_hidden.index_select(0, at) + part)
-        return (d_hidden, *found[1:], *[None] * 6)
+        return (parallel.summed(d_hidden, head.shard), *found[1:], *[None] * 6)
 
 
 def _with(small: Stats, found: KeptSets) -> Stats:

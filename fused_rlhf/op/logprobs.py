@@ -18,7 +18,6 @@ from torch import Tensor
 from fused_rlhf import backends
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import (
-    Entries,
     EntryGrads,
     Grads,
     Needs,
@@ -70,8 +69,8 @@ class _Options(NamedTuple):
         logit_scale, parameter, grad_filter, *of_shard = self.numbers
         shard = None
         if of_shard:
-            world, start, vocabulary, sums = map(int, of_shard)
-            shard = Shard(self.names.split(",")[2], world, start, vocabulary, bool(sums))
+            world, start, vocabulary, sums, block = map(int, of_shard)
+            shard = Shard(self.names.split(",")[2], world, start, vocabulary, bool(sums), block)
         transform = Transform(logit_scale, self.names.split(",")[0], parameter)
         return Projection(
             weight,
@@ -108,11 +107,11 @@ def linear_logprobs(
 
 
 def linear_logprobs_of_ids(
-    rows: Rows, head: Projection, ignore_index: int, ids: Tensor, outputs: tuple[str, ...], backend: str
+    rows: Rows, head: Projection, ignore_index: int | None, ids: Tensor, outputs: tuple[str, ...], backend: str
 ) -> tuple[Stats, Tensor]:
     """As `linear_logprobs`; and (N, K) log-probs of the ids, zero where they or the row's target are `ignore_index`."""
     named = _computed(rows, head, ignore_index, ids, outputs, backend)
-    counts = (ids != ignore_index) & (rows.targets != ignore_index)[:, None]
+    counts = _counts(ids, rows.targets, ignore_index)
     of_ids = torch.where(counts, named["id_logits"] - named["lse"][:, None], 0.0)
     return Stats.of(named["logprobs"], {name: named[name] for name in ("lse", *outputs)}), of_ids
 
@@ -157,12 +156,12 @@ def _logprobs(hidden, head, targets, temperature, ids, *options):  # type: ignor
         return _empty(hidden, projection, targets, temperature, ids, asked)
     backend = backends.resolve(asked.backend, hidden)
     with no_autocast(hidden):
-        stats = parallel.statistics(backend, rows, projection, asked.outputs)
+        some = None if ids is None else pick(ids, index)
+        named = None if some is None else _named(some, asked.ignore_index)
+        stats, id_logits = parallel.statistics(backend, rows, projection, asked.outputs, named)
         found = {name: getattr(stats, name) for name in ("logprobs", "lse", "mass", "normaliser")} | {**stats.extra}
-        if ids is not None:
-            some = pick(ids, index)
-            z = backend.gathered(_entries(rows, some, asked.ignore_index), projection).view(some.shape)
-            found["id_logits"] = z.masked_fill_(some == asked.ignore_index, 0.0)
+        if some is not None and id_logits is not None:
+            found["id_logits"] = id_logits.masked_fill_(~_counts(some, rows.targets, asked.ignore_index), 0.0)
     full = [scatter(found.get(name), index, targets.numel()) for name in RESULTS]
     return tuple(
         hidden.new_empty(0, dtype=dtype) if value is None else value for value, dtype in zip(full, _dtypes(temperature))
@@ -181,12 +180,16 @@ def _checked(
     return door.rows(live)
 
 
-def _entries(rows: Rows, ids: Tensor, ignore_index: int | None) -> Entries:
-    """Of (N, K) ids, all of them: one to ignore stands for token 0."""
-    count, K = ids.shape
-    row = torch.arange(count, device=ids.device)[:, None].expand(count, K).reshape(-1)
-    named = ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0)
-    return Entries(rows.hidden, rows.temperature, row, named.reshape(-1))
+def _named(ids: Tensor, ignore_index: int | None) -> Tensor:
+    """One to ignore stands for token 0."""
+    return ids if ignore_index is None else ids.masked_fill(ids == ignore_index, 0)
+
+
+def _counts(ids: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
+    """(N, K) bool: which of the ids are asked for."""
+    if ignore_index is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return (ids != ignore_index) & (targets != ignore_index)[:, None]
 
 
 def _dtypes(temperature: Tensor) -> list[torch.dtype]:
@@ -271,9 +274,9 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
     rows = Rows(hidden, targets, temperature)
     entries = None
     if ids is not None and by_ids is not None:
-        counts = (ids != asked.ignore_index) & (targets != asked.ignore_index)[:, None]
-        by_ids = torch.where(counts, by_ids, 0.0).reshape(-1)
-        entries = live_entries(EntryGrads(_entries(rows, ids, asked.ignore_index), id_logits.reshape(-1), by_ids))
+        by_ids = torch.where(_counts(ids, targets, asked.ignore_index), by_ids, 0.0).reshape(-1)
+        of_ids = parallel.entries_of(rows, _named(ids, asked.ignore_index))
+        entries = live_entries(EntryGrads(of_ids, id_logits.reshape(-1), by_ids))
         entries = entries if entries.entries.count else None
     live, keep = given.live(targets), None
     if asked.ignore_index is not None:
@@ -291,10 +294,15 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
     stats = Stats(logprobs, lse, extra, normaliser=_or_none(normaliser)).pick(some)
     with no_autocast(hidden):
         some_rows, some_grads = rows.pick(some), given.pick(some)
-        grads = parallel.gradients(backend, some_rows, projection, stats, some_grads, wanted, filtered, entries)
-        d_hidden = scatter(grads.hidden, some, targets.numel())
-        if d_hidden is not None and entries is not None:
-            d_hidden = d_hidden + backend.gathered_hidden(entries, projection)
+        own = parallel.own_entry_grads(entries, projection)
+        grads = parallel.gradients(backend, some_rows, projection, stats, some_grads, wanted, filtered, own)
+        # One sum over the ranks: of the live rows alone where no other can have an entry.
+        d_hidden = grads.hidden if entries is not None else parallel.summed(grads.hidden, projection.shard)
+        d_hidden = scatter(d_hidden, some, targets.numel())
+        if d_hidden is not None and own is not None:
+            d_hidden = d_hidden + backend.gathered_hidden(own, projection)
+        if entries is not None:
+            d_hidden = parallel.summed(d_hidden, projection.shard)
     return _materialise(grads._replace(hidden=d_hidden), (hidden, *head), wanted)
 
 

@@ -1,7 +1,10 @@
 """A vocabulary-parallel head: each rank of a group holds some rows of the weight, and all have the same hidden states.
 
-    forward    a header of a few integers, then [world, N, few] numbers: every rank's partial statistics, merged in rank order
+    forward    a header of a few integers, then [world, N, few] numbers: every rank's partial statistics, merged in rank order;
+               the logits of named tokens, which one rank has each, and the statistics of kept sets go with them
     backward   the sum of d_hidden over the group, (N, H) in fp32; dW stays where its rows are
+    one pass   the statistics of each block of rows by themselves; the blocks are those of the rank with the smallest
+    jsd        likewise the maximum and the sum of both heads, and each rank's part of the divergence in the end
 
 The header goes first, and says whether a rank refuses the call: then all raise, and no tensor is exchanged. It tells the
 sizes of the shards, too. Merging is that of `kernels/statistics.py`, in the same order everywhere: log-probs have the same
@@ -15,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,18 +28,24 @@ from fused_rlhf import private
 from fused_rlhf.backends.chunked_divergence import kl_terms, times
 from fused_rlhf.kernels.interface import (
     Backend,
+    BoundObjective,
     Comparison,
+    Entries,
+    EntryGrads,
     Grads,
+    Maybe,
     Needs,
     Projection,
     RowPairs,
     Rows,
     Shard,
+    ShardStats,
     Stats,
     Sums,
     TokenGrads,
 )
-from fused_rlhf.kernels.statistics import Partials, merge
+from fused_rlhf.kernels.statistics import Partials, merge, reference_of
+from fused_rlhf.op.head import Head
 from fused_rlhf.op.once import once_differentiable
 
 HIDDEN_GRADS = ("sum", "local")
@@ -51,10 +60,13 @@ class Header:
     rows: int = 0
     options: int = 0  # a hash of what must be the same everywhere
     targets: int = 0  # likewise, of the targets
+    ids: int = 0  # and of other tokens that are named
     largest: int = -1  # target
+    largest_id: int = -1
     columns: int = 0  # rows of the weight here
     start: int = -1  # as the head says; -1: not
     vocabulary: int = -1
+    block: int = 0  # rows of a block, as this rank would have them; 0: it would have none
 
     def exchanged(self, group: Any) -> list[Header]:
         """Those of all ranks."""
@@ -78,42 +90,62 @@ class Gate:
     hidden_grad: str = "sum"
     passed: bool = field(default=False, init=False)
 
-    def through(self, head: Projection, targets: Tensor, vocab: tuple[int | None, int | None], *options: Any) -> Shard:
+    def through(
+        self,
+        head: Projection,
+        asked: Head,
+        rows: Rows,
+        *options: Any,
+        named: tuple[Tensor, ...] = (),
+        block: int = 0,
+    ) -> Shard:
         """This rank's shard, once all ranks have let their calls in.
 
-        targets: (N,), those to compute. vocab: start and size as the head says, or None. options: what must be the same on
-        every rank.
+        asked: the head as the caller gave it. rows: those to compute. options: what must be the same on every rank, beside
+        `named`: ids of other tokens that are asked for, and the rows they are asked for, if any. block: as in `Shard`,
+        as this rank would have it.
 
         Raises:
             RuntimeError: another rank refused its call.
             ValueError: the calls, or the shards, do not fit together; on every rank alike.
         """
-        numbers = torch.arange(1, targets.numel() + 1, device=targets.device)
-        summary = [targets.amax() if targets.numel() else targets.new_tensor(-1), (targets * numbers).sum()]
-        largest, checksum = torch.stack(summary).tolist()
-        start, size = (-1 if value is None else value for value in vocab)
-        hashed = _hash(head, self.hidden_grad, *options)
+        targets = rows.targets
+        ids, *of_rows = (tokens.reshape(-1) for tokens in named or (targets[:0],))
+        summary = [_largest(targets), _checksum(targets), _largest(ids), _checksum(torch.cat([ids, *of_rows]))]
+        largest, checksum, largest_id, of_ids = torch.stack(summary).tolist()
+        start, size = (-1 if value is None else value for value in (asked.vocab_start, asked.vocab_size))
+        hashed = _hash(rows.hidden, head, self.hidden_grad, *options)
         self.passed = True  # from here on the others hear of a failure by the exchange itself
-        everyone = Header(0, targets.numel(), hashed, checksum, largest, head.vocabulary, start, size).exchanged(
-            self.group
+        header = Header(
+            0, targets.numel(), hashed, checksum, of_ids, largest, largest_id, head.vocabulary, start, size, block
         )
+        everyone = header.exchanged(self.group)
         start, total = _place(everyone, dist.get_rank(self.group))
-        return Shard(self.group.group_name, len(everyone), start, total, self.hidden_grad == "sum")
+        block = min(header.block for header in everyone)
+        return Shard(self.group.group_name, len(everyone), start, total, self.hidden_grad == "sum", block)
 
     def together(self, hidden: Tensor, head: Projection, *options: Any) -> None:
         """As `through` for a head that is streamed: each rank has rows of its own, and the same way to go."""
-        operands = (hidden, head.weight, head.bias, head.lora_b)
-        trained = [t is not None and t.requires_grad for t in operands] if torch.is_grad_enabled() else []
-        hashed = _hash(head, *trained, *options)
+        hashed = _hash(hidden, head, *options)
         self.passed = True
         _agree(Header(0, options=hashed).exchanged(self.group), ("options", "the same options, dtypes and shapes"))
 
 
-def _hash(head: Projection, *options: Any) -> int:
+def _hash(hidden: Tensor, head: Projection, *options: Any) -> int:
     """Of what must be the same on every rank."""
+    operands = hidden, head.weight, head.bias, head.lora_b
+    trained = [t if t is None else t.requires_grad and torch.is_grad_enabled() for t in operands]
     shared = (*options, head.transform, head.compute_dtype, head.adapter_dtype, head.round_logits, head.grad_filter)
-    shared += (head.weight.shape[1], head.bias is None, head.copies)
+    shared += (*trained, head.weight.shape[1], head.weight.device.type, head.copies)
     return zlib.crc32(repr(shared).encode())
+
+
+def _largest(tokens: Tensor) -> Tensor:
+    return tokens.amax() if tokens.numel() else tokens.new_tensor(-1)
+
+
+def _checksum(tokens: Tensor) -> Tensor:
+    return (tokens * torch.arange(1, tokens.numel() + 1, device=tokens.device)).sum()
 
 
 def sharded(head: Projection, shard: Shard | None) -> Projection:
@@ -165,6 +197,7 @@ def _place(everyone: list[Header], rank: int) -> tuple[int, int]:
         ("rows", "as many rows to compute"),
         ("options", "the same options, dtypes and shapes"),
         ("targets", "the same targets"),
+        ("ids", "the same ids or kept sets"),
         ("vocabulary", "the same vocab_size, or none"),
     )
     starts, begin = [], 0
@@ -182,36 +215,103 @@ def _place(everyone: list[Header], rank: int) -> tuple[int, int]:
         expected += header.columns
     if not 0 < total <= expected:
         raise ValueError(f"vocab_size must lie in [1, {expected}], the rows of all shards, got {total}")
-    largest = everyone[0].largest
-    if largest >= total:
-        raise ValueError(f"targets must lie in [0, {total}), the vocabulary of all ranks, got {largest}")
+    for name, largest in (("targets", everyone[0].largest), ("ids", everyone[0].largest_id)):
+        if largest >= total:
+            raise ValueError(f"{name} must lie in [0, {total}), the vocabulary of all ranks, got {largest}")
     return starts[rank], total
 
 
-def statistics(backend: Backend, rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
-    """As `Backend.statistics`, over the shards of all ranks."""
-    if head.shard is None:
-        return backend.statistics(rows, head, outputs)
-    shard = head.shard
-    found = backend.partials(_local(rows, shard), head, outputs)
+def gathered(shard: Shard, *numbers: Tensor) -> list[Tensor]:
+    """(world, n, k) of all ranks for each (n, k) of this one: one all-gather."""
+    mine = torch.cat(numbers, 1)
+    everyone = mine.new_empty((shard.world, *mine.shape))
+    dist.all_gather(list(everyone.unbind()), mine, group=private.process_group(shard.group))
+    return list(everyone.split([part.shape[1] for part in numbers], -1))
+
+
+def merged(
+    shard: Shard, found: ShardStats, targets: Tensor, outputs: tuple[str, ...], *more: Tensor
+) -> tuple[Stats, list[Tensor]]:
+    """The statistics of all ranks, and (world, n, k) of what else is to be told, (n, k); targets (n,) of the vocabulary."""
     parts = found.partials.after(shard.start)
-    numbers = parts.packed()
-    if found.normaliser is not None:
-        numbers = torch.cat([numbers, found.normaliser[:, None]], 1)
-    gathered = numbers.new_empty((shard.world, *numbers.shape))
-    dist.all_gather(list(gathered.unbind()), numbers.contiguous(), group=private.process_group(shard.group))
-    everyone = [Partials.unpacked(part, outputs) for part in gathered]
-    whole = merge(everyone)
-    logprobs, extra = whole.finish(rows.targets, shard.vocabulary, outputs)
-    normaliser = None
-    if found.normaliser is not None:  # in units of ln 2
-        normaliser = torch.logsumexp(gathered[..., -1].double() * LN2, 0).div(LN2).to(numbers.dtype)
+    normaliser = [] if found.normaliser is None else [found.normaliser[:, None]]
+    packed, *rest = gathered(shard, parts.packed(), *normaliser, *more)
+    whole = merge([Partials.unpacked(part, outputs) for part in packed])
+    logprobs, extra = whole.finish(targets, shard.vocabulary, outputs)
     mass = None
     if found.mass is not None:
         own = parts.maximum + parts.total.log()
         mass = found.mass * (own - extra["lse"]).exp()[:, None]
     stats = Stats.of(logprobs, extra, mass)
-    return replace(stats, normaliser=normaliser)
+    if found.normaliser is not None:  # in units of ln 2
+        everyone = rest.pop(0)[..., 0].double() * LN2
+        stats = replace(stats, normaliser=everyone.logsumexp(0).div(LN2).to(packed.dtype))
+    return stats, rest
+
+
+def statistics(
+    backend: Backend, rows: Rows, head: Projection, outputs: tuple[str, ...], ids: Tensor | None = None
+) -> tuple[Stats, Tensor | None]:
+    """As `Backend.statistics`, over the shards of all ranks; and the logits of ids, (N, K) each."""
+    shard = head.shard
+    of_ids = None if ids is None else _id_logits(backend, rows, head, ids)
+    if shard is None:
+        return backend.statistics(rows, head, outputs), of_ids
+    found = backend.partials(_local(rows, shard), head, outputs)
+    if of_ids is None:
+        return merged(shard, found, rows.targets, outputs)[0], None
+    stats, (everyone,) = merged(shard, found, rows.targets, outputs, of_ids)
+    return stats, everyone.sum(0)  # all but one of them are 0
+
+
+def _id_logits(backend: Backend, rows: Rows, head: Projection, ids: Tensor) -> Tensor:
+    """(N, K), 0 for those that are another rank's."""
+    entries, here = own_entries(entries_of(rows, ids), head)
+    found = backend.gathered(entries, head) if entries.count else rows.temperature.new_empty(0)
+    if here is not None:
+        found = found.new_zeros(ids.numel()).index_copy_(0, here, found)
+    return found.view(ids.shape)
+
+
+def entries_of(rows: Rows, ids: Tensor) -> Entries:
+    """All of (N, K) ids."""
+    count, K = ids.shape
+    row = torch.arange(count, device=ids.device)[:, None].expand(count, K).reshape(-1)
+    return Entries(rows.hidden, rows.temperature, row, ids.reshape(-1))
+
+
+def own_entries(entries: Entries, head: Projection) -> tuple[Entries, Tensor | None]:
+    """Those of this rank's columns, counted from its first, and which they are; None: all. Waits for the device."""
+    if head.shard is None:
+        return entries, None
+    local = entries.ids - head.shard.start
+    here = ((local >= 0) & (local < head.vocabulary)).nonzero().squeeze(1)
+    return replace(entries, rows=entries.rows[here], ids=local[here]), here
+
+
+def own_entry_grads(grads: EntryGrads | None, head: Projection) -> EntryGrads | None:
+    """Likewise; None where there are none."""
+    if grads is None:
+        return None
+    entries, here = own_entries(grads.entries, head)
+    if here is not None:
+        grads = EntryGrads(entries, grads.logits[here], grads.upstream[here])
+    return grads if entries.count else None
+
+
+def within_sets(
+    backend: Backend, rows: Rows, head: Projection, partials: Partials, outputs: tuple[str, ...], whole: bool
+) -> tuple[Partials, Stats | None]:
+    """Over the kept sets of all ranks, of which `partials` are this one's, and where `whole` over the whole vocabulary."""
+    shard = head.shard
+    if shard is None:
+        return partials, backend.statistics(rows, head, ()) if whole else None
+    if whole:
+        found = backend.partials(_local(rows, shard), head, ())
+        of_all, (everyone,) = merged(shard, found, rows.targets, (), partials.packed())
+    else:
+        of_all, (everyone,) = None, gathered(shard, partials.packed())
+    return merge([Partials.unpacked(part, outputs) for part in everyone]), of_all
 
 
 def gradients(
@@ -222,49 +322,101 @@ def gradients(
     upstream: TokenGrads,
     needs: Needs,
     filtered: tuple[Tensor, ...] | None = None,
-    entries: Any = None,
+    entries: EntryGrads | None = None,
 ) -> Grads:
-    """As `Backend.gradients`: of this rank's shard, with d_hidden of all ranks where it is asked to be summed."""
+    """As `Backend.gradients`, of this rank's shard: d_hidden has yet to be `summed`. entries: this rank's."""
     if head.shard is None:
         return backend.gradients(rows, head, stats, upstream, needs, filtered, entries)
+    if head.vocabulary == 0:
+        return Grads.zeros(rows.hidden, head, needs)
+    return backend.gradients(_local(rows, head.shard), head, stats, upstream, needs, filtered, entries)
+
+
+def summed(d_hidden: Maybe, shard: Shard | None) -> Maybe:
+    """That of all ranks, where it is asked to be summed; d_hidden itself may be overwritten."""
+    if d_hidden is None or shard is None or not shard.sums_hidden:
+        return d_hidden
+    total = d_hidden.to(torch.promote_types(d_hidden.dtype, torch.float32))
+    dist.all_reduce(total, group=private.process_group(shard.group))
+    return cast(Maybe, total.to(d_hidden.dtype))
+
+
+def one_pass(
+    backend: Backend, rows: Rows, head: Projection, outputs: tuple[str, ...], objective: BoundObjective, needs: Needs
+) -> tuple[Stats, Tensor, Grads]:
+    """As `Backend.one_pass`, over the shards of all ranks, block by block of rows: d_hidden has yet to be `summed`."""
+    shard = head.shard
+    if shard is None:
+        return backend.one_pass(rows, head, outputs, objective, needs)
+    local = _local(rows, shard)
+
+    def merge(found: ShardStats, some: slice, outputs: tuple[str, ...]) -> Stats:
+        return merged(shard, found, rows.targets[some], outputs)[0]
+
     if head.vocabulary:
-        grads = backend.gradients(_local(rows, head.shard), head, stats, upstream, needs, filtered)
-    else:
-        grads = Grads.zeros(rows.hidden, head, needs)
-    return _summed(grads, head)
+        return backend.one_pass(local, head, outputs, objective, needs, merge)
+    stats, losses = [], []
+    for some in _blocks(rows.count, shard):
+        stats.append(merge(backend.partials(local.pick(some), head, outputs), some, outputs))
+        losses.append(objective(some, stats[-1].logprobs, stats[-1].entropy)[0])
+    return Stats.joined(stats), torch.cat(losses), Grads.zeros(rows.hidden, head, needs)
 
 
-def _summed(grads: Grads, head: Projection) -> Grads:
-    """With d_hidden of all ranks, where it is asked to be summed."""
-    if grads.hidden is None or head.shard is None or not head.shard.sums_hidden:
-        return grads
-    total = grads.hidden.to(head.wide)
-    dist.all_reduce(total, group=private.process_group(head.shard.group))
-    return grads._replace(hidden=total.to(grads.hidden.dtype))
+def _blocks(count: int, shard: Shard) -> Iterator[slice]:
+    return (slice(start, min(start + shard.block, count)) for start in range(0, count, shard.block))
 
 
 def divergence(backend: Backend, rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
-    """As `Backend.divergence`, over the shards of all ranks: (N,), and the sums over the whole vocabulary.
+    """As `Backend.divergence`, over the shards of all ranks: (N,), and the sums over the whole vocabulary."""
+    shard = of.policy.shard
+    if shard is None:
+        return backend.divergence(rows, of)
+    if of.kind == "jsd":
+        return _mixture_divergence(backend, rows, of, shard)
+    return _kl(backend, rows, of, shard)
 
-    With P_r and Q_r the masses of shard r in the policy and in the reference, and p_r and q_r the distributions within it,
+
+def _mixture_divergence(backend: Backend, rows: RowPairs, of: Comparison, shard: Shard) -> tuple[Tensor, Sums]:
+    """Its terms need the probabilities of a token in the whole vocabulary: the totals of both heads are exchanged for each
+    block of rows, and each rank's terms in the end."""
+
+    def merge(totals: Tensor) -> Tensor:
+        (everyone,) = gathered(shard, totals)
+        found = []
+        for maxima, sums in (everyone[..., :2].unbind(-1), everyone[..., 2:].unbind(-1)):
+            top = maxima.amax(0)
+            found += [top, (sums * (maxima - reference_of(top)).exp()).sum(0)]
+        return torch.stack(found, 1)
+
+    if of.policy.vocabulary:
+        value, sums = backend.divergence(rows, of, merge)
+    else:
+        nothing = rows.temperature.new_tensor([-torch.inf, 0.0, -torch.inf, 0.0])
+        blocks = [merge(nothing.expand(some.stop - some.start, 4)) for some in _blocks(len(rows.hidden), shard)]
+        top, total, ref_top, ref_total = torch.cat(blocks).unbind(1)
+        value = torch.zeros_like(rows.temperature)
+        shift = (top - ref_top) + (total / ref_total).log()
+        sums = Sums(top + total.log(), ref_top + ref_total.log(), shift, value)
+    (everyone,) = gathered(shard, torch.stack([value, sums.mean], 1))
+    value, mean = everyone.sum(0).unbind(1)
+    return value.contiguous(), sums._replace(mean=mean.contiguous())
+
+
+def _kl(backend: Backend, rows: RowPairs, of: Comparison, shard: Shard) -> tuple[Tensor, Sums]:
+    """With P_r and Q_r the masses of shard r in the policy and in the reference, and p_r and q_r the distributions within it,
 
         KL(q || p) = sum_r Q_r KL(q_r || p_r) + KL(Q || P)
 
     and likewise the other way round, so that what a rank finds within its shard and four numbers of it are enough.
     """
-    shard = of.policy.shard
-    if shard is None:
-        return backend.divergence(rows, of)
     if of.policy.vocabulary:
         value, sums = backend.divergence(rows, of)
     else:
         value = torch.zeros_like(rows.temperature)
         nothing = torch.full_like(value, -torch.inf)
         sums = Sums(nothing, nothing, value, value)
-    numbers = torch.stack([value, sums.lse, sums.ref_lse, sums.shift], 1)
-    gathered = numbers.new_empty((shard.world, *numbers.shape))
-    dist.all_gather(list(gathered.unbind()), numbers, group=private.process_group(shard.group))
-    values, lses, ref_lses, shifts = gathered.unbind(-1)
+    (everyone,) = gathered(shard, torch.stack([value, sums.lse, sums.ref_lse, sums.shift], 1))
+    values, lses, ref_lses, shifts = everyone.unbind(-1)
     lse, ref_lse = lses.logsumexp(0), ref_lses.logsumexp(0)
     p, q = (lses - lse).exp(), (ref_lses - ref_lse).exp()
     # lse - ref_lse, exact where all shards differ alike: q sums to 1.
@@ -287,7 +439,7 @@ def divergence_gradients(
         grads = backend.divergence_gradients(rows, of, sums, upstream, needs)
     else:
         grads = Grads.zeros(rows.hidden, of.policy, needs)
-    return _summed(grads, of.policy)
+    return grads._replace(hidden=summed(grads.hidden, of.policy.shard))
 
 
 def gather_sequence(hidden: Tensor, group: Any) -> Tensor:

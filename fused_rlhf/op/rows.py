@@ -14,7 +14,7 @@ from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Maybe, Projection, Rows, pick
 from fused_rlhf.op.adapter import with_adapter
 from fused_rlhf.op.head import Call, Head
-from fused_rlhf.op.truncation import Sets, picked, sets_of
+from fused_rlhf.op.truncation import ANY, Entered, Sets, end_of, picked, sets_of
 from fused_rlhf.segments import Sequences
 
 
@@ -31,6 +31,11 @@ class Tokens:
     @property
     def count(self) -> int:
         return self.targets.numel()
+
+    @property
+    def named(self) -> tuple[Tensor, ...]:
+        """Ids and rows of given sets."""
+        return (self.sets.ids, self.sets.rows) if isinstance(self.sets, Entered) else ()
 
     def rows(self, hidden: Tensor, head: Head, projection: Projection) -> Rows:
         """The rows of hidden (..., H), with its graph; with an adapter's activations where the head has one."""
@@ -66,33 +71,30 @@ def tokens_of(
     temperature and sequence_of are (B T,).
     """
     flat = targets.reshape(-1)
-    vocabulary = None if call.sharded else head.vocabulary  # its group knows the size of the whole
+    vocabulary = ANY if call.sharded else head.vocabulary
     live = flat != call.ignore_index
     if completion_mask is not None:
         live = live & completion_mask.reshape(-1).bool()
     check_targets(door, flat, live, call.ignore_index, vocabulary)
     if isinstance(call.temperature, Tensor):
         check_temperature(door, temperature, live)
-    sets = None
-    if vocabulary is not None:
-        sets = sets_of(door, call.kept, call.truncation, flat, live, temperature, vocabulary)
+    sets = sets_of(door, call.kept, call.truncation, flat, live, temperature, vocabulary)
     index = door.rows(live)
     some = partial(pick, rows=index)
     sequences = Sequences.of(some(sequence_of), num_sequences)
     return Tokens(index, some(flat), some(temperature), sequences, picked(sets, index))
 
 
-def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int | None) -> None:
-    """Those of the live rows must lie in the vocabulary, None: of any size; (N,) each."""
-    end, limit = ("...", 2**62) if vocabulary is None else (vocabulary, vocabulary)
+def check_targets(door: Door, targets: Tensor, live: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Those of the live rows must lie in the vocabulary; (N,) each."""
 
     def error(at: int) -> ValueError:
         return ValueError(
-            f"targets must lie in [0, {end}) or equal ignore_index={ignore_index}, "
+            f"targets must lie in [0, {end_of(vocabulary)}) or equal ignore_index={ignore_index}, "
             f"got {int(targets[at])} at flat position {at}"
         )
 
-    door.refuse(live & (targets != targets.clamp(0, limit - 1)), error)
+    door.refuse(live & (targets != targets.clamp(0, vocabulary - 1)), error)
 
 
 def check_id_shape(ids: Tensor, targets: Tensor) -> None:
@@ -109,7 +111,7 @@ def check_ids(door: Door, ids: Tensor, live: Tensor, ignore_index: int, vocabula
 
     def error(at: int) -> ValueError:
         return ValueError(
-            f"ids must lie in [0, {vocabulary}) or equal ignore_index={ignore_index}, "
+            f"ids must lie in [0, {end_of(vocabulary)}) or equal ignore_index={ignore_index}, "
             f"got {int(ids.reshape(-1)[at])} at flat position {at // ids.shape[1]}, number {at % ids.shape[1]}"
         )
 

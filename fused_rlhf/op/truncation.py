@@ -18,7 +18,14 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 RULES = ("top_k", "top_p", "min_p")
 WITHIN = ("entropy", "lse", "sum_sq", "full_logprobs")  # what can be said of a kept set
 
+ANY = 2**31  # stands for the size of a vocabulary-parallel head, which its group alone knows; above any
+
 Kept = tuple[Tensor, Tensor]  # ids and offsets
+
+
+def end_of(vocabulary: int) -> str:
+    """For a message."""
+    return "..." if vocabulary == ANY else str(vocabulary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +163,8 @@ def _check_csr(kept: Kept, targets: Tensor) -> None:
 def sets_of(
     door: Door, kept: Kept | None, truncation: Truncation | None, targets: Tensor, live: Tensor, like: Tensor, V: int
 ) -> Given | Cut | None:
-    """Of (N,) targets, for the door to let in; None where nothing is cut. like: (N,), in the dtype of logits; V columns."""
+    """Of (N,) targets, for the door to let in; None where nothing is cut. like: (N,), in the dtype of logits; V columns
+    or ANY."""
     if kept is not None:
         given = Given(kept[0].detach().long(), kept[1].detach().long(), V)
         _check_given(door, given, targets, live)
@@ -207,7 +215,8 @@ def _check_given(door: Door, given: Given, targets: Tensor, live: Tensor) -> Non
     counts = live[row]
 
     def out_of_range(at: int) -> ValueError:
-        return ValueError(f"kept ids must lie in [0, {V}), got {int(ids[at])} for flat position {int(row[at])}")
+        end = end_of(V)
+        return ValueError(f"kept ids must lie in [0, {end}), got {int(ids[at])} for flat position {int(row[at])}")
 
     door.refuse(counts & (ids != ids.clamp(0, V - 1)), out_of_range)
     hits = torch.zeros(N, dtype=torch.int32, device=ids.device)
