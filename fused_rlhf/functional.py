@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rlhf import private
+from fused_rlhf import backends, private
 from fused_rlhf.checks import check_count
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Kind, Projection, RowPairs, Rows, Stats, pick
@@ -45,6 +45,7 @@ from fused_rlhf.op.sequences import (
     reference_logprobs,
     sharded_reference,
 )
+from fused_rlhf.op.streamed import comparable
 from fused_rlhf.op.truncation import ANY, WITHIN, Kept, Truncation
 
 
@@ -529,8 +530,7 @@ def linear_kl(
     """
     group = group_of(process_group, weight=weight, ref_weight=ref_weight)
     call = Call(temperature, backend=backend, sharded=group is not None)
-    weight, ref_weight = _whole(weight), _whole(ref_weight)
-    with gate(group, hidden_grad) as entered:
+    with gate(_met_in(group, weight, ref_weight), hidden_grad) as entered:
         head = head_of(weight, bias, logit_scale, softcap)
         ref = head_of(ref_weight, ref_bias, ref_logit_scale, ref_softcap, prefix="ref_")
         door = Door()
@@ -545,10 +545,13 @@ def linear_kl(
         if ref.lora is not None:
             y = with_adapter(y, ref.lora[0], ref.lora[2], of.ref)
         pairs = RowPairs(x, y.detach(), pick(flat_temperature, index))
-        if entered is not None:
+        what = "kl", call.shared, kind, beta, of.ref.transform, of.ref.compute_dtype
+        if entered is not None and group is None:
+            entered.together(hidden, of.policy, *what)
+            of = comparable(of)
+        elif entered is not None:
             anything = torch.zeros(pairs.count, dtype=torch.int64, device=hidden.device)
             rows = Rows(x, anything, pairs.temperature)
-            what = "kl", call.shared, kind, beta, of.ref.transform, of.ref.compute_dtype
             shard = entered.through(of.policy, head, rows, what, block=divergence_block(pairs, of, backend))
             of = replace(of, policy=sharded(of.policy, shard), ref=sharded(of.ref, shard))
     values = divergence(pairs, of, backend)

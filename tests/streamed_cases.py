@@ -60,7 +60,7 @@ class Linear(nn.Linear):
                 self.bias.copy_(bias)
 
 
-def sharded(weight: Tensor, bias: Tensor | None = None, **policy: Any) -> Linear:
+def sharded(weight: Tensor, bias: Tensor | None = None, **policy: Any) -> Any:
     return fully_shard(Linear(weight, bias), mp_policy=MixedPrecisionPolicy(**policy))
 
 
@@ -90,7 +90,7 @@ def compare(call: Call, data: dict[str, Any], **more: Any) -> None:
     loss, values = call(hidden, fr.Head(weight, bias, **transform), rows=lambda x: x, **{**fixed, **by_row})
     loss.backward()
 
-    linear = sharded(data["weight"], data["bias"])
+    linear: Any = sharded(data["weight"], data["bias"])
     own = mine(data["hidden"]).clone().requires_grad_()
     arguments = {**fixed, **{name: mine(value) for name, value in by_row.items()}}
     part, found = call(own, streamed(linear, **transform), rows=mine, **arguments)
@@ -152,7 +152,7 @@ def case_losses() -> None:
     old, ref, advantages = (-torch.rand(N, generator=g) * 3 for _ in range(3))
     edges = torch.tensor([0, *counts()]).cumsum(0)  # a sequence of each rank
 
-    def policy(hidden: Tensor, head: fr.Head, *, rows: Any, objective: Any, mode: str, **more: Any) -> Any:
+    def policy(hidden: Tensor, head: fr.Head, *, rows: Any, objective: Any, mode: Any, **more: Any) -> Any:
         given: dict[str, Any] = {"ref_logprobs": rows(ref)} if objective.beta else {}
         cu = edges if len(hidden) == N else torch.tensor([0, len(hidden)])
         loss, _ = fr.linear_policy_loss(
@@ -190,8 +190,8 @@ def case_losses() -> None:
             some = [slice(0, 4)] if len(hidden) >= 4 else [slice(0, 0)]
         loss = hidden.sum() * 0
         for chosen in some:
-            arguments = {name: value[chosen] for name, value in (more | given).items() if isinstance(value, Tensor)}
-            arguments = {**more, **given, **arguments}
+            arguments = more | given
+            arguments |= {name: value[chosen] for name, value in arguments.items() if isinstance(value, Tensor)}
             cu = torch.arange(len(hidden[chosen]) + 1)
             part, _ = fr.linear_preference_loss(
                 hidden[chosen], head, **arguments, objective=objective, cu_seqlens=cu, num_pairs=2, num_tokens=N
@@ -204,7 +204,7 @@ def case_losses() -> None:
 
 
 def case_what_is_gathered() -> None:
-    """What is not computed block by block: of ids, kept sets, with a filter, and divergences."""
+    """What is not computed block by block: of ids, kept sets, with a filter, and the JSD."""
     data = case(transform=TRANSFORMS[0])
 
     def of_ids(hidden: Tensor, head: fr.Head, *, rows: Any, **more: Any) -> Any:
@@ -228,13 +228,45 @@ def case_what_is_gathered() -> None:
         compare(call, data)
 
 
+def case_divergence() -> None:
+    """Of two heads in shards, or one; near the reference and far from it."""
+    data = case(transform=TRANSFORMS[1])
+    other = {"weight": data["weight"] + 0.1, "bias": data["bias"].flip(0)}
+
+    def against(
+        hidden: Tensor, head: fr.Head, *, rows: Any, kind: Any, far: float, both: bool, targets: Tensor, **more: Any
+    ) -> Any:
+        ref = fr.Head(**other) if head.stream is None or not both else streamed(sharded(**other))
+        value = fr.linear_kl(hidden, head, rows(data["hidden"]) + far, ref, kind, mask=targets != -100, **more)
+        return (value * rows(torch.linspace(1, 2, sum(counts())))).sum(), [value.detach()]
+
+    for kind in ("forward", "reverse"):
+        for both in (True, False):
+            compare(against, data, kind=kind, far=0.5, both=both, backend=BACKENDS[0])
+    if "triton" not in BACKENDS:
+        compare(against, data, kind="forward", far=0.5, both=True, backend="reference")
+
+    def of_the_reference_alone(hidden: Tensor, head: fr.Head, *, rows: Any, targets: Tensor, **more: Any) -> Any:
+        ref = fr.Head(**other) if head.stream is None else streamed(sharded(**other))
+        own = fr.Head(*(leaf.clone() for leaf in (data["weight"], data["bias"])))
+        value = fr.linear_kl(hidden, own, rows(data["hidden"]) + 0.5, ref, "reverse", mask=targets != -100, **more)
+        return value.sum() + head.weight.sum() * 0 + head.bias.sum() * 0, [value.detach()]
+
+    compare(of_the_reference_alone, data)
+    head = streamed(sharded(data["weight"]))
+    with counted() as (calls, _), torch.no_grad():
+        zero = fr.linear_kl(mine(data["hidden"]), head, mine(data["hidden"]), head, "reverse")
+    assert not zero.any()
+    assert calls["all_gather"] == 2 * -(-head.stream.rows // streams.rows_of_block(head.stream, H))
+
+
 def case_adapter() -> None:
     """A frozen head with a LoRA: no gradient of the weight goes home, those of A and B do."""
     data = case()
     g = torch.Generator().manual_seed(4)
     a, b = torch.randn(3, H, generator=g), torch.randn(SIZES[0], 3, generator=g)
     whole = [leaf.clone().requires_grad_() for leaf in (a, b)]
-    lora = (*whole, 0.5)
+    lora = (whole[0], whole[1], 0.5)
     u = torch.linspace(1, 2, sum(counts()))
     truth = fr.linear_logprobs(data["hidden"], fr.Head(data["weight"], lora=lora), data["targets"]).logprobs
     (truth * u).sum().backward()
@@ -265,7 +297,7 @@ def case_half_precision() -> None:
     weight = data["weight"].bfloat16().requires_grad_()
     hidden = data["hidden"].bfloat16().requires_grad_()
     fr.linear_logprobs(hidden, weight, data["targets"]).logprobs.sum().backward()
-    linear = sharded(data["weight"], param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    linear: Any = sharded(data["weight"], param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     own = mine(hidden.detach()).clone().requires_grad_()
     with counted() as (_, size):
         head = streamed(linear)
@@ -301,7 +333,7 @@ def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
 def case_what_is_sent() -> None:
     """Every block once forward and once backward, its gradient once; on a rank without a live row, too."""
     data = case(transform=TRANSFORMS[0])
-    linear = sharded(data["weight"])
+    linear: Any = sharded(data["weight"])
     head = streamed(linear)
     rows = head.stream.rows
     blocks = -(-rows // streams.rows_of_block(head.stream, H))
@@ -324,7 +356,7 @@ def case_never_whole() -> None:
     """No tensor that is made or seen is larger than a shard; forward and backward."""
     V = 10240
     hidden = torch.randn(3, H, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
-    linear = sharded(torch.randn(V, H, generator=torch.Generator().manual_seed(9)))
+    linear: Any = sharded(torch.randn(V, H, generator=torch.Generator().manual_seed(9)))
     block = dist.get_world_size() * streams.rows_of_block(streamed(linear).stream, H) * H
     tile = len(hidden) * tiling.TILE
     assert block < tile < V * H / 8

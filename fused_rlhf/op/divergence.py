@@ -23,6 +23,7 @@ Backends compute them; this file makes an autograd function of theirs.
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fused_rlhf import backends
 from fused_rlhf.kernels.interface import Comparison, Needs, Projection, RowPairs, Sums, indices, pick
-from fused_rlhf.op import parallel
+from fused_rlhf.op import parallel, streamed
 from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.rows import scatter
 
@@ -63,7 +64,7 @@ class _Divergence(torch.autograd.Function):
         of: Comparison,
         backend: str,
     ) -> Tensor:
-        value, sums = parallel.divergence(backends.resolve(backend, hidden), rows, of)
+        value, sums = _way(of).divergence(backends.resolve(backend, hidden), rows, of)
         ctx.save_for_backward(
             hidden, rows.ref_hidden, rows.temperature, *_operands(of.policy), *_operands(of.ref), *sums
         )
@@ -86,8 +87,13 @@ class _Divergence(torch.autograd.Function):
         computed = backends.resolve(ctx.backend, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             needs = Needs(*ctx.needs_input_grad[:4])
-            grads = parallel.divergence_gradients(computed, rows, of, Sums(*sums), g, needs)
+            grads = _way(of).divergence_gradients(computed, rows, of, Sums(*sums), g, needs)
         return (scatter(grads.hidden, some, len(hidden)), *grads[1:], None, None, None)
+
+
+def _way(of: Comparison) -> ModuleType:
+    """Which module goes through the columns of both heads."""
+    return parallel if of.policy.stream is None and of.ref.stream is None else streamed
 
 
 def _operands(head: Projection) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -33,6 +33,7 @@ from fused_rlhf.kernels.interface import (
     Entries,
     EntryGrads,
     Grads,
+    Kind,
     Maybe,
     Needs,
     Projection,
@@ -152,6 +153,8 @@ def sharded(head: Projection, shard: Shard | None) -> Projection:
     """The head as this shard, without the rows that pad the vocabulary."""
     if shard is None:
         return head
+    if head.stream is not None:
+        raise ValueError("process_group must be None with a reference's head that FSDP2 shards")
     count = min(max(shard.vocabulary - shard.start, 0), head.vocabulary)
     weight = head.weight if count == head.vocabulary else head.weight[:count]
     bias, lora_b = (t if t is None or count == len(t) else t[:count] for t in (head.bias, head.lora_b))
@@ -403,12 +406,6 @@ def _mixture_divergence(backend: Backend, rows: RowPairs, of: Comparison, shard:
 
 
 def _kl(backend: Backend, rows: RowPairs, of: Comparison, shard: Shard) -> tuple[Tensor, Sums]:
-    """With P_r and Q_r the masses of shard r in the policy and in the reference, and p_r and q_r the distributions within it,
-
-        KL(q || p) = sum_r Q_r KL(q_r || p_r) + KL(Q || P)
-
-    and likewise the other way round, so that what a rank finds within its shard and four numbers of it are enough.
-    """
     if of.policy.vocabulary:
         value, sums = backend.divergence(rows, of)
     else:
@@ -416,15 +413,26 @@ def _kl(backend: Backend, rows: RowPairs, of: Comparison, shard: Shard) -> tuple
         nothing = torch.full_like(value, -torch.inf)
         sums = Sums(nothing, nothing, value, value)
     (everyone,) = gathered(shard, torch.stack([value, sums.lse, sums.ref_lse, sums.shift], 1))
-    values, lses, ref_lses, shifts = everyone.unbind(-1)
+    return whole_divergence(of.kind, *everyone.unbind(-1))
+
+
+def whole_divergence(kind: Kind, values: Tensor, lses: Tensor, ref_lses: Tensor, shifts: Tensor) -> tuple[Tensor, Sums]:
+    """Of what was found within parts of the vocabulary, (parts, N) each.
+
+    With P_r and Q_r the masses of part r in the policy and in the reference, and p_r and q_r the distributions within it,
+
+        KL(q || p) = sum_r Q_r KL(q_r || p_r) + KL(Q || P)
+
+    and likewise the other way round, so that what is found within a part and four numbers of it are enough.
+    """
     lse, ref_lse = lses.logsumexp(0), ref_lses.logsumexp(0)
     p, q = (lses - lse).exp(), (ref_lses - ref_lse).exp()
-    # lse - ref_lse, exact where all shards differ alike: q sums to 1.
+    # lse - ref_lse, exact where all parts differ alike: q sums to 1.
     about = shifts.gather(0, q.argmax(0, keepdim=True))[0]
     shift = about + torch.log1p(times(q, torch.expm1(shifts - about)).sum(0))
     shift = torch.where(shift.isfinite(), shift, lse - ref_lse)
     gap = torch.where((p == 0) & (q == 0), 0.0, shifts - shift)  # log p - log q
-    if of.kind == "forward":
+    if kind == "forward":
         whole = (times(q, values) + kl_terms(q, p, gap)).sum(0)
         return whole, Sums(lse, ref_lse, shift, torch.zeros_like(whole))
     whole = (times(p, values) + kl_terms(p, q, -gap)).sum(0)

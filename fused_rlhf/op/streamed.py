@@ -10,6 +10,7 @@ Every rank goes through all blocks, whether it has a row or not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +20,15 @@ from torch import Tensor
 from fused_rlhf import backends
 from fused_rlhf.kernels.interface import (
     Backend,
+    Comparison,
     Grads,
     Needs,
     Projection,
+    RowPairs,
     Rows,
     Stats,
     Stream,
+    Sums,
     TokenGrads,
     Work,
     indices,
@@ -32,9 +36,9 @@ from fused_rlhf.kernels.interface import (
 from fused_rlhf.kernels.statistics import STATISTICS, Partials, merge
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
-from fused_rlhf.op.parallel import LN2
+from fused_rlhf.op.parallel import LN2, whole_divergence
 from fused_rlhf.op.rows import scatter
-from fused_rlhf.op.streams import Home, blocks, rows_of_block
+from fused_rlhf.op.streams import Block, Home, blocks, gathered, rows_of_block
 
 
 def linear_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
@@ -112,24 +116,91 @@ def gradients(
     """As `Backend.gradients`: of the rows here, but of this rank's shard over the rows of all ranks."""
     assert head.stream is not None
     wide = replace(rows, hidden=rows.hidden.to(head.wide))  # each block's d_hidden, too
-    d_hidden = torch.zeros_like(wide.hidden) if needs.hidden else None
-    whole = replace(head, weight=head.weight[:0])  # bias and B alone
-    _, _, d_bias, d_lora = Grads.zeros(rows.hidden, whole, needs)
-    home = Home(head.weight, head.stream) if needs.weight else None
+    total = _Total(rows.hidden, head, needs)
     for block in blocks(head.weight, head.stream):
-        of_block = block.weight[:0]
+        found = None
         if rows.count:
             found = backend.gradients(block.rows(wide), block.head(head), stats, upstream, needs)
-            if d_hidden is not None and found.hidden is not None:
-                d_hidden += found.hidden
-            for total, part in ((d_bias, found.bias), (d_lora, found.lora)):
+        total.add(block, found)
+    return total.grads()
+
+
+class _Total:
+    """The gradients of all blocks."""
+
+    def __init__(self, hidden: Tensor, head: Projection, needs: Needs) -> None:
+        self.stream, self.dtype, self.home = head.stream, hidden.dtype, None
+        if needs.weight and head.stream is not None:
+            self.home, needs = Home(head.weight, head.stream), needs._replace(weight=False)
+        self.sums = Grads.zeros(hidden[:0], head, needs)
+        if needs.hidden:
+            self.sums = self.sums._replace(hidden=torch.zeros_like(hidden, dtype=head.wide))
+
+    def add(self, block: Block, found: Grads | None) -> None:
+        """None: there are no rows here."""
+        hidden, *of_head = self.sums
+        if found is not None:
+            if hidden is not None and found.hidden is not None:
+                hidden += found.hidden
+            for total, part in zip(of_head, found[1:]):
                 if total is not None and part is not None:
                     total[block.columns] = part
-            of_block = of_block if found.weight is None else found.weight
-        if home is not None:
-            home.send(block.start, block.count, of_block)
-    d_weight = None if home is None else home.complete()
-    return Grads(None if d_hidden is None else d_hidden.to(rows.hidden.dtype), d_weight, d_bias, d_lora)
+        if self.home is not None:
+            weight = None if found is None else found.weight
+            self.home.send(block.start, block.count, block.weight[:0] if weight is None else weight)
+
+    def grads(self) -> Grads:
+        hidden = None if self.sums.hidden is None else self.sums.hidden.to(self.dtype)
+        weight = self.sums.weight if self.home is None else self.home.complete()
+        return self.sums._replace(hidden=hidden, weight=weight)
+
+
+def comparable(of: Comparison) -> Comparison:
+    """With heads that can be gone through together: streamed ones as they are where their blocks are of the same columns. Else,
+    and for the JSD, whose terms need the whole of a row's sums first, with all their rows."""
+    one, other = of.policy.stream, of.ref.stream
+    alike = one is None or other is None or (one.world, one.length) == (other.world, other.length)
+    return of if alike and of.kind != "jsd" else replace(of, policy=_whole(of.policy), ref=_whole(of.ref))
+
+
+def _whole(head: Projection) -> Projection:
+    return head if head.stream is None else replace(head, weight=gathered(head.weight, head.stream), stream=None)
+
+
+def divergence(backend: Backend, rows: RowPairs, of: Comparison) -> tuple[Tensor, Sums]:
+    """As `Backend.divergence`, forward or reverse, of what `comparable` gives."""
+    found = []
+    for _, some in _compared(of):
+        if len(rows.temperature):
+            value, sums = backend.divergence(rows, some)
+            found.append((value, sums.lse, sums.ref_lse, sums.shift))
+    if not found:
+        none = rows.temperature
+        return none, Sums(none, none, none, none)
+    return whole_divergence(of.kind, *(torch.stack(parts) for parts in zip(*found)))
+
+
+def divergence_gradients(
+    backend: Backend, rows: RowPairs, of: Comparison, sums: Sums, upstream: Tensor, needs: Needs
+) -> Grads:
+    """As `Backend.divergence_gradients`; see `gradients`."""
+    wide = replace(rows, hidden=rows.hidden.to(of.policy.wide))
+    total = _Total(rows.hidden, of.policy, needs)
+    for block, some in _compared(of):
+        found = None
+        if len(rows.temperature):
+            found = backend.divergence_gradients(wide, some, sums, upstream, needs)
+        total.add(block, found)
+    return total.grads()
+
+
+def _compared(of: Comparison) -> Iterator[tuple[Block, Comparison]]:
+    """The same columns of both heads; the block is the policy's where that is streamed."""
+    streams = [(head.weight, head.stream) for head in (of.policy, of.ref) if head.stream is not None]
+    most = min(rows_of_block(stream, weight.shape[1]) for weight, stream in streams)
+    for together in zip(*(blocks(weight, stream, most) for weight, stream in streams)):
+        first, last = together[0], together[-1]
+        yield first, replace(of, policy=first.head(of.policy), ref=last.head(of.ref))
 
 
 def memory(backend: Backend, work: Work, stream: Stream) -> float:

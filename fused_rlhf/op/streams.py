@@ -47,9 +47,11 @@ class Block:
         return replace(rows, targets=torch.where(inside, owner * self.count + row, -1))
 
     def head(self, head: Projection) -> Projection:
+        """Its columns; also of a head that is whole, beside the one that the block is of."""
         columns = self.columns
+        weight = self.weight if head.stream is not None else head.weight[columns]
         bias, lora_b = (whole if whole is None else whole[columns] for whole in (head.bias, head.lora_b))
-        return replace(head, weight=self.weight, bias=bias, lora_b=lora_b, stream=None)
+        return replace(head, weight=weight, bias=bias, lora_b=lora_b, stream=None)
 
     def placed(self, partials: Partials) -> Partials:
         """With columns of the whole."""
@@ -65,9 +67,10 @@ def rows_of_block(stream: Stream, width: int) -> int:
     return max(min(most // STEP * STEP or most, stream.rows), 1)
 
 
-def blocks(shard: Tensor, stream: Stream) -> Iterator[Block]:
-    """All rows of all shards (R, H). A block is there until the one after the next is asked for."""
-    group, most, width = private.process_group(stream.group), rows_of_block(stream, shard.shape[1]), shard.shape[1]
+def blocks(shard: Tensor, stream: Stream, most: int = 0) -> Iterator[Block]:
+    """All rows of all shards (R, H), `most` of each at a time. A block is there until the next one is asked for."""
+    group, width = private.process_group(stream.group), shard.shape[1]
+    most = most or rows_of_block(stream, width)
     starts = range(0, stream.rows, most)
     buffers = [shard.new_empty((stream.world * most, width), dtype=stream.dtype) for _ in starts[:2]]
 
