@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_rlhf import backends, private
+from fused_rlhf import private
 from fused_rlhf.checks import check_count
 from fused_rlhf.door import Door
 from fused_rlhf.kernels.interface import Kind, Projection, RowPairs, Rows, Stats, pick
