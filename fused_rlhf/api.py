@@ -1,6 +1,8 @@
 """Every public name of the package; `fused_rlhf` hands them on."""
 
 from fused_rlhf import lm_head, objectives, preferences
+from fused_rlhf.deferred.model import defer, deferred_logits, undefer
+from fused_rlhf.deferred.results import materialise
 from fused_rlhf.functional import (
     LogProbs,
     linear_kl,
@@ -98,11 +100,15 @@ __all__ = [
     "SimPO",
     "Truncation",
     "combine_metrics",
+    "defer",
+    "deferred_logits",
     "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",
     "linear_preference_loss",
     "lm_head",
+    "materialise",
     "objectives",
     "preferences",
+    "undefer",
 ]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fused_rlhf import model_inputs as model_inputs_of
 from fused_rlhf import private, reading, tensor_parallel
 from fused_rlhf.checks import dtensor
+from fused_rlhf.deferred.paused import paused
 from fused_rlhf.fsdp import Shards
 from fused_rlhf.functional import LogProbs, linear_logprobs
 from fused_rlhf.kernels.interface import Stream
@@ -145,7 +146,7 @@ def logprobs(
     Raises:
         ValueError, TypeError: as `forward` and `linear_logprobs`.
     """
-    base = _unwrap(model).base
+    base = unwrap(model).base
     scored, real_mask, decoder = input_ids, attention_mask, ""
     if reading.is_encoder_decoder(base):
         scored, real_mask = (model_inputs.get(f"decoder_{name}") for name in ("input_ids", "attention_mask"))
@@ -211,7 +212,7 @@ def find_head(model: nn.Module, **model_inputs: Any) -> Head:
     Raises:
         ValueError, TypeError: as `forward`.
     """
-    base = _unwrap(model).base
+    base = unwrap(model).base
     if not model_inputs:
         device = base.get_input_embeddings().weight.device
         model_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=device)}
@@ -252,7 +253,7 @@ def forward(
     """
     if model_inputs.get("labels") is not None:
         raise ValueError("labels must not be given: the logits are never computed, and so no loss")
-    found = _unwrap(model)
+    found = unwrap(model)
     embeddings = found.base.get_output_embeddings()
     if embeddings is None:
         raise ValueError(f"{_name(found.base)} has no output embeddings: not a causal LM with a linear head")
@@ -268,7 +269,7 @@ def forward(
     _check_adapter_names(embeddings, model_inputs.get("adapter_names"))
     model_inputs.update(_checked_reading(model, found, embeddings, model_inputs))
     with found.stance(embeddings):
-        probed = probe(found.base, embeddings, lambda: model(**model_inputs), tied=any(map(_is_fsdp2, found.chain)))
+        probed = probe(found.base, embeddings, lambda: model(**model_inputs), tied=any(map(is_fsdp2, found.chain)))
     hidden = probed.hidden
     if found.prompt_learning and input_ids is not None and "logits_to_keep" not in model_inputs:
         hidden = hidden[:, -input_ids.shape[1] :]
@@ -369,7 +370,7 @@ def probe(
     given = operands or (lambda: parts_of(embeddings))
     shards = shards_of(embeddings, given)
     found = operands or (lambda: operands_of(embeddings))
-    copies = _is_fsdp2(embeddings) and shards is None
+    copies = is_fsdp2(embeddings) and shards is None
     # What shares a group with the head, as the last norm may, must be whole again in the backward.
     tied = tied or (copies and private.fsdp_group(embeddings) is None)
     with _stubbed(embeddings, operands=found if copies else None, shards=shards) as stub:
@@ -383,15 +384,18 @@ def probe(
             raise ValueError(f"unsupported head: {_name(base)} fails on the probe of its logits: {error}") from error
     logits = _logits(result, base, stub)
     transform = _fit(logits.detach(), stub)
-    hidden = _Tied.apply(stub.hidden, logits) if tied and logits.requires_grad else stub.hidden
+    hidden = tied_to(stub.hidden, logits) if tied and logits.requires_grad else stub.hidden
     # Only now: FSDP2 and parametrisations put the weight that was used in place during the forward.
     used = stub.operands or (found() if shards is None else given().streamed(shards))
     return Probed(hidden, used, transform, getattr(result, "aux_loss", None), stub.autocast_dtype)
 
 
-class _Tied(torch.autograd.Function):
-    """The first tensor, which has a gradient of zeros for the second one too."""
+def tied_to(x: Tensor, other: Tensor) -> Tensor:
+    """x, of which a backward gives zeros to `other` too."""
+    return _Tied.apply(x, other)
 
+
+class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
         ctx.zeros = other.new_zeros(()).expand_as(other)
@@ -418,7 +422,7 @@ class _Unwrapped:
         return torch.compiler.set_stance("force_eager") if self.compiled(embeddings) else contextlib.nullcontext()
 
 
-def _unwrap(model: nn.Module) -> _Unwrapped:
+def unwrap(model: nn.Module) -> _Unwrapped:
     """Down through torch.compile, DDP, FSDP, DeepSpeed and PEFT to the transformers model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers causal LM, got {type(model).__name__}")
@@ -517,7 +521,8 @@ def _stubbed(
         embeddings.register_forward_hook(stub.tie),
     ]
     try:
-        with contextlib.nullcontext() if shards is None else shards.asleep():
+        asleep = contextlib.nullcontext() if shards is None else shards.asleep()
+        with asleep, paused():  # a deferred model\'s head is an ordinary one here
             yield stub
     finally:
         for handle in handles:
@@ -663,7 +668,7 @@ def parts_of(embeddings: nn.Module) -> Operands:
 
 def shards_of(embeddings: nn.Module, operands: Callable[[], Operands] | None = None) -> Shards | None:
     """Of a head that can be streamed; None of any other."""
-    if not _is_fsdp2(embeddings):
+    if not is_fsdp2(embeddings):
         return None
     return Shards.of(embeddings, (parts_of(embeddings) if operands is None else operands()).weight)
 
@@ -695,7 +700,7 @@ def operands_of(embeddings: nn.Module) -> Operands:
     return parts
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
+def is_fsdp2(module: nn.Module) -> bool:
     """Whether `fully_shard` was called for the module itself."""
     return _of_fsdp2(type(module))
 

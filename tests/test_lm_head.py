@@ -424,7 +424,7 @@ def compare_sharded_heads() -> None:
         for scale in (1.0, 3.7):  # the second one is added to the first, as of another micro-batch
             (scale * loss_in_two_forwards(alone, ids) / 2).backward()
             (scale * loss_in_two_forwards(model, mine)).backward()
-        head = lm_head._unwrap(model).base.get_output_embeddings()
+        head = lm_head.unwrap(model).base.get_output_embeddings()
         assert all(isinstance(p, DTensor) for p in head.parameters()), case
         for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), (case, name)

@@ -1,0 +1,168 @@
+"""Models whose logits are deferred: two hooks on their head.
+
+The first keeps the head's input and leaves it no rows to multiply, the second puts a deferred tensor in the place of its
+output. What the model itself does to its logits (a scale, a softcap, a loss of its labels) is done to that tensor, as all
+that a caller does. Everything around the model (PEFT, DDP, FSDP2, accelerate) runs as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_rlhf import lm_head
+from fused_rlhf.deferred import elementwise, results, rows  # noqa: F401  # they fill the table
+from fused_rlhf.deferred.distribution import Distribution, Source
+from fused_rlhf.deferred.paused import is_paused, paused
+from fused_rlhf.deferred.tensor import Deferred, linked
+from fused_rlhf.deferred.value import Terms, logits_of
+from fused_rlhf.op.head import Head
+
+_deferrals: weakref.WeakKeyDictionary[nn.Module, _Deferral] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def deferred_logits(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's forward returns its usual output with deferred logits, in every thread.
+
+    Args, errors: as `defer`. A model that is deferred already stays so afterwards.
+    """
+    before = _deferrals.get(lm_head.unwrap(model).base)
+    defer(model)
+    try:
+        yield
+    finally:
+        if before is None:
+            undefer(model)
+
+
+def defer(model: nn.Module) -> None:
+    """From now on the model's forward returns its usual output with deferred logits, until `undefer`; `generate` does not.
+
+    The tensor in `.logits` has the shape, dtype and device of the model's own, and no memory. Rows of it are taken, reshaped
+    and joined, it is scaled, shifted and cast as any tensor; log-probs, entropies, losses and what else is in the docs are
+    computed when asked for, from hidden states and head, in fp32 (fp64 for fp64), and rounded once to the dtype that torch
+    would give. Whatever would need the whole tensor raises NotImplementedError. `labels=` give the model's own loss.
+
+    Args:
+        model: a transformers causal LM, bare or wrapped (PEFT, DDP, FSDP2, accelerate). Add adapters to it before. Once
+            deferred nothing is done again.
+
+    Raises:
+        TypeError: no transformers model.
+        ValueError: it has no linear head, or one that `Head` cannot say. In a forward: a head that is sharded.
+    """
+    found = lm_head.unwrap(model)
+    base = found.base
+    if base in _deferrals:
+        return
+    embeddings = base.get_output_embeddings()
+    if embeddings is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings: not a causal LM with a linear head")
+    lm_head.linear_of(embeddings)
+    if found.compiled(embeddings):
+        raise ValueError("model must not be compiled together with its head, got one that is; compile its body alone")
+    _deferrals[base] = _Deferral(base, embeddings)
+
+
+def undefer(model: nn.Module) -> None:
+    """Ends `defer`; logits that are deferred by then stay usable. Does nothing to a model that is not."""
+    deferral = _deferrals.pop(lm_head.unwrap(model).base, None)
+    if deferral is not None:
+        deferral.remove()
+
+
+class _Deferral:
+    """The hooks on a model's head, and the `generate` that goes past them."""
+
+    def __init__(self, base: Any, embeddings: nn.Module) -> None:
+        self.base = weakref.ref(base)
+        self.generate = vars(base).get("generate")
+        self.handles = [
+            embeddings.register_forward_pre_hook(_before),
+            embeddings.register_forward_hook(_after, prepend=True, always_call=True),
+            embeddings.register_forward_hook(_link),
+        ]
+        if hasattr(base, "generate"):
+            base.generate = types.MethodType(_generate_of(self.generate), base)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        base = self.base()
+        if base is None or "generate" not in vars(base):
+            return
+        if self.generate is None:
+            del base.generate
+        else:
+            base.generate = self.generate
+
+
+def _generate_of(own: Any) -> Any:
+    """`own`: what the model itself has, beside its class."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with paused():
+            return type(self).generate(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    return generate
+
+
+# What the first hook leaves for the second, in the same thread: the head's input by the head's id.
+_local = threading.local()
+
+
+def _inputs() -> dict[int, Tensor]:
+    found: dict[int, Tensor] = vars(_local).setdefault("inputs", {})
+    return found
+
+
+def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if is_paused():
+        return None
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+        raise ValueError(
+            f"the head of a deferred model must be called with hidden states (..., H), got {len(args)} arguments"
+        )
+    _inputs()[id(module)] = args[0]
+    return (args[0][..., :0, :], *args[1:])
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    hidden = _inputs().pop(id(module), None)
+    if hidden is None or output is None:  # paused, or the head has raised
+        return None
+    operands = lm_head.operands_of(module)
+    own_group = lm_head.is_fsdp2(module)
+    if own_group:  # whole only now
+        operands = operands.copied()
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    head = Head(operands.weight, operands.bias, lora=operands.lora)
+    source = Source.of(hidden.reshape(-1, hidden.shape[-1]), head, autocast, detached=not torch.is_grad_enabled())
+    terms = logits_of(Distribution(source))
+    made = functools.partial(_deferred, shape=hidden.shape[:-1], vocabulary=len(operands.weight), like=output)
+    # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it.
+    return made(terms) if own_group else linked(made, terms, output)
+
+
+def _link(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+    """After FSDP2's own hook."""
+    if not isinstance(output, Deferred) or not lm_head.is_fsdp2(module):
+        return None
+    (term,) = output.terms
+    assert term.of is not None
+    made = functools.partial(_deferred, shape=output.row_shape, vocabulary=output.shape[-1], like=output)
+    return linked(made, output.terms, term.of.source.hidden)
+
+
+def _deferred(terms: Terms, *, shape: torch.Size, vocabulary: int, like: Tensor) -> Deferred:
+    return Deferred(terms, shape, vocabulary, like.dtype, like.device)
