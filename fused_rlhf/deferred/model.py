@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_rlhf import lm_head
+from fused_rlhf.checks import dtensor
 from fused_rlhf.deferred import elementwise, results, rows  # noqa: F401  # they fill the table
 from fused_rlhf.deferred.distribution import Distribution, Source
 from fused_rlhf.deferred.paused import is_paused, paused
@@ -132,6 +133,8 @@ def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         raise ValueError(
             f"the head of a deferred model must be called with hidden states (..., H), got {len(args)} arguments"
         )
+    if what := next(filter(None, map(dtensor, module.parameters())), ""):  # FSDP2 has gathered what it shards by now
+        raise ValueError(f"unsupported head: its weight is {what}")
     _inputs()[id(module)] = args[0]
     return (args[0][..., :0, :], *args[1:])
 
@@ -150,13 +153,14 @@ def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
     source = Source.of(hidden.reshape(-1, hidden.shape[-1]), head, autocast, detached=not torch.is_grad_enabled())
     terms = logits_of(Distribution(source))
     made = functools.partial(_deferred, shape=hidden.shape[:-1], vocabulary=len(operands.weight), like=output)
-    # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it.
-    return made(terms) if own_group else linked(made, terms, output)
+    # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it;
+    # where nothing before the head takes a gradient, its hook is the one that reduces the head's.
+    return made(terms) if own_group and hidden.requires_grad else linked(made, terms, output)
 
 
 def _link(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """After FSDP2's own hook."""
-    if not isinstance(output, Deferred) or not lm_head.is_fsdp2(module):
+    if not isinstance(output, Deferred) or not lm_head.is_fsdp2(module) or output.requires_grad:
         return None
     (term,) = output.terms
     assert term.of is not None

@@ -45,6 +45,9 @@ class Deferred(torch.Tensor):
     writes: int  # to the memory, that this one knows of
     hooked: bool  # by somebody who wants to see a backward pass here
     anchored: bool  # so that it does
+    apart: (
+        bool  # made where gradients are off: by a user, or inside of an autograd function, which may add its graph yet
+    )
 
     @staticmethod
     def __new__(
@@ -62,7 +65,7 @@ class Deferred(torch.Tensor):
         made: Deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         made.terms, made.row_shape, made.vocabulary_at = terms, torch.Size(row_shape), at
         made.memory = Memory() if memory is None else memory
-        made.writes, made.hooked, made.anchored = made.memory.writes, False, False
+        made.writes, made.hooked, made.anchored, made.apart = made.memory.writes, False, False, False
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -160,6 +163,8 @@ def terms_of(d: Deferred) -> Terms:
     if d.writes != d.memory.writes:
         refuse("a tensor whose memory was changed in place through another one", d, why="use the one that was changed")
     node = d.grad_fn
+    if d.apart and node is None:
+        d.terms, d.apart = detached(d.terms), False
     foreign = node is not None and node.name() != "_LinkBackward"  # a function of others has returned it
     if d.hooked or (foreign and not d.anchored):
         d.terms, d.hooked, d.anchored = _anchored(d), False, True
@@ -217,9 +222,11 @@ def _zeros(kind: tuple[Any, ...]) -> Tensor:
 
 
 def linked(made: Callable[[Terms], Deferred], terms: Terms, *others: Tensor) -> Deferred:
-    """A tensor made of the terms, with the others behind it; without their graphs where gradients are off."""
+    """A tensor made of the terms, with the others behind it; apart from them where gradients are off."""
     if not torch.is_grad_enabled():
-        return made(detached(terms))
+        found = made(terms)
+        found.apart = True
+        return found
     return _Link.apply(lambda: made(terms), *others)  # type: ignore[no-any-return]
 
 
@@ -276,7 +283,7 @@ def rows_first(d: Deferred) -> bool:
 
 # ------------------------------------------------------------------------------------------- what is known without numbers
 
-_PROPERTIES = """shape dtype device layout ndim requires_grad grad grad_fn is_leaf output_nr names itemsize nbytes _version
+_PROPERTIES = """shape dtype device layout ndim requires_grad grad grad_fn is_leaf output_nr names itemsize nbytes _version _base
 is_cpu is_cuda is_hpu is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
 is_vulkan is_xla is_xpu"""
 _METHODS = """size dim ndimension numel nelement stride element_size get_device has_names is_contiguous is_floating_point
