@@ -147,15 +147,20 @@ def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
     own_group = lm_head.is_fsdp2(module)
     if own_group:  # whole only now
         operands = operands.copied()
-    kind = hidden.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     head = Head(operands.weight, operands.bias, lora=operands.lora)
-    source = Source.of(hidden.reshape(-1, hidden.shape[-1]), head, autocast, detached=not torch.is_grad_enabled())
-    terms = logits_of(Distribution(source))
-    made = functools.partial(_deferred, shape=hidden.shape[:-1], vocabulary=len(operands.weight), like=output)
     # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it;
     # where nothing before the head takes a gradient, its hook is the one that reduces the head's.
-    return made(terms) if own_group and hidden.requires_grad else linked(made, terms, output)
+    return logits_of_head(hidden, head, output, None if own_group and hidden.requires_grad else output)
+
+
+def logits_of_head(hidden: Tensor, head: Head, output: Tensor, behind: Tensor | None) -> Deferred:
+    """Of hidden states (..., H), with the dtype and device of a head's output; `behind`: what is in the graph behind it."""
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    source = Source.of(hidden.reshape(-1, hidden.shape[-1]), head, autocast, detached=not torch.is_grad_enabled())
+    made = functools.partial(_deferred, shape=hidden.shape[:-1], vocabulary=len(head.weight), like=output)
+    terms = logits_of(Distribution(source))
+    return made(terms) if behind is None else linked(made, terms, behind)
 
 
 def _link(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fused_rlhf.deferred.distribution import Distribution
 from fused_rlhf.deferred.dtypes import torch_dtype
 from fused_rlhf.deferred.elementwise import _checked_dim, _exp, _log, _product, distribution_of, one_of
-from fused_rlhf.deferred.tensor import Deferred, handles, refuse, rows_first, terms_of, width
+from fused_rlhf.deferred.tensor import Deferred, handles, like, refuse, rows_first, terms_of, width
 from fused_rlhf.deferred.value import ONE, Coefficient, at_entries, at_tokens, summed
 
 
@@ -149,7 +149,8 @@ def _soft_cross_entropy(d: Deferred, target: Deferred, reduction: str, label_smo
     """-sum_v p_v log q_v"""
     if label_smoothing or not (rows_first(d) and len(d.row_shape) == 1):
         refuse("cross_entropy of two deferred tensors with label smoothing, or that are not (N, V)", d)
-    losses = -_sum(_product(target, torch.log_softmax(d, -1)), -1)  # type: ignore[arg-type]
+    both = _product(target, torch.log_softmax(d, -1))  # type: ignore[arg-type]
+    losses = -_laid_out(d, summed(terms_of(both), width(d)), False, torch.promote_types(d.dtype, torch.float32))
     return _reduced(losses, torch.ones_like(losses), reduction)
 
 
@@ -188,9 +189,9 @@ def _kl_div(
         refuse("kl_div with an ordinary tensor, size_average or reduce", d, target)
     p, log_p = (_exp(target), target) if log_target else (target, _log(target))
     pointwise = _product(p, log_p - d)  # type: ignore[arg-type]
-    if reduction == "none":
-        return pointwise
     kind = torch_dtype("kl_div", d, lambda z: F.kl_div(z, z, reduction="sum"))
+    if reduction == "none":
+        return like(pointwise, dtype=kind)
     total = _laid_out(d, summed(terms_of(pointwise), width(d)), False, torch.promote_types(kind, torch.float32)).sum()
     by = {"sum": 1, "batchmean": d.shape[0], "mean": d.numel()}
     if reduction not in by:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -74,13 +75,7 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if "input" in kwargs and not args:
-            args = (kwargs.pop("input"),)
-        handler = TABLE.get(func)
-        if handler is None or not _fits(handler, args, kwargs):
-            refuse(name_of(func), *args, *kwargs.values())
-        return handler(*args, **kwargs)
+        return _outside_of_graphs()(func, args, dict(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -90,6 +85,29 @@ class Deferred(torch.Tensor):
             if func is not torch.ops.aten.view.default or tuple(args[1]) == tuple(one.shape):
                 return like(one)
         refuse(str(func), *args, *(kwargs or {}).values())
+
+
+def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if "input" in kwargs and not args:
+        args = (kwargs.pop("input"),)
+    handler = TABLE.get(func)
+    if handler is None or not _fits(handler, args, kwargs):
+        refuse(name_of(func), *args, *kwargs.values())
+    return handler(*args, **kwargs)
+
+
+_uncompiled: list[
+    Callable[..., Any]
+] = []  # `_called` as torch.compile leaves it alone, once somebody has imported that
+
+
+def _outside_of_graphs() -> Callable[..., Any]:
+    """`_called`, where a compiled region breaks its graph."""
+    if "torch._dynamo" not in sys.modules:
+        return _called
+    if not _uncompiled:
+        _uncompiled.append(torch.compiler.disable(_called, reason="deferred logits are computed outside of graphs"))
+    return _uncompiled[0]
 
 
 def plain(function: Callable[..., Any], *args: Any) -> Any:
@@ -283,8 +301,8 @@ def rows_first(d: Deferred) -> bool:
 
 # ------------------------------------------------------------------------------------------- what is known without numbers
 
-_PROPERTIES = """shape dtype device layout ndim requires_grad grad grad_fn is_leaf output_nr names itemsize nbytes _version _base
-is_cpu is_cuda is_hpu is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
+_PROPERTIES = """shape dtype device layout ndim requires_grad grad grad_fn is_leaf output_nr names itemsize nbytes
+_version _base is_cpu is_cuda is_hpu is_ipu is_maia is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
 is_vulkan is_xla is_xpu"""
 _METHODS = """size dim ndimension numel nelement stride element_size get_device has_names is_contiguous is_floating_point
 is_complex is_signed is_inference is_conj is_neg is_same_size __hash__"""
