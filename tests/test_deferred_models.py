@@ -306,6 +306,31 @@ def test_fully_sharded(case: str) -> None:
         torch.testing.assert_close(whole.full_tensor(), gradient, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("one_process_group")
+def test_a_head_in_one_group_with_the_last_norm() -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    expected, truth = gradients(build(), batch(), deferred=False)
+    model = build()
+    fsdp.fully_shard([model.model.norm, model.lm_head])
+    fsdp.fully_shard(model)
+    loss, found = gradients(model, batch(), deferred=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in truth.items():
+        whole: Any = found[name]
+        torch.testing.assert_close(whole.full_tensor(), gradient, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_a_head_that_its_group_frees_after_the_forward_is_refused() -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    model = build()
+    fsdp.fully_shard(model, reshard_after_forward=True)
+    with fr.deferred_logits(model):
+        logits = model(batch()).logits
+        with pytest.raises(RuntimeError, match=r"freed after the forward|modified in place"):
+            logits.logsumexp(-1)
+
+
 def compare_sharded() -> None:
     """Gradients of two processes that have two batches each, and those of one that has all four; in both processes."""
     torch.set_num_threads(1)
@@ -339,6 +364,21 @@ def test_tensor_parallel_heads_are_refused_by_their_name() -> None:
     parallelize_module(model, torch.distributed.init_device_mesh("cpu", (1,)), {"lm_head": ColwiseParallel()})
     with fr.deferred_logits(model), pytest.raises(ValueError, match=r"a DTensor, .* over 1 processes"):
         model(batch())
+
+
+def load_split(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    with fr.deferred_logits(model), pytest.raises(ValueError, match=r"unsupported head: .*(a DTensor|tp_plan)"):
+        model(batch())
+    assert model(batch()).logits.shape == (3, 9, 257)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_model_loaded_with_a_tp_plan_is_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model")
+    launch.together(f"from tests import test_deferred_models as t; t.load_split({str(tmp_path / 'model')!r})", tmp_path)
 
 
 def test_models_that_cannot_be_deferred() -> None:

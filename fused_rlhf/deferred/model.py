@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_rlhf import lm_head
+from fused_rlhf import lm_head, private
 from fused_rlhf.checks import dtensor
 from fused_rlhf.deferred import elementwise, results, rows  # noqa: F401  # they fill the table
 from fused_rlhf.deferred.distribution import Distribution, Source
@@ -144,13 +144,14 @@ def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | No
     if hidden is None or output is None:  # paused, or the head has raised
         return None
     operands = lm_head.operands_of(module)
-    own_group = lm_head.is_fsdp2(module)
-    if own_group:  # whole only now
-        operands = operands.copied()
-    head = Head(operands.weight, operands.bias, lora=operands.lora)
-    # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it;
-    # where nothing before the head takes a gradient, its hook is the one that reduces the head's.
-    return logits_of_head(hidden, head, output, None if own_group and hidden.requires_grad else output)
+    alone = False
+    if lm_head.is_fsdp2(module):
+        operands = operands.copied()  # whole only now
+        alone = private.fsdp_group(module) is not None
+    # FSDP2 would gather the head's group again, for nothing, were the output in the graph by the time its own hook sees it.
+    # What shares the group must be whole in the backward; and where nothing before the head takes a gradient, that hook is
+    # the one that reduces the head's.
+    return logits_of_head(hidden, operands.head(), output, None if alone and hidden.requires_grad else output)
 
 
 def logits_of_head(hidden: Tensor, head: Head, output: Tensor, behind: Tensor | None) -> Deferred:
