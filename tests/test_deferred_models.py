@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,21 @@ def test_generation_goes_past_it() -> None:
     fr.defer(model)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
     assert isinstance(model(ids).logits, Deferred)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    assert not torch.equal(other.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert "generation_config" in inspect.signature(model.generate).parameters
     fr.undefer(model)
     assert model.generate == own
     assert "generate" not in vars(model)
+
+
+def test_generation_through_an_adapter_goes_past_it() -> None:
+    model, ids = lora(build(), target_modules=["q_proj"]).eval(), batch()
+    expected = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+    with fr.deferred_logits(model):
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False), expected)
 
 
 def test_the_model_is_itself_again() -> None:
@@ -168,6 +181,22 @@ def test_a_copy_of_a_deferred_model_has_its_own_head() -> None:
         torch.testing.assert_close(theirs, 2 * mine)
     fr.undefer(model)
     assert not isinstance(model(ids).logits, Deferred)
+    assert isinstance(other(ids).logits, Deferred)
+    fr.undefer(other)
+    assert hooks_of(other) == hooks_of(model)
+    assert not isinstance(other(ids).logits, Deferred)
+    assert "generate" not in vars(other)
+
+
+def test_a_deferred_model_is_saved_whole(tmp_path: Path) -> None:
+    model, ids = build(), batch()
+    expected = model(ids).logits
+    fr.defer(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(fr.materialise(loaded(ids).logits), expected)
+    fr.undefer(loaded)
+    assert torch.equal(loaded(ids).logits, expected)
 
 
 def test_threads() -> None:

@@ -118,14 +118,14 @@ def _times(d: Deferred, factor: Coefficient, given: Tensor | None, divide: bool)
 @handles("mul", "multiply", "__mul__", "__rmul__")
 def _mul(d: Any, other: Any) -> Any:
     if isinstance(d, Deferred) and isinstance(other, Deferred):
-        return _product(d, other)
+        return product_of(d, other)
     if not isinstance(d, Deferred):
         d, other = other, d
     c, given = coefficient(d, other, "multiplication by")
     return like(d, _times(d, c, given, divide=False), dtype=_dtype_with(d, other))
 
 
-def _product(d: Deferred, other: Deferred) -> Deferred:
+def product_of(d: Deferred, other: Deferred) -> Deferred:
     if d.shape != other.shape:
         refuse("the product of two of different shapes", d)
     terms = product(terms_of(d), terms_of(other))
@@ -233,7 +233,7 @@ for _name, _change in {"imul": _mul, "itruediv": _div, "idiv": _div, "iadd": _ad
 # --------------------------------------------------------------------------------------------------- softmax and logarithms
 
 
-def _checked_dim(d: Deferred, dim: int | None, what: str) -> None:
+def check_dim(d: Deferred, dim: int | None, what: str) -> None:
     if dim is None or not is_vocabulary(d, dim):
         refuse(f"{what} over any dimension but the vocabulary", d)
 
@@ -242,7 +242,7 @@ def _checked_dim(d: Deferred, dim: int | None, what: str) -> None:
 def log_softmax(
     d: Deferred, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Deferred:
-    _checked_dim(d, dim, "log_softmax")
+    check_dim(d, dim, "log_softmax")
     of, _, _ = distribution_of(d, "log_softmax")
     kind = torch_dtype("log_softmax", d, lambda z: torch.log_softmax(z, -1, dtype=dtype), dtype)
     return like(d, logprobs_of(of), dtype=kind)
@@ -250,14 +250,14 @@ def log_softmax(
 
 @handles("softmax")
 def softmax(d: Deferred, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Deferred:
-    _checked_dim(d, dim, "softmax")
+    check_dim(d, dim, "softmax")
     of, _, _ = distribution_of(d, "softmax")
     kind = torch_dtype("softmax", d, lambda z: torch.softmax(z, -1, dtype=dtype), dtype)
     return like(d, probs_of(of), dtype=kind)
 
 
 @handles("exp", "exp_")
-def _exp(d: Deferred) -> Deferred:
+def exponential(d: Deferred) -> Deferred:
     """exp(c + z) = p exp(c + lse)"""
     of, c, k = distribution_of(d, "exp")
     if k == 0:
@@ -267,7 +267,7 @@ def _exp(d: Deferred) -> Deferred:
 
 
 @handles("log")
-def _log(d: Deferred) -> Deferred:
+def logarithm(d: Deferred) -> Deferred:
     terms = terms_of(d)
     (term, c), *more = terms.items()
     if more or term.p is None or term.kind != "one":
@@ -279,19 +279,19 @@ def _log(d: Deferred) -> Deferred:
 
 @handles("entr")
 def _entr(d: Deferred) -> Deferred:
-    return _neg(_product(d, _log(d)))
+    return _neg(product_of(d, logarithm(d)))
 
 
 @handles("square")
 def _square(d: Deferred) -> Deferred:
-    return _product(d, d)
+    return product_of(d, d)
 
 
 @handles("pow", "__pow__")
 def _pow(d: Any, exponent: Any) -> Deferred:
     if not isinstance(d, Deferred) or exponent not in (1, 2):
         refuse(f"a power other than the square, {exponent!r},", d, exponent)
-    return _product(d, d) if exponent == 2 else like(d)
+    return product_of(d, d) if exponent == 2 else like(d)
 
 
 @handles("clamp", "clip", "clamp_min")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
-import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fused_rlhf import lm_head, private
 from fused_rlhf.checks import dtensor
@@ -27,7 +26,7 @@ from fused_rlhf.deferred.tensor import Deferred, linked
 from fused_rlhf.deferred.value import Terms, logits_of
 from fused_rlhf.op.head import Head
 
-_deferrals: weakref.WeakKeyDictionary[nn.Module, _Deferral] = weakref.WeakKeyDictionary()
+_KEY = "_fused_rlhf_deferral"  # where a model keeps its own, so that a copy of it has one, too
 
 
 @contextlib.contextmanager
@@ -36,12 +35,12 @@ def deferred_logits(model: nn.Module) -> Iterator[None]:
 
     Args, errors: as `defer`. A model that is deferred already stays so afterwards.
     """
-    before = _deferrals.get(lm_head.unwrap(model).base)
+    was_deferred = _KEY in vars(lm_head.unwrap(model).base)
     defer(model)
     try:
         yield
     finally:
-        if before is None:
+        if not was_deferred:
             undefer(model)
 
 
@@ -63,7 +62,7 @@ def defer(model: nn.Module) -> None:
     """
     found = lm_head.unwrap(model)
     base = found.base
-    if base in _deferrals:
+    if _KEY in vars(base):
         return
     embeddings = base.get_output_embeddings()
     if embeddings is None:
@@ -71,50 +70,41 @@ def defer(model: nn.Module) -> None:
     lm_head.linear_of(embeddings)
     if found.compiled(embeddings):
         raise ValueError("model must not be compiled together with its head, got one that is; compile its body alone")
-    _deferrals[base] = _Deferral(base, embeddings)
+    handles = (
+        embeddings.register_forward_pre_hook(_before),
+        embeddings.register_forward_hook(_after, prepend=True, always_call=True),
+        embeddings.register_forward_hook(_link),
+    )
+    vars(base)[_KEY] = _Deferral(handles, vars(base).get("generate"))
+    if hasattr(base, "generate"):
+        bound = functools.partial(_generate, base)  # which a copy of the model binds to itself, as it can be pickled
+        base.generate = functools.update_wrapper(bound, type(base).generate)
 
 
 def undefer(model: nn.Module) -> None:
     """Ends `defer`; logits that are deferred by then stay usable. Does nothing to a model that is not."""
-    deferral = _deferrals.pop(lm_head.unwrap(model).base, None)
-    if deferral is not None:
-        deferral.remove()
+    base = lm_head.unwrap(model).base
+    deferral: _Deferral | None = vars(base).pop(_KEY, None)
+    if deferral is None:
+        return
+    for handle in deferral.handles:
+        handle.remove()
+    vars(base).pop("generate", None)
+    if deferral.generate is not None:
+        base.generate = deferral.generate
 
 
-class _Deferral:
-    """The hooks on a model's head, and the `generate` that goes past them."""
+class _Deferral(NamedTuple):
+    """What `undefer` takes back."""
 
-    def __init__(self, base: Any, embeddings: nn.Module) -> None:
-        self.base = weakref.ref(base)
-        self.generate = vars(base).get("generate")
-        self.handles = [
-            embeddings.register_forward_pre_hook(_before),
-            embeddings.register_forward_hook(_after, prepend=True, always_call=True),
-            embeddings.register_forward_hook(_link),
-        ]
-        if hasattr(base, "generate"):
-            base.generate = types.MethodType(_generate_of(self.generate), base)
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        base = self.base()
-        if base is None or "generate" not in vars(base):
-            return
-        if self.generate is None:
-            del base.generate
-        else:
-            base.generate = self.generate
+    handles: tuple[RemovableHandle, ...]  # of the hooks on the head
+    generate: Any  # the model's own, where it had one beside its class's
 
 
-def _generate_of(own: Any) -> Any:
-    """`own`: what the model itself has, beside its class."""
-
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with paused():
-            return type(self).generate(self, *args, **kwargs) if own is None else own(*args, **kwargs)
-
-    return generate
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    own = vars(self)[_KEY].generate
+    with paused():
+        return type(self).generate(self, *args, **kwargs) if own is None else own(*args, **kwargs)
 
 
 # What the first hook leaves for the second, in the same thread: the head's input by the head's id.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fused_rlhf.deferred.distribution import Distribution
 from fused_rlhf.deferred.dtypes import torch_dtype
-from fused_rlhf.deferred.elementwise import _checked_dim, _exp, _log, _product, distribution_of, one_of
+from fused_rlhf.deferred.elementwise import check_dim, distribution_of, exponential, logarithm, one_of, product_of
 from fused_rlhf.deferred.tensor import Deferred, handles, like, refuse, rows_first, terms_of, width
 from fused_rlhf.deferred.value import ONE, Coefficient, at_entries, at_tokens, summed
 
@@ -30,7 +30,7 @@ def _laid_out(d: Deferred, values: Coefficient, keepdim: bool, dtype: torch.dtyp
 
 @handles("gather")
 def _gather(d: Deferred, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
-    _checked_dim(d, dim, "gather")
+    check_dim(d, dim, "gather")
     if not rows_first(d) or isinstance(index, Deferred):
         refuse("gather with the vocabulary in the middle", d)
     if index.dim() != len(d.row_shape) + 1 or index.dtype != torch.int64:
@@ -54,7 +54,7 @@ def _gather(d: Deferred, dim: int, index: Tensor, *, sparse_grad: bool = False) 
 
 @handles("take_along_dim")
 def _take_along_dim(d: Deferred, indices: Tensor, dim: int | None = None) -> Tensor:
-    _checked_dim(d, dim, "take_along_dim")
+    check_dim(d, dim, "take_along_dim")
     return _gather(d, -1, indices.expand(*d.row_shape, indices.shape[-1]))
 
 
@@ -64,7 +64,7 @@ def _take_along_dim(d: Deferred, indices: Tensor, dim: int | None = None) -> Ten
 @handles("logsumexp")
 def _logsumexp(d: Deferred, dim: Any, keepdim: bool = False) -> Tensor:
     dims = dim if isinstance(dim, tuple | list) else (dim,)
-    _checked_dim(d, dims[0] if len(dims) == 1 else None, "logsumexp")
+    check_dim(d, dims[0] if len(dims) == 1 else None, "logsumexp")
     of, c, k = distribution_of(d, "logsumexp")
     total = c if k != 0 else c + of.statistics("lse")["lse"]
     return _laid_out(d, total, keepdim, torch_dtype("logsumexp", d, lambda z: z.logsumexp(-1)))
@@ -77,7 +77,7 @@ def _over(d: Deferred, dim: Any, what: str) -> bool:
     dims = dim if isinstance(dim, tuple | list) else (dim,)
     if len(dims) == len(d.row_shape) + 1 or not dims:
         return True
-    _checked_dim(d, dims[0] if len(dims) == 1 else None, what)
+    check_dim(d, dims[0] if len(dims) == 1 else None, what)
     return False
 
 
@@ -149,7 +149,7 @@ def _soft_cross_entropy(d: Deferred, target: Deferred, reduction: str, label_smo
     """-sum_v p_v log q_v"""
     if label_smoothing or not (rows_first(d) and len(d.row_shape) == 1):
         refuse("cross_entropy of two deferred tensors with label smoothing, or that are not (N, V)", d)
-    both = _product(target, torch.log_softmax(d, -1))  # type: ignore[arg-type]
+    both = product_of(target, torch.log_softmax(d, -1))  # type: ignore[arg-type]
     losses = -_laid_out(d, summed(terms_of(both), width(d)), False, torch.promote_types(d.dtype, torch.float32))
     return _reduced(losses, torch.ones_like(losses), reduction)
 
@@ -187,8 +187,8 @@ def _kl_div(
         or reduce is not None
     ):
         refuse("kl_div with an ordinary tensor, size_average or reduce", d, target)
-    p, log_p = (_exp(target), target) if log_target else (target, _log(target))
-    pointwise = _product(p, log_p - d)  # type: ignore[arg-type]
+    p, log_p = (exponential(target), target) if log_target else (target, logarithm(target))
+    pointwise = product_of(p, log_p - d)  # type: ignore[arg-type]
     kind = torch_dtype("kl_div", d, lambda z: F.kl_div(z, z, reduction="sum"))
     if reduction == "none":
         return like(pointwise, dtype=kind)
@@ -233,7 +233,7 @@ def _top(d: Deferred, k: int, what: str) -> _Largest:
 
 @handles("argmax")
 def _argmax(d: Deferred, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    _checked_dim(d, dim, "argmax")
+    check_dim(d, dim, "argmax")
     if not rows_first(d):
         refuse("argmax with the vocabulary in the middle", d)
     found = _order_of(d, "argmax").largest(1).view(*d.row_shape, 1)
@@ -244,7 +244,7 @@ def _argmax(d: Deferred, dim: int | None = None, keepdim: bool = False) -> Tenso
 def _max(d: Deferred, dim: int | None = None, keepdim: bool = False) -> Any:
     if not isinstance(dim, int):
         refuse("max over anything but the vocabulary", d)
-    _checked_dim(d, dim, "max")
+    check_dim(d, dim, "max")
     top = _top(d, 1, "max")
     values, ids = (t if keepdim else t.squeeze(-1) for t in top)
     return torch.return_types.max((values, ids))
@@ -253,7 +253,7 @@ def _max(d: Deferred, dim: int | None = None, keepdim: bool = False) -> Any:
 @handles("amax")
 def _amax(d: Deferred, dim: Any = (), keepdim: bool = False) -> Tensor:
     dims = dim if isinstance(dim, tuple | list) else (dim,)
-    _checked_dim(d, dims[0] if len(dims) == 1 else None, "amax")
+    check_dim(d, dims[0] if len(dims) == 1 else None, "amax")
     values = _top(d, 1, "amax").values
     return values if keepdim else values.squeeze(-1)
 
@@ -263,7 +263,7 @@ MOST = 256  # of topk
 
 @handles("topk")
 def _topk(d: Deferred, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    _checked_dim(d, dim, "topk")
+    check_dim(d, dim, "topk")
     if not largest or not 0 < k <= min(MOST, width(d)):
         refuse(f"topk of the smallest, or of more than {MOST}", d)
     top = _top(d, k, "topk")

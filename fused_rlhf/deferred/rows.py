@@ -52,12 +52,9 @@ def _selected(
 ) -> Deferred:
     """The rows at flat positions (*rows,)."""
     flat = positions.reshape(-1)
-    made: dict[Distribution, Distribution] = {}
 
     def some(one: Distribution) -> Distribution:
-        if one not in made:
-            made[one] = one.select(flat, (tuple(d.row_shape), key), keeps, covered)
-        return made[one]
+        return one.select(flat, (tuple(d.row_shape), key), keeps, covered)
 
     terms = changed(terms_of(d), some, lambda c: c[flat])
     return like(d, terms, positions.shape, view=view)
