@@ -226,6 +226,6 @@ def test_labels_of_a_model_have_flat_memory() -> None:
 
     logits = math.prod(ids.shape) * 32_000 * WIDE
     assert peak(False) > 2 * logits
-    assert peak(True) < logits
+    assert peak(True) < logits / 2
     assert isinstance(model(ids).logits, Tensor)
     assert not isinstance(model(ids).logits, Deferred)

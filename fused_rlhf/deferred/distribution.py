@@ -31,12 +31,11 @@ class Found:
     """Results of one pass, (n,) each by their name in `LogProbs`, with their graph."""
 
     values: dict[str, Tensor]
-    has_graph: bool
     hooks: Any  # on saved tensors, in force during the pass: a checkpoint must see the pass again when it recomputes
     keeps: tuple[Tensor, ...]  # whose ids are in the key: as long as they live no other tensor has these
 
     def detached(self) -> Found:
-        return replace(self, values={name: value.detach() for name, value in self.values.items()}, has_graph=False)
+        return replace(self, values={name: value.detach() for name, value in self.values.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ class Source:
     detached: bool
     # 0-d: what wrappers have hooked the model's output by. A backward from a result passes through it.
     anchor: Tensor | None = None
-    found: dict[Hashable, Found] = field(default_factory=dict)
+    found: dict[Hashable, Found] = field(default_factory=dict)  # by a distribution's key, and whether it has a graph
     versions: tuple[int, ...] = ()
 
     @staticmethod
@@ -249,13 +248,19 @@ class Distribution:
 
     def found(self) -> Found | None:
         """What is known already, of this or of what it is a part of; without a graph where none is wanted."""
-        own = self.source.found.get(self.key)
-        if own is not None and own.hooks == private.saved_tensor_hooks() and (own.has_graph or not self.needs_grad):
-            return own if self.needs_grad else own.detached()
+        kept = [self._kept(False), self._kept(True)] if not self.needs_grad else [self._kept(True)]
+        some = [one for one in kept if one is not None]
+        if some:
+            found = replace(some[0], values={name: value for one in some for name, value in one.values.items()})
+            return found if self.needs_grad else found.detached()
         if self.parent is None:
             return None
         whole = self.parent.distribution.found()
         return None if whole is None else self._part_of(whole)
+
+    def _kept(self, has_graph: bool) -> Found | None:
+        kept = self.source.found.get((self.key, has_graph))
+        return kept if kept is not None and kept.hooks == private.saved_tensor_hooks() else None
 
     def _part_of(self, whole: Found) -> Found:
         assert self.parent is not None
@@ -290,7 +295,9 @@ class Distribution:
                 outputs=outputs,
             )
         values = {name: getattr(out, name) for name in outputs}
-        self.source.found[self.key] = Found(values, self.needs_grad, private.saved_tensor_hooks(), self.keeps)
+        kept = self._kept(self.needs_grad)
+        known = values if kept is None else {**kept.values, **values}
+        self.source.found[self.key, self.needs_grad] = Found(known, private.saved_tensor_hooks(), self.keeps)
         return {"logprobs": out.logprobs, **values}
 
     def _check_statistic(self, name: str) -> None:

@@ -77,7 +77,9 @@ def defer(model: nn.Module) -> None:
     )
     vars(base)[_KEY] = _Deferral(handles, vars(base).get("generate"))
     if hasattr(base, "generate"):
-        bound: Any = functools.partial(_generate, base)  # which a copy of the model binds to itself, and which is pickled
+        bound: Any = functools.partial(
+            _generate, base
+        )  # which a copy of the model binds to itself, and which is pickled
         bound.__wrapped__ = type(base).generate  # some read its signature
         base.generate = bound
 
