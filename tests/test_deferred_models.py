@@ -236,6 +236,21 @@ def test_two_forwards_before_a_backward_and_a_frozen_reference() -> None:
 # --------------------------------------------------------------------------------------------------------------- wrappers
 
 
+@pytest.mark.parametrize("where", ["whole", "backbone"])
+def test_a_model_compiled_later_leaves_its_head_out(where: str) -> None:
+    model, ids = build("gemma2", num_hidden_layers=1).double(), batch()
+    expected = loss_of(model(ids).logits, ids)
+    truth = torch.autograd.grad(expected, model.lm_head.weight)[0]
+    with fr.deferred_logits(model):
+        compiled: Any = torch.compile(model, backend="eager") if where == "whole" else model
+        if where == "backbone":
+            model.model.compile(backend="eager")
+        for _ in range(2):
+            loss = loss_of(compiled(ids).logits, ids)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(torch.autograd.grad(loss, model.lm_head.weight)[0], truth)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = build("llama").double().train()

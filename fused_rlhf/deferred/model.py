@@ -21,6 +21,7 @@ from fused_rlhf import lm_head, private
 from fused_rlhf.checks import dtensor
 from fused_rlhf.deferred import elementwise, results, rows  # noqa: F401  # they fill the table
 from fused_rlhf.deferred.distribution import Distribution, Source
+from fused_rlhf.deferred.graphs import outside_of_graphs
 from fused_rlhf.deferred.paused import is_paused, paused
 from fused_rlhf.deferred.tensor import Deferred, linked
 from fused_rlhf.deferred.value import Terms, logits_of
@@ -119,6 +120,7 @@ def _inputs() -> dict[int, Tensor]:
     return found
 
 
+@outside_of_graphs
 def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if is_paused():
         return None
@@ -132,6 +134,7 @@ def _before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (args[0][..., :0, :], *args[1:])
 
 
+@outside_of_graphs
 def _after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     hidden = _inputs().pop(id(module), None)
     if hidden is None or output is None:  # paused, or the head has raised
@@ -157,6 +160,7 @@ def logits_of_head(hidden: Tensor, head: Head, output: Tensor, behind: Tensor | 
     return made(terms) if behind is None else linked(made, terms, behind)
 
 
+@outside_of_graphs
 def _link(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
     """After FSDP2's own hook."""
     if not isinstance(output, Deferred) or not lm_head.is_fsdp2(module) or output.requires_grad:

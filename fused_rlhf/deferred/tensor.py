@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fused_rlhf.deferred.distribution import Distribution, Source
+from fused_rlhf.deferred.graphs import outside_of_graphs
 from fused_rlhf.deferred.value import Terms, changed
 
 TABLE: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -75,7 +75,7 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _outside_of_graphs()(func, args, dict(kwargs or {}))
+        return _called(func, args, dict(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -87,6 +87,7 @@ class Deferred(torch.Tensor):
         refuse(str(func), *args, *(kwargs or {}).values())
 
 
+@outside_of_graphs
 def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if "input" in kwargs and not args:
         args = (kwargs.pop("input"),)
@@ -94,20 +95,6 @@ def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if handler is None or not _fits(handler, args, kwargs):
         refuse(name_of(func), *args, *kwargs.values())
     return handler(*args, **kwargs)
-
-
-_uncompiled: list[
-    Callable[..., Any]
-] = []  # `_called` as torch.compile leaves it alone, once somebody has imported that
-
-
-def _outside_of_graphs() -> Callable[..., Any]:
-    """`_called`, where a compiled region breaks its graph."""
-    if "torch._dynamo" not in sys.modules:
-        return _called
-    if not _uncompiled:
-        _uncompiled.append(torch.compiler.disable(_called, reason="deferred logits are computed outside of graphs"))
-    return _uncompiled[0]
 
 
 def plain(function: Callable[..., Any], *args: Any) -> Any:
