@@ -74,6 +74,13 @@ def test_a_truncated_samplers_ratio_is_one_where_its_sets_are_replayed() -> None
         assert abs(row["replayed"] - 1) < 0.5 * (1 - row["whole"])
 
 
+def test_a_loop_that_takes_logits_has_the_same_losses_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    module = load("deferred_logits")
+    size = {"vocabulary": 300, "B": 2, "T": 16}
+    assert module.main(deferred=True, **size) == pytest.approx(module.main(deferred=False, **size), abs=1e-6)
+    assert "one tensor of logits has" in capsys.readouterr().out
+
+
 def test_ligers_loss_and_ours_agree(capsys: pytest.CaptureFixture[str]) -> None:
     liger = pytest.importorskip("liger_kernel.chunked_loss")
     module = load("liger_switch")

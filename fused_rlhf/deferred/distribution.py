@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_rlhf import private
+from fused_rlhf import notices, private
 from fused_rlhf.functional import linear_kl, linear_logprobs
 from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.lm_head import tied_to
@@ -242,6 +242,8 @@ class Distribution:
                 "a temperature of deferred logits must not require a gradient: it takes none; detach it"
             )
         with torch.set_grad_enabled(self.needs_grad), self.source.autocast():
+            hidden, never = self.source.hidden, "the logits themselves are never made"
+            notices.runs("what is asked of deferred logits", hidden, self.source.head, "auto", never)
             yield
 
     # ------------------------------------------------------------------------------------------------- what is found of it
