@@ -21,7 +21,7 @@ from fused_rlhf.objectives.reductions import Metrics
 from fused_rlhf.objectives.surrogates import Count
 from fused_rlhf.op.adapter import with_adapter
 from fused_rlhf.op.divergence import divergence, divergence_block
-from fused_rlhf.op.execute import Mode, check_mode, execute, one_pass_block
+from fused_rlhf.op.execute import Mode, check_mode, execute, shard_block
 from fused_rlhf.op.head import (
     Call,
     Head,
@@ -119,8 +119,8 @@ def linear_logprobs(
         process_group: of a vocabulary-parallel head: `weight` (with bias and B) is this rank's rows, `Head` may say which;
             every rank gives the same hidden states, targets and options. Ranks may hold different numbers of rows, or none.
             What comes back is of the whole vocabulary, with the same bits on every rank; the gradients of weight, bias and B
-            are this rank's own. If one rank refuses its call, all raise. Not with truncation yet. None: that of the
-            `Head`, if it has one.
+            are this rank's own. If one rank refuses its call, all raise. None: that of the `Head`, if
+            it has one.
         hidden_grad: with a process_group: "sum" adds the ranks' parts of d_hidden, so that each has the whole; "local" leaves
             that to the caller, as to the backward of a sequence-parallel gather.
         lora: (A, B, scale): a low-rank adapter on the head, A (r, H) and B (V, r): hidden @ weight.T gains
@@ -145,7 +145,6 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named; before any work.
         RuntimeError: with a process_group: another rank refused the call.
-        NotImplementedError: process_group beside truncation.
     """
     group = group_of(process_group, weight=weight)
     call = Call(temperature, ignore_index, backend, round_logits, grad_filter, kept, truncation, group is not None)
@@ -204,7 +203,11 @@ def _of_shards(
     what = "logprobs", call.shared, None if some is None else some.shape
     rows = tokens.rows(hidden, head, projection)
     if head.stream is None:
-        projection = sharded(projection, entered.through(projection, head, rows, what, names, named=named))
+        block = shard_block(
+            rows, projection, tokens.sets, "two_phase", call.backend, tokenwise=False, entropy_term=False
+        )
+        shard = entered.through(projection, head, rows, what, names, named=named, block=block)
+        projection = sharded(projection, shard)
     else:
         entered.together(hidden, projection, what, names)
     if call.samples:
@@ -349,7 +352,7 @@ def linear_policy_loss(
         if entered is not None and group is None:
             entered.together(hidden, projection, what, names)
         elif entered is not None:
-            block = one_pass_block(
+            block = shard_block(
                 rows, projection, tokens.sets, mode, backend, objective.tokenwise, objective.entropy_coef != 0
             )
             shard = entered.through(projection, head, rows, what, names, named=tokens.named, block=block)
@@ -456,7 +459,7 @@ def linear_preference_loss(
         if entered is not None and group is None:
             entered.together(hidden, projection, what, names)
         elif entered is not None:
-            block = one_pass_block(rows, projection, tokens.sets, mode, backend, tokenwise=False, entropy_term=False)
+            block = shard_block(rows, projection, tokens.sets, mode, backend, tokenwise=False, entropy_term=False)
             shard = entered.through(projection, head, rows, what, names, named=tokens.named, block=block)
             projection, reference = sharded(projection, shard), sharded_reference(reference, shard)
     if reference is None:

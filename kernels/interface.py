@@ -649,6 +649,14 @@ class Backend(Protocol):
         """The kept set of each row, found from its logits; `outputs` are statistics over what is kept."""
         ...
 
+    def logits(self, rows: Rows, head: Projection) -> Tensor:
+        """(N, V), as `gradients` compares them with a border."""
+        ...
+
+    def truncation_block(self, rows: Rows, head: Projection) -> int:
+        """Rows whose logits are held at a time, with several numbers beside each, where the sets of a shard are searched."""
+        ...
+
     def loss(self, objective: BoundObjective, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, TokenGrads]:
         """Contributions to the loss, and its derivatives by the (N,) log-probs and entropies."""
         ...

@@ -94,6 +94,7 @@ __all__ = [
     "gathered_hidden",
     "gradients",
     "has_normaliser",
+    "logits",
     "loss",
     "memory",
     "one_pass",
@@ -103,6 +104,7 @@ __all__ = [
     "scaled",
     "statistics",
     "truncated",
+    "truncation_block",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -291,6 +293,22 @@ def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], 
         of_wide = statistics(rows.pick(wide), head, ()) if of_all is None else of_all.pick(wide)
     within = sets.within(of_wide, wide, outputs)
     return KeptSets(row, ids, wide, sets.border(wide), within, sets.added, of_all)
+
+
+@on_its_device
+def logits(rows: Rows, head: Projection) -> Tensor:
+    """See `Backend`. Those of `truncated`: `launch_borders` leaves them in the place of the products."""
+    tokens = _tokens(_inside(rows, head), head)
+    z = _scratch(rows.count, head.vocabulary, torch.float32, rows.hidden.device)[:, : head.vocabulary]
+    for block in _blocks(head, _uncut(head)):
+        matmul(tokens.x, block.w.T, z[:, block.columns])
+    launch_borders(tokens, head, Cut(None, None, None), z)
+    return z
+
+
+def truncation_block(rows: Rows, head: Projection) -> int:
+    """See `Backend`."""
+    return truncation_rows(rows.count, 8 * head.vocabulary)
 
 
 @on_its_device

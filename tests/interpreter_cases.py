@@ -370,7 +370,7 @@ def test_one_pass_over_several_blocks_of_rows(dtype: torch.dtype, monkeypatch: p
 def test_one_pass_where_the_target_lies_far_below(size: float) -> None:
     """Logits hundreds above the target's: E then has several references in a row, which are made one."""
     arguments = inputs(23, 24, 103, size=size)
-    largest = reference.logits(arguments[0].hidden, arguments[1], arguments[0].temperature).abs().max()
+    largest = reference.logits(arguments[0], arguments[1]).abs().max()
     # A logit's own rounding moves p by eps |z|, relative.
     check_one_pass(arguments, slack=4 * torch.finfo(torch.float32).eps * float(largest))
 
@@ -957,7 +957,7 @@ def test_a_registered_curve(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(NotImplementedError, match=r"'hardcap' has no twin in kernels/primitives.py"):
         ops.statistics(rows, head, ())
     monkeypatch.setitem(primitives.CURVES, "hardcap", primitives.Curve(hardcap, hardcap_slope))
-    z = reference.logits(rows.hidden, head, rows.temperature) * rows.temperature[:, None]
+    z = reference.logits(rows, head) * rows.temperature[:, None]
     assert 0.1 < (z.abs() >= 1.1 * (1 - 1e-6)).float().mean() < 0.9  # both sides of the cap
     check((rows, head), OUTPUTS)
     check_one_pass((rows, head), beta=0.1)

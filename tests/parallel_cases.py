@@ -25,6 +25,7 @@ from torch import Tensor
 import fused_rlhf as fr
 from fused_rlhf.backends import tiling
 from fused_rlhf.integrations import megatron, nemo_rl, skyrl, verl
+from fused_rlhf.op import sharded_sets
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
 N, H, V = 12, 16, 90
@@ -172,6 +173,42 @@ def case_kept() -> None:
     compare(policy, case(TRANSFORMS[5]))
 
 
+def case_truncation() -> None:
+    """Sets that are named and, where NARROW is small, told by their borders; ties over several ranks."""
+    data = case(TRANSFORMS[5])
+    for row in (5, 35, 36, 60, 88):  # of one logit, on several ranks
+        data["weight"][row], data["bias"][row] = data["weight"][3], data["bias"][3]
+    ks, ps = torch.arange(N) % 7 * 4, torch.linspace(0.3, 1, N)
+    cuts = [
+        fr.Truncation(top_k=5),
+        fr.Truncation(top_p=0.8),
+        fr.Truncation(min_p=0.05),
+        fr.Truncation(top_k=40, top_p=0.9, min_p=0.02),
+        fr.Truncation(top_k=ks, top_p=ps, min_p=0.01, order="vllm"),
+        fr.Truncation(),
+    ]
+    everything = ("entropy", "lse", "sum_sq", "full_logprobs")
+
+    def of_cut(cut: fr.Truncation, outputs: tuple[str, ...], **arguments: Any) -> tuple[Tensor, list[Tensor]]:
+        found = fr.linear_logprobs(**arguments, truncation=cut, outputs=outputs)
+        u = torch.linspace(-1, 1, 4 * N, dtype=found.logprobs.dtype).view(4, N)
+        u[:, 5] = 0
+        grads = [name for name in ("entropy", "lse", "full_logprobs") if name in outputs]
+        loss = (found.logprobs * u[0]).sum() + sum((getattr(found, name) * u[1]).sum() for name in grads)
+        added = [] if cut.keeps_all else [found.target_added.float()]
+        return loss, [found.logprobs.detach(), *(getattr(found, name).detach() for name in outputs), *added]
+
+    for backend in BACKENDS:
+        for narrow in (512, 3):
+            with mock.patch.object(sharded_sets, "NARROW", narrow):
+                for number, cut in enumerate(cuts):
+                    outputs = everything if number % 2 else everything[: number % 4]
+                    with blocks():
+                        compare(partial(of_cut, cut, outputs), data, padded=number % 2 == 0, backend=backend)
+    if "triton" not in BACKENDS:
+        compare(partial(of_cut, cuts[4], everything), case(dtype=torch.float64))
+
+
 def case_losses() -> None:
     """Policies and preferences, with references given, and computed from a head that is sharded likewise."""
     data = case(TRANSFORMS[5])
@@ -228,7 +265,7 @@ def blocks() -> Iterator[int]:
         stack.enter_context(mock.patch.object(tiling, "row_block", return_value=own))
         if "triton" in BACKENDS:
             ops: Any = import_module("fused_rlhf.kernels.ops")
-            for name in ("one_pass_rows", "divergence_rows"):
+            for name in ("one_pass_rows", "divergence_rows", "truncation_rows"):
                 stack.enter_context(mock.patch.object(ops, name, return_value=own))
         yield 5
 
@@ -577,7 +614,7 @@ def case_refusals() -> None:
         weight=fr.Head(data["weight"][here()], vocab_start=here().start + (0 if first else 2)),
     )
     refused(ValueError, "vocab_size must lie in", weight=fr.Head(data["weight"][here()], vocab_size=V + 1))
-    refused(NotImplementedError, "process_group must be None with truncation", truncation=fr.Truncation(top_k=2))
+    refused(ValueError, "the same options", truncation=fr.Truncation(top_k=2 if first else 3))
     ids = some_ids(data["targets"])[:, 1:]
     refused(ValueError, "the same ids or kept sets", ids=ids + 1 if first else ids)
     refused(ValueError, rf"ids must lie in \[0, {V}\), the vocabulary of all ranks, got 1\d\d", ids=ids + V)

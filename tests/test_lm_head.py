@@ -492,18 +492,6 @@ def test_tensor_parallelism_is_refused_by_its_name() -> None:
         assert_refused_as_split(model)
 
 
-def load_split(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
-    assert_refused_as_split(transformers.AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_a_model_loaded_with_a_tp_plan_is_refused(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "model")
-    launch.together(f"from tests import test_lm_head as t; t.load_split({str(tmp_path / 'model')!r})", tmp_path)
-
-
 def test_accelerates_device_hooks() -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model, input_ids = build(), batch()

@@ -35,7 +35,7 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
 def test_in_the_interpreter(tmp_path: Path) -> None:
     """Of Triton, which must be chosen before triton is imported: not in a fork."""
     pytest.importorskip("triton")
-    names = ("statistics", "ids", "kept", "losses", "one_pass", "divergence", "adapter", "filter")
+    names = ("statistics", "ids", "kept", "truncation", "losses", "one_pass", "divergence", "adapter", "filter")
     code = f"from tests import parallel_cases as p; p.main(*{names})"
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": launch.free_port(), "WORLD_SIZE": "2", "TRITON_INTERPRET": "1"}
     ranks = [launch.environment(**shared, RANK=str(rank)) for rank in range(2)]

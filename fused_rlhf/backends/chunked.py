@@ -58,6 +58,7 @@ __all__ = [
     "gathered_hidden",
     "gradients",
     "has_normaliser",
+    "logits",
     "loss",
     "memory",
     "one_pass",
@@ -67,6 +68,7 @@ __all__ = [
     "scaled",
     "statistics",
     "truncated",
+    "truncation_block",
 ]
 
 
@@ -306,6 +308,20 @@ def gathered(entries: Entries, head: Projection) -> Tensor:
 
 def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
     return entry_products.hidden_gradient(grads, head)
+
+
+def logits(rows: Rows, head: Projection) -> Tensor:
+    op = Operands(rows, head)
+    z = op.new(rows.count, head.vocabulary)
+    for some in slices(rows.count, op.rows):
+        x = op.x(some)
+        for columns in slices(head.vocabulary, tiling.TILE):
+            op.logits(x, op.w(columns), some, columns, z[some, columns])
+    return z
+
+
+def truncation_block(rows: Rows, head: Projection) -> int:
+    return tiling.row_block(8 * head.vocabulary, head.wide.itemsize)
 
 
 def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from fused_rlhf.backends.truncation import outside
 from fused_rlhf.kernels.interface import (
     BlockGrads,
     Border,
@@ -39,12 +40,20 @@ from fused_rlhf.kernels.statistics import STATISTICS, Partials, reference_of
 EVERYTHING = slice(None)
 
 
-def logits(hidden: Tensor, head: Projection, temperature: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Projection, temperature: Tensor) -> Tensor:
     """(N, V)"""
     u = hidden.to(head.compute_dtype).to(head.wide) @ head.rows(EVERYTHING).to(head.wide).T
     if head.bias is not None:
         u = u + head.bias.to(head.wide)
     return head.transform.apply(u * head.transform.logit_scale, temperature.to(head.wide))
+
+
+def logits(rows: Rows, head: Projection) -> Tensor:
+    return _logits(rows.hidden, head, rows.temperature)
+
+
+def truncation_block(rows: Rows, head: Projection) -> int:
+    return rows.count
 
 
 def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +65,7 @@ def log_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardStats:
-    return ShardStats(Partials.of(logits(rows.hidden, head, rows.temperature), rows.targets, outputs))
+    return ShardStats(Partials.of(_logits(rows.hidden, head, rows.temperature), rows.targets, outputs))
 
 
 def filter_columns(device: torch.device) -> int:
@@ -64,7 +73,7 @@ def filter_columns(device: torch.device) -> int:
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> Stats:
-    z = logits(rows.hidden, head, rows.temperature)
+    z = _logits(rows.hidden, head, rows.temperature)
     log_p, lse = log_softmax(z)
     found = {name: STATISTICS[name].define(z, log_p, lse, rows.targets) for name in ("lse", *outputs)}
     return Stats.of(log_p.gather(-1, rows.targets[:, None]).squeeze(-1), found)
@@ -79,9 +88,11 @@ def gradients(
     filtered: tuple[Tensor, ...] | None = None,
     entries: EntryGrads | None = None,
 ) -> Grads:
-    z = logits(rows.hidden, head, rows.temperature)
+    z = _logits(rows.hidden, head, rows.temperature)
     temperature = rows.temperature.to(z.dtype)
     log_p = z - stats.lse[:, None]
+    if rows.border is not None:
+        log_p = log_p.masked_fill(outside(z, slice(0, z.shape[1]), rows.targets, rows.border), -torch.inf)
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
     g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
@@ -146,7 +157,7 @@ def _add_entries(block: BlockGrads, grads: EntryGrads, head: Projection) -> None
 
 
 def gathered(entries: Entries, head: Projection) -> Tensor:
-    return logits(entries.hidden, head, entries.temperature)[entries.rows, entries.ids]
+    return _logits(entries.hidden, head, entries.temperature)[entries.rows, entries.ids]
 
 
 def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
@@ -155,7 +166,7 @@ def gathered_hidden(grads: EntryGrads, head: Projection) -> Tensor:
 
 def truncated(rows: Rows, head: Projection, cut: Cut, outputs: tuple[str, ...], whole: bool) -> KeptSets:
     """Every set by its tokens, from whole rows in order."""
-    z = logits(rows.hidden, head, rows.temperature)
+    z = _logits(rows.hidden, head, rows.temperature)
     kept = kept_columns(z, cut)
     at = torch.arange(rows.count, device=z.device), rows.targets
     added = ~kept[at]
@@ -269,7 +280,7 @@ def divergence_gradients(rows: RowPairs, of: Comparison, sums: Sums, upstream: T
 
 
 def _both_logits(rows: RowPairs, of: Comparison) -> tuple[Tensor, Tensor]:
-    return logits(rows.hidden, of.policy, rows.temperature), logits(rows.ref_hidden, of.ref, rows.temperature)
+    return _logits(rows.hidden, of.policy, rows.temperature), _logits(rows.ref_hidden, of.ref, rows.temperature)
 
 
 def _total(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from fused_rlhf import backends, private
 from fused_rlhf.kernels.interface import (
     BoundObjective,
     BoundPolicy,
+    Cut,
     Grads,
     Needs,
     Projection,
@@ -102,14 +103,17 @@ def takes_one_pass(rows: Rows, head: Projection, mode: Mode, backend: str, token
     return mode == "one_pass" or (serves and _pays(rows, head, backend))
 
 
-def one_pass_block(
+def shard_block(
     rows: Rows, head: Projection, sets: Sets | None, mode: Mode, backend: str, tokenwise: bool, entropy_term: bool
 ) -> int:
-    """Of a sharded head: rows of a block, as this rank would take them; 0: two_phase."""
-    if sets is not None or not takes_one_pass(rows, head, mode, backend, tokenwise, entropy_term):
+    """Of a sharded head: rows of a block, as this rank would take them, in one pass or where sets are to be found; 0: none."""
+    finds = isinstance(sets, Cut)
+    if not finds and (sets is not None or not takes_one_pass(rows, head, mode, backend, tokenwise, entropy_term)):
         return 0
     if not head.vocabulary:
         return rows.count
+    if finds:
+        return backends.resolve(backend, rows.hidden).truncation_block(rows, head)
     return backends.resolve(backend, rows.hidden).one_pass_block(rows, head, _needs(rows, head))
 
 

@@ -17,7 +17,7 @@ from fused_rlhf.kernels.interface import KINDS, Comparison, Kind, Projection, St
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import CURVES, Transform
 from fused_rlhf.op.streams import gathered
-from fused_rlhf.op.truncation import Kept, Truncation, check_sampling
+from fused_rlhf.op.truncation import RULES, Kept, Truncation, check_sampling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -163,7 +163,11 @@ class Call(NamedTuple):
     def shared(self) -> tuple[Any, ...]:
         """What the ranks of a group must agree on, beside what `samples` are told by tensors."""
         temperature = None if isinstance(self.temperature, Tensor) else self.temperature
-        return temperature, self.backend, self.kept is None, self.truncation is None
+        rules = None
+        if self.truncation is not None:
+            values = [getattr(self.truncation, rule) for rule in RULES]
+            rules = self.truncation.order, [None if isinstance(value, Tensor) else value for value in values]
+        return temperature, self.backend, self.kept is None, rules
 
     @property
     def samples(self) -> bool:
@@ -206,8 +210,6 @@ def check_head(hidden: Tensor, head: Head, targets: Tensor, call: Call) -> tuple
     if not 0 <= call.grad_filter < 1:
         raise ValueError(f"grad_filter must lie in [0, 1), got {call.grad_filter}")
     check_sampling(call.kept, call.truncation, targets, call.grad_filter)
-    if call.sharded and call.truncation is not None:
-        raise NotImplementedError("process_group must be None with truncation, which is of a whole head so far")
     if isinstance(call.ignore_index, bool) or not isinstance(call.ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(call.ignore_index).__name__}")
     backends.choose(call.backend, hidden)  # refuses what cannot run before any work

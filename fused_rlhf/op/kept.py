@@ -36,7 +36,7 @@ from fused_rlhf.kernels.interface import (
     pick,
 )
 from fused_rlhf.kernels.statistics import Partials, parts_of, reference_of
-from fused_rlhf.op import parallel
+from fused_rlhf.op import parallel, sharded_sets
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
 from fused_rlhf.op.truncation import Entered, Sets
@@ -137,7 +137,7 @@ class _Kept(torch.autograd.Function):
         if adds and not rows.count:
             sets = Entered(rows.targets, rows.targets)
         if isinstance(sets, Cut):
-            found = computed.truncated(rows, head, sets, outputs, whole)
+            found = sharded_sets.truncated(computed, rows, head, sets, outputs, whole)
             small = _Small.of(computed, rows, head, Entered(found.rows, found.ids), outputs, False)
             of_all = found.whole
         else:

@@ -260,7 +260,7 @@ def statistics(
     of_ids = None if ids is None else _id_logits(backend, rows, head, ids)
     if shard is None:
         return backend.statistics(rows, head, outputs), of_ids
-    found = backend.partials(_local(rows, shard), head, outputs)
+    found = backend.partials(local_rows(rows, shard), head, outputs)
     if of_ids is None:
         return merged(shard, found, rows.targets, outputs)[0], None
     stats, (everyone,) = merged(shard, found, rows.targets, outputs, of_ids)
@@ -310,7 +310,7 @@ def within_sets(
     if shard is None:
         return partials, backend.statistics(rows, head, ()) if whole else None
     if whole:
-        found = backend.partials(_local(rows, shard), head, ())
+        found = backend.partials(local_rows(rows, shard), head, ())
         of_all, (everyone,) = merged(shard, found, rows.targets, (), partials.packed())
     else:
         of_all, (everyone,) = None, gathered(shard, partials.packed())
@@ -332,7 +332,7 @@ def gradients(
         return backend.gradients(rows, head, stats, upstream, needs, filtered, entries)
     if head.vocabulary == 0:
         return Grads.zeros(rows.hidden, head, needs)
-    return backend.gradients(_local(rows, head.shard), head, stats, upstream, needs, filtered, entries)
+    return backend.gradients(local_rows(rows, head.shard), head, stats, upstream, needs, filtered, entries)
 
 
 def summed(d_hidden: Maybe, shard: Shard | None) -> Maybe:
@@ -351,7 +351,7 @@ def one_pass(
     shard = head.shard
     if shard is None:
         return backend.one_pass(rows, head, outputs, objective, needs)
-    local = _local(rows, shard)
+    local = local_rows(rows, shard)
 
     def merge(found: ShardStats, some: slice, outputs: tuple[str, ...]) -> Stats:
         return merged(shard, found, rows.targets[some], outputs)[0]
@@ -477,6 +477,6 @@ class _GatherSequence(torch.autograd.Function):
         return mine, None
 
 
-def _local(rows: Rows, shard: Shard) -> Rows:
+def local_rows(rows: Rows, shard: Shard) -> Rows:
     """With targets counted from this rank's first column: those of other ranks are negative or beyond the shard."""
     return replace(rows, targets=rows.targets - shard.start)
