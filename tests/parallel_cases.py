@@ -175,9 +175,11 @@ def case_kept() -> None:
 
 def case_truncation() -> None:
     """Sets that are named and, where NARROW is small, told by their borders; ties over several ranks."""
-    data = case(TRANSFORMS[5])
-    for row in (5, 35, 36, 60, 88):  # of one logit, on several ranks
-        data["weight"][row], data["bias"][row] = data["weight"][3], data["bias"][3]
+    curved, exact = case(TRANSFORMS[5]), case(TRANSFORMS[1])
+    for name in ("hidden", "weight", "bias"):  # whose sums are exact, so that equals are such on any rank
+        exact[name] = (2 * exact[name]).round() / 2
+    for row in (5, 35, 36, 60, 88):
+        exact["weight"][row], exact["bias"][row] = exact["weight"][3], exact["bias"][3]
     ks, ps = torch.arange(N) % 7 * 4, torch.linspace(0.3, 1, N)
     cuts = [
         fr.Truncation(top_k=5),
@@ -203,8 +205,9 @@ def case_truncation() -> None:
             with mock.patch.object(sharded_sets, "NARROW", narrow):
                 for number, cut in enumerate(cuts):
                     outputs = everything if number % 2 else everything[: number % 4]
-                    with blocks():
-                        compare(partial(of_cut, cut, outputs), data, padded=number % 2 == 0, backend=backend)
+                    for data in (curved, exact):
+                        with blocks():
+                            compare(partial(of_cut, cut, outputs), data, padded=number % 2 == 0, backend=backend)
     if "triton" not in BACKENDS:
         compare(partial(of_cut, cuts[4], everything), case(dtype=torch.float64))
 
@@ -564,6 +567,23 @@ def case_what_is_sent() -> None:
         (found.logprobs.sum() + found.id_logprobs.sum()).backward()
         assert dict(calls) == {"all_gather": 2, "all_reduce": 1}
         assert size["all_reduce"] == 4 * live * H
+
+
+def case_what_a_search_sends() -> None:
+    """For each block of rows of top_k and top_p, and then the statistics of sets that are named."""
+    data, live = case(TRANSFORMS[0]), N - 1
+    hidden = data["hidden"].clone().requires_grad_()
+    with blocks() as rows, counted() as (calls, size):
+        found = fr.linear_logprobs(
+            hidden, data["weight"][here()], data["targets"], truncation=fr.Truncation(top_k=5, top_p=0.9),
+            process_group=dist.group.WORLD,
+        )  # fmt: skip
+        count = -(-live // rows)
+        assert dict(calls) == {"all_gather": 1 + 4 * count + 1, "all_reduce": 13 * count}
+        assert size["all_gather"] == HEADER + (28 + 16 + 12) * live
+        assert size["all_reduce"] == (2 * 3072 + 8) * live
+        found.logprobs.sum().backward()
+        assert calls["all_reduce"] == 13 * count + 1
 
 
 def refused(error: type[Exception], words: str, **changes: Any) -> None:
