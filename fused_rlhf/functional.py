@@ -52,9 +52,8 @@ from fused_rlhf.op.truncation import ANY, WITHIN, Kept, Truncation
 class LogProbs(NamedTuple):
     """Results of `linear_logprobs`, each of the targets' shape; None where not asked for.
 
-    fp32 (fp64 for fp64 inputs), `is_top1` and `target_added` bool. Rows with `ignore_index` hold 0 (False). `logprobs`,
-    `entropy`, `lse`, `full_logprobs` and `id_logprobs` (of the shape of `ids`) are differentiable. The other fields are the
-    records of `kernels/statistics.py`.
+    fp32 (fp64 for fp64 inputs), `argmax` int64, `is_top1` and `target_added` bool. Rows with `ignore_index` hold 0 (False).
+    All are differentiable but `argmax`, `is_top1`, `margin` and `target_added`; `id_logprobs` has the shape of `ids`.
     """
 
     logprobs: Tensor
@@ -62,6 +61,8 @@ class LogProbs(NamedTuple):
     lse: Tensor | None = None
     sum_sq: Tensor | None = None
     mean_logit: Tensor | None = None
+    max_logit: Tensor | None = None
+    argmax: Tensor | None = None
     is_top1: Tensor | None = None
     margin: Tensor | None = None
     full_logprobs: Tensor | None = None  # of the whole vocabulary, beside those of kept sets
@@ -107,15 +108,16 @@ def linear_logprobs(
         softcap: positive, or None.
         ignore_index: the target that marks a row to leave out.
         outputs: what else to return, of "entropy" (nats), "lse" (log sum_v exp z_v), "sum_sq" (sum_v p_v^2),
-            "mean_logit" (mean_v z_v), "is_top1" (the target is the first of the largest logits), "margin" (the largest
-            logit less the second largest, >= 0; infinite where V is 1). With `kept` or `truncation` of "entropy", "lse",
+            "mean_logit" (mean_v z_v), "max_logit" (max_v z_v; its gradient is that of the first of the largest), "argmax" (the
+            first of the largest), "is_top1" (the target is it), "margin" (the largest logit less the second largest, >= 0;
+            infinite where V is 1). With `kept` or `truncation` of "entropy", "lse",
             "sum_sq", all over the kept set, and "full_logprobs" (those of the whole vocabulary).
         grad_filter: in [0, 1): the share of probability mass per token that the backward may leave out; 0 is exact.
             Blocks of the vocabulary that hold next to nothing of a token are not recomputed for it; the target's block
-            always is, and a token with an entropy gradient is exact. With g and k the loss gradients of logprob and
-            lse, the error of dloss/dz has an L1 norm of at most |k - g| grad_filter per token, so that of `hidden` a
-            norm of at most |k - g| grad_filter max_v |W_v| logit_scale / temperature, and that of `weight` a Frobenius
-            norm of at most sum_n |k_n - g_n| grad_filter |h_n| logit_scale / temperature_n.
+            always is, and a token with a gradient in entropy or mean_logit is exact. With g, k and s the loss gradients of
+            logprob, lse and sum_sq, and e = (|k - g| + 2 |s|) grad_filter, the error of dloss/dz has an L1 norm of at most e
+            per token, so that of `hidden` a norm of at most e max_v |W_v| logit_scale / temperature, and that of `weight` a
+            Frobenius norm of at most sum_n e_n |h_n| logit_scale / temperature_n.
         process_group: of a vocabulary-parallel head: `weight` (with bias and B) is this rank's rows, `Head` may say which;
             every rank gives the same hidden states, targets and options. Ranks may hold different numbers of rows, or none.
             What comes back is of the whole vocabulary, with the same bits on every rank; the gradients of weight, bias and B

@@ -235,6 +235,11 @@ class Projection:
         return self.weight.shape[0] if self.stream is None else self.stream.length
 
     @property
+    def all_columns(self) -> int:
+        """Those of all ranks."""
+        return self.vocabulary if self.shard is None else self.shard.vocabulary
+
+    @property
     def wide(self) -> torch.dtype:
         """The dtype of logits and sums."""
         return torch.promote_types(self.compute_dtype, torch.float32)
@@ -425,14 +430,18 @@ MergeTotals = Callable[[Tensor], Tensor]
 
 
 class TokenGrads(NamedTuple):
-    """dloss / d(statistic) per row, (N,); None means zero everywhere.
+    """dloss / d(statistic) per row, (N,); None means zero everywhere. With Q = sum p^2 and V columns in all,
 
-    dloss/dz_v = logprobs (1[v = y] - p_v) + lse p_v - entropy p_v (log p_v + H)
+    dloss/dz_v = logprobs (1[v = y] - p_v) + lse p_v - entropy p_v (log p_v + H) + 2 sum_sq p_v (p_v - Q) + mean_logit / V
+
+    What the largest logit adds is one entry of each row (`EntryGrads`), at its first column.
     """
 
     logprobs: Tensor | None
     entropy: Tensor | None = None
     lse: Tensor | None = None
+    sum_sq: Tensor | None = None
+    mean_logit: Tensor | None = None
 
     def live(self, like: Tensor) -> Tensor:
         """(N,) bool, on the device of `like` (N,): the rows where any of them is not exactly zero; a NaN is not."""
@@ -465,8 +474,8 @@ def kept_blocks(mass: Tensor, grad_filter: float, targets: Tensor, columns: int,
     """(N, blocks) bool: the vocabulary blocks of `columns` columns that each row needs in the backward.
 
     A row leaves out its lightest blocks as long as their masses sum to at most grad_filter, but never the block of its
-    target, and nothing where `exact` (N,) is set. With a loss gradient g for the log-prob and k for the lse, what is
-    dropped of dz then has an L1 norm of at most |k - g| grad_filter per row.
+    target, and nothing where `exact` (N,) is set. With a loss gradient g for the log-prob, k for the lse and s for the sum of
+    squares, what is dropped of dz then has an L1 norm of at most (|k - g| + 2 |s|) grad_filter per row.
     """
     ordered, order = mass.sort(dim=1)
     keep = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ~(ordered.cumsum(1) <= grad_filter))
@@ -630,7 +639,7 @@ class Backend(Protocol):
         filtered: tuple[Tensor, ...] | None = None,
         entries: EntryGrads | None = None,
     ) -> Grads:
-        """Two-phase: the logits again. `stats` are those of `statistics`, with the entropy where its gradient is.
+        """Two-phase: the logits again. `stats` are those of `statistics`, with entropy and sum_sq where their gradients are.
 
         filtered: for each vocabulary block of filter_columns the ascending rows that it is computed for; None: all.
         entries: what adds to the gradients of the head, and to those of no row here; there may be no rows at all.

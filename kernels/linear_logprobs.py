@@ -13,10 +13,11 @@ logits (`primitives.py`). `finish_kernel` merges them over the vocabulary in a f
 the target's logit and those of a few likely tokens once more, exactly, to correct what tensor cores cut off (`exact.py`).
 Tiles do not depend on N, so a row's values do not depend on its neighbours.
 
-Backward, with upstream gradients g of logprob, h of entropy and l of lse, and p from the normaliser, which is the
-log-sum-exp of the logits as they are multiplied, so that p sums to 1:
+Backward, with upstream gradients g of logprob, h of entropy, l of lse, q of sum_sq and m of mean_logit, and p from the
+normaliser, which is the log-sum-exp of the logits as they are multiplied, so that p sums to 1:
 
-    dz = g onehot(y) + p ((l - g) - h (z - lse + entropy))       dW = dz^T x       dx = dz W
+    dz = g onehot(y) + p (c - h (z - lse) + 2 q p) + m / V       c = l - g - h entropy - 2 q sum_sq
+    dW = dz^T x       dx = dz W
 
 `dlogits_kernel` recomputes a tile of z and writes dz, times the slope of the transform, in the compute dtype; the two
 products are left to cuBLAS. Beyond the border of a truncated row p is 0.
@@ -37,7 +38,8 @@ N tokens, H hidden, V vocabulary; a vocabulary block is a range of columns handl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import triton
@@ -222,9 +224,11 @@ def finish_kernel(
     logprobs_ptr,
     lse_ptr,
     normaliser_ptr,
-    entropy_ptr,  # this and the next four: (N,), or None where it is not asked for
+    entropy_ptr,  # this and the next six: (N,), or None where it is not asked for
     sum_sq_ptr,
     mean_logit_ptr,
+    max_logit_ptr,
+    argmax_ptr,
     is_top1_ptr,
     margin_ptr,
     row_max_ptr,  # (N,) or None
@@ -300,7 +304,7 @@ def finish_kernel(
             q += scale * scale * tl.load(row_ptr + SUM_SQ * plane + offs, mask=mask, other=0.0)
         if MEAN_LOGIT:
             total += tl.load(row_ptr + MEAN_LOGIT * plane + offs, mask=mask, other=0.0)
-        if is_top1_ptr is not None:
+        if is_top1_ptr is not None or argmax_ptr is not None:
             column = tl.load(row_ptr + COLUMN * plane + offs, mask=mask, other=float("inf"))
             first = tl.minimum(first, tl.where(m == top, column, float("inf")))
         if MARGIN:
@@ -336,11 +340,16 @@ def finish_kernel(
         tl.store(sum_sq_ptr + n, tl.sum(q, 0) / (total_s * total_s))
     if MEAN_LOGIT:
         tl.store(mean_logit_ptr + n, tl.sum(total, 0) * LN2 / V)
+    if max_logit_ptr is not None:
+        tl.store(max_logit_ptr + n, tl.where(total_s == total_s, (top + base) * LN2, total_s))  # a NaN stays one
+    if argmax_ptr is not None:
+        column = tl.min(first, 0)
+        tl.store(argmax_ptr + n, tl.where(column < V, column, 0.0).to(tl.int64))  # a row of NaN has none
     if is_top1_ptr is not None:
         tl.store(is_top1_ptr + n, tl.min(first, 0) == y.to(tl.float32))
     if MARGIN:
         runner_up = tl.where(tl.sum(ties, 0) > 1, top, tl.max(second, 0))
-        tl.store(margin_ptr + n, tl.where(total_s == total_s, (top - runner_up) * LN2, total_s))  # a NaN stays one
+        tl.store(margin_ptr + n, tl.where(total_s == total_s, (top - runner_up) * LN2, total_s))
     if row_max_ptr is not None:
         tl.store(row_max_ptr + n, top)
     if SURROGATE is not None:
@@ -436,9 +445,10 @@ def dlogits_kernel(
     normaliser_ptr,
     logprobs_ptr,
     g_ptr,  # (N,) fp32: g scale / temperature; so with the next two
-    l_minus_g_ptr,  # (N,) fp32
+    constant_ptr,  # (N,) fp32: c
     h_ptr,  # (N,) fp32, or None
-    entropy_ptr,  # (N,) fp32, with h
+    square_ptr,  # (N,) fp32: 2 q, or None
+    flat_ptr,  # (N,) fp32: m / V, or None
     floor_ptr,  # (N,) fp32, or None: this and the next are a `Border`
     first_ptr,  # (N,) int64
     dlogits,  # (N, V) out in the compute dtype, descriptor or pointer
@@ -494,21 +504,27 @@ def dlogits_kernel(
             normaliser = tl.load(normaliser_ptr + offs_n, mask=mask_n, other=float("inf"))  # p = 0 past the end
             logprob = tl.load(logprobs_ptr + offs_n, mask=mask_n, other=0.0)
             g = tl.load(g_ptr + offs_n, mask=mask_n, other=0.0)
-            l_minus_g = tl.load(l_minus_g_ptr + offs_n, mask=mask_n, other=0.0)
+            constant = tl.load(constant_ptr + offs_n, mask=mask_n, other=0.0)
             if h_ptr is not None:
                 h = tl.load(h_ptr + offs_n, mask=mask_n, other=0.0)
-                entropy = tl.load(entropy_ptr + offs_n, mask=mask_n, other=0.0)
+            if square_ptr is not None:
+                square = tl.load(square_ptr + offs_n, mask=mask_n, other=0.0)
             if floor_ptr is not None:
                 floor = tl.load(floor_ptr + offs_n, mask=mask_n, other=0.0)
                 first = (tl.load(first_ptr + offs_n, mask=mask_n, other=0) - block_start).to(tl.int32) - v_start
             any_here = tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), 0) > 0
             # From the forward's own log-prob, so that 1 - p keeps its digits where p is near 1.
             at_target = tl.exp2(logprob * LOG2E)
+            coefficient = constant
+            if square_ptr is not None:
+                coefficient += square * at_target
             if h_ptr is not None:
-                at_target *= tl.where(at_target > 0, l_minus_g - h * (logprob + entropy), 1.0)
+                at_target *= tl.where(at_target > 0, coefficient - h * logprob, 1.0)
             else:
-                at_target *= l_minus_g
+                at_target *= coefficient
             at_target += g
+            if flat_ptr is not None:
+                at_target += tl.load(flat_ptr + offs_n, mask=mask_n, other=0.0)
             parts = column_slices(product, SLICES)
             for i in tl.static_range(SLICES):
                 slice_v = v_start + i * SLICE + tl.arange(0, SLICE)
@@ -520,10 +536,16 @@ def dlogits_kernel(
                     column = (i * SLICE + tl.arange(0, SLICE))[None, :]
                     p = tl.where(outside(score * LN2, column, floor[:, None], first[:, None]), 0.0, p)
                 if h_ptr is not None:
-                    slope = l_minus_g[:, None] - h[:, None] * (depth * LN2 + entropy[:, None])
+                    slope = constant[:, None] - h[:, None] * (depth * LN2)
+                    if square_ptr is not None:
+                        slope += square[:, None] * p
                     dz = tl.where(p > 0, p * slope, p)  # 0 x -inf for a column of a padded vocabulary; NaN stays
+                elif square_ptr is not None:
+                    dz = p * (constant[:, None] + square[:, None] * p)
                 else:
-                    dz = p * l_minus_g[:, None]
+                    dz = p * constant[:, None]
+                if flat_ptr is not None:  # read again for each slice: registers are short
+                    dz += tl.load(flat_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
                 if any_here:
                     here = (i * SLICE + tl.arange(0, SLICE))[None, :] == target[:, None]
                     dz = tl.where(here, at_target[:, None], dz)
@@ -649,20 +671,18 @@ class Partials:
         top: (n,) scores; here: (n,) bool, whose targets are columns of this head. S stays relative to the largest logit as it
         was multiplied, and the maximum takes what corrects the log-sum-exp.
         """
-        n, slots = len(top), _slots_of((*self.outputs, "is_top1"))
+        n = len(top)
         highest, sums = self.values[0, :n], self.values[1, :n]
         shift = top.masked_fill(top == -torch.inf, 0.0)[:, None]
         total = (sums * torch.exp2(highest - shift)).sum(1)
         log_total = total.log()
         maximum = torch.where(top == -torch.inf, top, stats.lse - log_total)
-        columns = self.values[slots["is_top1"], :n]
         of = {
             "entropy": lambda h: total * (log_total - h),
             "sum_sq": lambda q: q * total.square(),
             "mean_logit": lambda z: z * vocabulary,
-            "is_top1": lambda _: (
-                columns.masked_fill(highest != top[:, None], torch.inf).amin(1).clamp(max=2**24).long()
-            ),
+            "max_logit": lambda largest: largest,
+            "argmax": lambda column: column,
             "margin": lambda gap: maximum - gap,
         }
         parts = {name: of[name](stats.extra[name]) for name in parts_of(self.outputs)}
@@ -670,12 +690,12 @@ class Partials:
         return statistics.Partials(maximum, total, target, parts)
 
 
-# The maximum's column is what tells whether the target is the first of the largest; it is always there.
-_SLOTS = {name: "COLUMN" if name == "is_top1" else name.upper() for name in parts_of(STATISTICS)}
+# The first column of the maximum is always there, and so is the maximum itself, which has no slot of its own.
+_SLOTS = {name: "COLUMN" if name == "argmax" else name.upper() for name in parts_of(STATISTICS) if name != "max_logit"}
 
 
 def _slots_of(outputs: tuple[str, ...]) -> dict[str, int]:
-    found = slots_of((*outputs, "is_top1"))
+    found = slots_of(name for name in (*outputs, "argmax") if name != "max_logit")
     return {name: found.get(name, 0) for name in _SLOTS}
 
 
@@ -716,10 +736,11 @@ def launch_finish(
     fp32 = {"dtype": torch.float32, "device": rows.x.device}
     logprobs, lse, normaliser = (torch.empty(n, **fp32) for _ in range(3))  # type: ignore[call-overload]
     extra = {
-        name: torch.empty(n, dtype=torch.bool if record.boolean else torch.float32, device=rows.x.device)
-        for name, record in parts_of(partials.outputs).items()
+        name: torch.empty(n, dtype=record.dtype or torch.float32, device=rows.x.device)
+        for name, record in STATISTICS.items()
+        if name in partials.outputs and name != "lse"
     }
-    results = {f"{name}_ptr": extra.get(name) for name in parts_of(STATISTICS)}
+    results = {f"{name}_ptr": extra.get(name) for name in STATISTICS if name != "lse"}
     loss = slope = surrogate = kl = None
     vectors: list[Tensor | None] = [None] * 4
     options = [0.0] * 4
@@ -788,12 +809,19 @@ class RowGrads:
     """Upstream gradients of one launch's rows times logit_scale / temperature, (n,) fp32."""
 
     g: Tensor  # of logprobs
-    l_minus_g: Tensor  # of lse, less g
-    h: Tensor | None  # of entropy
-    entropy: Tensor | None  # the entropy itself, with h
+    constant: Tensor  # c: what p is multiplied by in every column
     normaliser: Tensor
     logprobs: Tensor
+    h: Tensor | None = None  # of entropy
+    square: Tensor | None = None  # twice that of sum_sq
+    flat: Tensor | None = None  # of mean_logit, over V
     border: Border | None = None
+
+    def pick(self, rows: slice | Tensor) -> RowGrads:
+        def some(value: Any) -> Any:
+            return value.pick(rows) if isinstance(value, Border) else None if value is None else value[rows]
+
+        return RowGrads(**{f.name: some(getattr(self, f.name)) for f in fields(self)})
 
 
 def launch_dlogits(
@@ -809,7 +837,7 @@ def launch_dlogits(
         x_arg, w_arg, out_arg = _operands(tile, rows, w, kept)
         dlogits_kernel[_grid(tile, n, w.shape[0], w.device)](
             x_arg, w_arg, raw, None if block.bias is None else block.bias[piece], rows.inv_temperature, rows.targets,
-            grads.normaliser, grads.logprobs, grads.g, grads.l_minus_g, grads.h, grads.entropy,
+            grads.normaliser, grads.logprobs, grads.g, grads.constant, grads.h, grads.square, grads.flat,
             *((None, None) if grads.border is None else grads.border), out_arg, dbias,
             n, w.shape[0], H, block.start + piece.start, rows.x.stride(0), w.stride(0),
             0 if raw is None else raw.stride(0), kept.stride(0), head.transform.logit_scale, head.transform.parameter,

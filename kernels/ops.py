@@ -82,6 +82,7 @@ from fused_rlhf.kernels.linear_logprobs import (
 )
 from fused_rlhf.kernels.objectives import has_twin, launch_pairs, launch_policy
 from fused_rlhf.kernels.scaling import launch_scale
+from fused_rlhf.kernels.statistics import parts_of
 from fused_rlhf.kernels.tiles import BOUNDED, Tile, arch, device_bytes, multiprocessors, precision, tune
 from fused_rlhf.kernels.truncation import Sets, launch_borders, launch_names
 
@@ -154,7 +155,8 @@ def partials(rows: Rows, head: Projection, outputs: tuple[str, ...]) -> ShardSta
     here = (rows.targets >= 0) & (rows.targets < head.vocabulary)
     tokens = _tokens(_inside(rows, head), head)
     tile = _tile("stats", tokens, head)
-    scratch = Partials.empty(tile, min(rows.count, ROWS), head.vocabulary, outputs, rows.hidden.device)
+    numbers = tuple(parts_of(outputs))
+    scratch = Partials.empty(tile, min(rows.count, ROWS), head.vocabulary, numbers, rows.hidden.device)
     found = []
     for at in _ranges(rows.count, ROWS):
         some = _slice(tokens, at)
@@ -193,7 +195,8 @@ def gradients(
     tokens = _tokens(rows, head)
     if not rows.count:
         return _gradients_of_entries(rows, head, needs, entries)
-    tile = BOUNDED if rows.border is not None else _tile("dlogits", tokens, head, entropy=upstream.entropy is not None)
+    plain = upstream.entropy is None and upstream.sum_sq is None and upstream.mean_logit is None
+    tile = BOUNDED if rows.border is not None else _tile("dlogits", tokens, head, plain)
     N, columns = rows.count, _columns(rows.hidden.device)
     if filtered is None:  # else the blocks are those of `filter_columns`
         columns = gradient_columns(columns, N, rows.hidden.shape[1], head.compute_dtype.itemsize)
@@ -220,7 +223,7 @@ def gradients(
         for at in wanted:
             some = _slice(tokens, at)
             dz = scratch[: len(some.targets), : len(block.w)]
-            sums = launch_dlogits(tile, some, block, head, _slice_grads(row_grads, at), dz, into.bias is not None)
+            sums = launch_dlogits(tile, some, block, head, row_grads.pick(at), dz, into.bias is not None)
             if into.bias is not None and sums is not None:
                 into.bias += sums
             if dx is not None and isinstance(at, slice):
@@ -617,7 +620,8 @@ def _inside(rows: Rows, head: Projection) -> Rows:
     return replace(rows, targets=rows.targets.clamp(0, head.vocabulary - 1))
 
 
-def _tile(kernel: str, rows: RowBlock, head: Projection, entropy: bool = False) -> Tile:
+def _tile(kernel: str, rows: RowBlock, head: Projection, plain: bool = True) -> Tile:
+    """plain: no upstreams but those of log-probs and lse."""
     w = head.weight if _whole(head) else rows.x  # a block made on the way is as aligned as x
     H = rows.x.shape[1]
 
@@ -630,11 +634,11 @@ def _tile(kernel: str, rows: RowBlock, head: Projection, entropy: bool = False) 
             launch_stats(tile, some, block, head, Partials.empty(tile, 4096, block.w.shape[0], (), w.device))
         else:
             vector = rows.inv_temperature.new_ones(4096)
-            h = vector if entropy else None
+            h = None if plain else vector
             out = _scratch(4096, block.w.shape[0], rows.x.dtype, w.device)[:, : block.w.shape[0]]
-            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, h, h, vector, vector), out, False)
+            launch_dlogits(tile, some, block, head, RowGrads(vector, vector, vector, vector, h), out, False)
 
-    full = head.bias is not None or bool(head.transform.curve) or entropy
+    full = head.bias is not None or bool(head.transform.curve) or not plain
     name = kernel + "+" if full else kernel
     return tune(name, w.device, head.compute_dtype, descriptors_fit(rows.x, w), H, run)
 
@@ -708,22 +712,19 @@ def _row_grads(
 ) -> tuple[RowGrads, Tensor | None]:
     """Upstream per row, and for fp16 what the results must be multiplied by (a power of two, on the device)."""
     slope = rows.inv_temperature * head.transform.logit_scale  # dz / du, without a curve
-    g, h, l = (torch.zeros_like(slope) if v is None else v * slope for v in grads)
+    g, h, l, s, m = (torch.zeros_like(slope) if v is None else v * slope for v in grads)
+    found = {"g": g, "constant": l - g}
+    if grads.entropy is not None:
+        found["h"], found["constant"] = h, found["constant"] - h * stats["entropy"]
+    if grads.sum_sq is not None:
+        found["square"], found["constant"] = 2 * s, found["constant"] - 2 * s * stats["sum_sq"]
+    if grads.mean_logit is not None:
+        found["flat"] = m / head.all_columns
     unscale = None
     if rows.x.dtype == torch.float16:
-        peak = torch.stack((g.abs(), (l - g).abs(), h.abs())).max()
-        # |dz| <= 2 (1 + log V) peak: 2^10 leaves room below 65504 and as many bits as there are above the smallest.
-        scale = torch.exp2(torch.floor(10 - torch.log2(peak.clamp(1e-30, 1e30))))
-        g, h, l, unscale = g * scale, h * scale, l * scale, 1 / scale
-    with_entropy = grads.entropy is not None
-    entropy = stats.entropy if with_entropy else None
+        peak = torch.stack([vector.abs().max() for vector in found.values()]).max()
+        # |dz| <= |g| + |c| + |h| / e + |square| + |flat| < 5 peak: 2^13 leaves room below 65504.
+        scale = torch.exp2(torch.floor(13 - torch.log2(peak.clamp(1e-30, 1e30))))
+        found, unscale = {name: vector * scale for name, vector in found.items()}, 1 / scale
     assert stats.normaliser is not None
-    of_entropy = h if with_entropy else None
-    return RowGrads(g, l - g, of_entropy, entropy, stats.normaliser, stats.logprobs, border), unscale
-
-
-def _slice_grads(grads: RowGrads, at: slice | Tensor) -> RowGrads:
-    h = None if grads.h is None else grads.h[at]
-    entropy = None if grads.entropy is None else grads.entropy[at]
-    border = None if grads.border is None else grads.border.pick(at)
-    return RowGrads(grads.g[at], grads.l_minus_g[at], h, entropy, grads.normaliser[at], grads.logprobs[at], border)
+    return RowGrads(**found, normaliser=stats.normaliser, logprobs=stats.logprobs, border=border), unscale

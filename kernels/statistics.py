@@ -6,12 +6,15 @@ e = exp(z - m), S = sum e, a statistic keeps one number:
     entropy       T = sum e (z - m)               log S - T / S
     sum_sq        Q = sum e^2                     Q / S^2
     mean_logit    Z = sum z                       Z / V
-    is_top1       the column of the first m       whether that is the target
+    max_logit     m                               m
+    argmax        the column of the first m       that column
+    is_top1       that of argmax                  whether it is the target
     margin        the second largest z            m less that
 
 `merge` puts two parts together: sums move to the common maximum and are then joined. Whoever merges does so in the order
 of the vocabulary, so that the bits do not depend on who it is; the blocks of a streamed head alone have an order of their
-own. The Triton kernels hold the same numbers in slots of the same order. This file needs torch alone.
+own. The Triton kernels hold the same numbers in slots of the same order. Derivatives are in `interface.TokenGrads`. This file
+needs torch alone.
 """
 
 from __future__ import annotations
@@ -79,12 +82,13 @@ class Statistic:
     move: Callable[[Tensor, Move], Tensor] = _stays
     join: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _adds  # (first, second, maximum of each)
     finish: Callable[[Tensor, Whole], Tensor]
+    number_of: str = ""  # the record whose number it reads, where it has none of its own
     start: float = 0.0  # of no columns at all
     reads_column: bool = False
     reads_depth: bool = False
     differentiable: bool = False
     of_columns: bool = False  # its numbers are columns of the vocabulary, int64
-    boolean: bool = False
+    dtype: torch.dtype | None = None  # of the result; None: that of the logits
 
     @property
     def has_part(self) -> bool:
@@ -160,20 +164,36 @@ STATISTICS: dict[str, Statistic] = {
         of_exps=_squares,
         move=lambda part, move: move.scale.square() * part,
         finish=lambda part, row: part / row.total.square(),
+        differentiable=True,
     ),
     "mean_logit": Statistic(
         define=lambda z, log_p, lse, targets: z.mean(-1),
         of_logits=lambda tile: tile.z.sum(1),
         finish=lambda part, row: part / row.vocabulary,
+        differentiable=True,
+    ),
+    "max_logit": Statistic(
+        define=lambda z, log_p, lse, targets: z.amax(-1),
+        of_logits=lambda tile: tile.maximum,
+        join=lambda first, second, maximum, other_maximum: torch.maximum(first, second),
+        finish=lambda part, row: part,
+        start=-torch.inf,
+        differentiable=True,
+    ),
+    "argmax": Statistic(
+        define=lambda z, log_p, lse, targets: z.argmax(-1),
+        of_logits=_first_column,
+        join=_of_the_larger,
+        finish=lambda part, row: part,
+        reads_column=True,
+        of_columns=True,
+        dtype=torch.int64,
     ),
     "is_top1": Statistic(
         define=lambda z, log_p, lse, targets: z.argmax(-1) == targets,
-        of_logits=_first_column,
-        join=_of_the_larger,
         finish=lambda part, row: part == row.targets,
-        reads_column=True,
-        of_columns=True,
-        boolean=True,
+        number_of="argmax",
+        dtype=torch.bool,
     ),
     "margin": Statistic(
         define=_margin_of,
@@ -190,9 +210,14 @@ assert not any(record.reads_depth for record in [r for r in STATISTICS.values() 
 
 
 def parts_of(outputs: Iterable[str]) -> dict[str, Statistic]:
-    """The records, in their order, that need a number of their own for these outputs."""
-    wanted = set(outputs)
+    """The records, in their order, whose numbers these outputs need."""
+    wanted = {STATISTICS[name].number_of or name for name in outputs}
     return {name: record for name, record in STATISTICS.items() if name in wanted and record.has_part}
+
+
+def with_places(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """And argmax, where the gradient of the largest logit is to go."""
+    return (*outputs, "argmax") if "max_logit" in outputs and "argmax" not in outputs else outputs
 
 
 def slots_of(outputs: Iterable[str]) -> dict[str, int]:
@@ -283,7 +308,7 @@ class Partials:
         wanted = {"lse", *outputs}
         # lse has no part: its record reads the row alone.
         extra = {
-            name: record.finish(self.parts.get(name, self.total), row)
+            name: record.finish(self.parts.get(record.number_of or name, self.total), row)
             for name, record in STATISTICS.items()
             if name in wanted
         }

@@ -15,7 +15,7 @@ from fused_rlhf.kernels.interface import Projection, Stats
 from fused_rlhf.kernels.statistics import OUTPUTS
 from fused_rlhf.kernels.transforms import Curve, Transform
 
-ALL_OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "is_top1", "margin")
+ALL_OUTPUTS = ("entropy", "lse", "sum_sq", "mean_logit", "max_logit", "argmax", "is_top1", "margin")
 
 # (bias, logit_scale, softcap, temperature per token): each transform alone, and together.
 TRANSFORMS = [
@@ -100,6 +100,8 @@ def dense(
         "lse": torch.logsumexp(z, -1),
         "sum_sq": p.square().sum(-1),
         "mean_logit": z.mean(-1),
+        "max_logit": z.max(-1).values,  # whose gradient is that of the first of the largest; amax shares it out
+        "argmax": z.argmax(-1),
         "is_top1": z.argmax(-1) == targets,
         "margin": z.topk(2, -1).values.diff(dim=-1).neg().squeeze(-1),
     }

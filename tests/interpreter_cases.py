@@ -100,7 +100,7 @@ def assert_close(found: Tensor | None, torchs: Tensor | None, true: Tensor | Non
         return
     assert found is not None
     assert torchs is not None
-    if true.dtype == torch.bool:
+    if not true.dtype.is_floating_point:
         assert torch.equal(found, true)
         return
     assert torch.equal(found.isnan(), true.isnan())
@@ -125,10 +125,9 @@ def check(arguments: Arguments, outputs: tuple[str, ...], needs: Needs = ALL, st
     for triple in zip(listed(stats), listed(own), listed(true)):
         assert_close(*triple, 1e-5 + step)
     g = torch.Generator().manual_seed(1)
-    vectors = [torch.randn(arguments[0].count, generator=g) for _ in range(3)]
-    upstream = TokenGrads(
-        vectors[0], vectors[1] if "entropy" in outputs else None, vectors[2] if "lse" in outputs else None
-    )
+    vectors = [torch.randn(arguments[0].count, generator=g) for _ in TokenGrads._fields]
+    asked = ("logprobs", *outputs)
+    upstream = TokenGrads(*(vector if name in asked else None for name, vector in zip(TokenGrads._fields, vectors)))
     needs = needs._replace(bias=needs.bias and arguments[1].bias is not None)
     grads = ops.gradients(*arguments, stats, upstream, needs)
     own_grads = reference.gradients(*arguments, own, upstream, needs)
@@ -150,6 +149,48 @@ def test_outputs_on_ragged_shapes(shape: tuple[int, int, int], outputs: tuple[st
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 2.5}, {"logit_scale": 1.7, "softcap": 30.0}])
 def test_transforms(bias: bool, options: dict[str, Any]) -> None:
     check(inputs(19, 24, 75, bias=bias, **options), OUTPUTS)
+
+
+@pytest.mark.parametrize("name", ["sum_sq", "mean_logit"])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "logit_scale": 0.6, "softcap": 2.5}])
+def test_a_gradient_by_itself(name: str, options: dict[str, Any]) -> None:
+    arguments = inputs(37, 24, 103, **options)
+    stats = ops.statistics(*arguments, (name,))
+    own, true = reference.statistics(*arguments, (name,)), reference.statistics(*truth(*arguments), (name,))
+    upstream = TokenGrads(None)._replace(**{name: torch.linspace(-2, 1, 37)})
+    needs = ALL._replace(bias=arguments[1].bias is not None)
+    grads = ops.gradients(*arguments, stats, upstream, needs)
+    own_grads = reference.gradients(*arguments, own, upstream, needs)
+    for found, torchs, right in zip(
+        grads, own_grads, reference.gradients(*truth(*arguments), true, doubled(upstream), needs)
+    ):
+        assert_close(found, torchs, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_outputs_in_one_backward(dtype: torch.dtype) -> None:
+    """Of the public function, an adapter and further ids included, with a row that is left out and one that is sure."""
+    (rows, head), g = inputs(19, 24, 75, dtype=dtype, bias=True), torch.Generator().manual_seed(3)
+    rows.hidden[4] *= 20
+    a, b = (torch.randn(*size, generator=g).to(dtype) * 0.3 for size in ((3, 24), (75, 3)))
+    targets = rows.targets.index_fill(0, torch.tensor([2]), -100)
+    names = ("entropy", "lse", "sum_sq", "mean_logit", "max_logit")
+    upstream = {name: torch.randn(19, generator=g) for name in ("logprobs", *names)}
+    ids = torch.randint(0, 75, (19, 2), generator=g)
+
+    def run(backend: str, wide: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(wide).requires_grad_() for t in (rows.hidden, head.weight, head.bias, a, b)]
+        x, w, bias, lora_a, lora_b = leaves
+        found = fr.linear_logprobs(
+            x, w, targets, bias, rows.temperature, softcap=4.0, outputs=names, backend=backend, ids=ids,
+            lora=(lora_a, lora_b, 0.5),
+        )  # fmt: skip
+        loss = sum((getattr(found, name) * u).sum() for name, u in upstream.items()) + found.id_logprobs.sum()
+        return [*(getattr(found, name).detach() for name in upstream), *torch.autograd.grad(loss, leaves)]
+
+    ours, torchs, true = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for found, own, right in zip(ours, torchs, true):
+        assert_close(found, own, right, slack_of(head))
 
 
 @pytest.mark.parametrize("needs", [Needs(True, False, False), Needs(False, True, False), Needs(False, False, True)])

@@ -25,6 +25,7 @@ from torch import Tensor
 import fused_rlhf as fr
 from fused_rlhf.backends import tiling
 from fused_rlhf.integrations import megatron, nemo_rl, skyrl, verl
+from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.op import sharded_sets
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
@@ -99,18 +100,24 @@ def compare(call: Callable[..., Any], data: dict[str, Any], padded: bool = False
 
 def log_probs(outputs: tuple[str, ...] = ALL_OUTPUTS, **arguments: Any) -> tuple[Tensor, list[Tensor]]:
     found = fr.linear_logprobs(**arguments, outputs=outputs)
-    u = torch.linspace(-1, 1, 3 * N, dtype=found.logprobs.dtype).view(3, N)
+    names = ["logprobs", *(name for name in outputs if STATISTICS[name].differentiable)]
+    u = torch.linspace(-1, 1, len(names) * N, dtype=found.logprobs.dtype).view(-1, N)
     u[:, 5] = 0
-    loss = (found.logprobs * u[0]).sum()
-    if outputs:
-        loss = loss + (found.entropy * u[1] + found.lse * u[2]).sum()
+    loss = torch.stack([(getattr(found, name) * some).sum() for name, some in zip(names, u)]).sum()
     return loss, [found.logprobs.detach(), *(getattr(found, name).detach().float() for name in outputs)]
+
+
+def largest(**arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """A gradient in the largest logits alone, whose columns are on some of the ranks."""
+    found = fr.linear_logprobs(**arguments, outputs=("max_logit",)).max_logit
+    return (found * torch.linspace(-1, 1, N)).sum(), [found.detach()]
 
 
 def case_statistics() -> None:
     for backend in BACKENDS:
         for number, transform in enumerate(TRANSFORMS):
             compare(log_probs, case(transform), padded=number % 2 == 0, backend=backend)
+        compare(largest, case(transform), backend=backend)
     if "triton" not in BACKENDS:
         compare(log_probs, case(dtype=torch.float64))
 
@@ -541,7 +548,7 @@ def case_what_is_sent() -> None:
     live, ids = N - 1, some_ids(data["targets"])
     cases: tuple[tuple[dict[str, Any], int, int], ...] = (
         ({}, 3, live),
-        ({"outputs": ALL_OUTPUTS}, 8, live),
+        ({"outputs": ALL_OUTPUTS}, 9, live),
         ({"ids": ids}, 3 + ids.shape[1], live),
         ({"kept": some_sets(data["targets"]), "outputs": ("entropy",)}, 4, live),
         ({"kept": some_sets(data["targets"]), "outputs": ("sum_sq", "full_logprobs")}, 4 + 3, live),

@@ -23,6 +23,7 @@ import fused_rlhf as fr
 from fused_rlhf import private
 from fused_rlhf.backends import tiling
 from fused_rlhf.fsdp import Shards
+from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.op import streams
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, inputs
 
@@ -115,12 +116,10 @@ def log_probs(
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     found = fr.linear_logprobs(hidden, head, outputs=outputs, **more)
-    u = torch.linspace(-1, 1, 3 * sum(counts()), dtype=found.logprobs.dtype).view(-1, 3)
+    names = ["logprobs", *(name for name in outputs if STATISTICS[name].differentiable)]
+    u = torch.linspace(-1, 1, len(names) * sum(counts()), dtype=found.logprobs.dtype).view(-1, len(names))
     u[5] = 0
-    u = rows(u)
-    loss = (found.logprobs * u[:, 0]).sum()
-    if outputs:
-        loss = loss + (found.entropy * u[:, 1] + found.lse * u[:, 2]).sum()
+    loss = sum((getattr(found, name) * some).sum() for name, some in zip(names, rows(u).unbind(1)))
     return loss, [found.logprobs.detach(), *(getattr(found, name).detach().float() for name in outputs)]
 
 

@@ -6,6 +6,7 @@ import torch
 import fused_rlhf as fr
 from fused_rlhf.backends import chunked, tiling
 from fused_rlhf.kernels.interface import Needs, Rows, TokenGrads
+from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.segments import Sequences
 from tests.helpers import ALL_OUTPUTS, TRANSFORMS, dense, inputs, plausible_logits, projection, relative, worst
 from tests.memory import peak_tensor_bytes
@@ -40,8 +41,8 @@ def test_outputs_and_gradients_equal_dense_fp64(backend, bias, scale, softcap, p
     truth = dense(**{**data, **theirs}, **transform)
     for name, expected in truth.items():
         assert worst(getattr(found, name), expected) < 1e-12, name
-    upstream = torch.randn(3, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    names = ("logprobs", "entropy", "lse")
+    names = ("logprobs", *(name for name, record in STATISTICS.items() if record.differentiable))
+    upstream = torch.randn(len(names), 37, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     sum((getattr(found, n) * u).sum() for n, u in zip(names, upstream)).backward()
     sum((truth[n] * u).sum() for n, u in zip(names, upstream)).backward()
     for name in ours:
@@ -111,13 +112,13 @@ def test_columns_of_a_padded_vocabulary_hold_no_mass(backend):
     data["bias"] = bias
     kept = {**data, "weight": data["weight"][:33], "bias": bias[:33]}
     ours, theirs = leaves(data), leaves(kept)
-    names = ("logprobs", "entropy", "lse", "sum_sq")
-    found = fr.linear_logprobs(**{**data, **ours}, outputs=("entropy", "lse", "sum_sq"), backend=backend)
+    names = ("logprobs", "entropy", "lse", "sum_sq", "max_logit")
+    found = fr.linear_logprobs(**{**data, **ours}, outputs=names[1:], backend=backend)
     truth = dense(**{**kept, **theirs})
     for name in names:
         assert worst(getattr(found, name), truth[name]) < 1e-12
-    (found.logprobs.sum() + found.entropy.sum()).backward()
-    (truth["logprobs"].sum() + truth["entropy"].sum()).backward()
+    (found.logprobs + found.entropy + found.sum_sq + found.max_logit).sum().backward()
+    (truth["logprobs"] + truth["entropy"] + truth["sum_sq"] + truth["max_logit"]).sum().backward()
     assert relative(ours["hidden"].grad, theirs["hidden"].grad) < 1e-12
     assert relative(ours["weight"].grad[:33], theirs["weight"].grad) < 1e-12
     assert (ours["weight"].grad[33:] == 0).all()
@@ -211,18 +212,18 @@ def peaked(n=64, h=16, v=500):
 @pytest.mark.parametrize("grad_filter", [1e-6, 1e-2, 0.3])
 def test_filtered_gradients_stay_within_the_stated_bound(grad_filter):
     data, scale = peaked(), 0.9
-    upstream = torch.randn(2, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads = []
     for f in (0.0, grad_filter):
         ours = leaves(data)
         found = fr.linear_logprobs(
-            **{**data, **ours}, logit_scale=scale, outputs=("lse",), grad_filter=f, backend="chunked"
+            **{**data, **ours}, logit_scale=scale, outputs=("lse", "sum_sq"), grad_filter=f, backend="chunked"
         )
-        (found.logprobs * upstream[0] + found.lse * upstream[1]).sum().backward()
+        (found.logprobs * upstream[0] + found.lse * upstream[1] + found.sum_sq * upstream[2]).sum().backward()
         grads.append((found.logprobs.detach(), ours["hidden"].grad, ours["weight"].grad))
     (exact_lp, exact_x, exact_w), (lp, x, w) = grads
     assert torch.equal(lp, exact_lp)  # the forward is exact whatever the filter
-    per_row = (upstream[1] - upstream[0]).abs() * grad_filter * scale
+    per_row = ((upstream[1] - upstream[0]).abs() + 2 * upstream[2].abs()) * grad_filter * scale
     assert ((x - exact_x).norm(dim=1) <= per_row * data["weight"].norm(dim=1).max() + 1e-13).all()
     assert (w - exact_w).norm() <= (per_row * data["hidden"].norm(dim=1)).sum() + 1e-13
 
@@ -249,15 +250,16 @@ def test_the_filter_skips_what_holds_no_mass_and_keeps_targets(monkeypatch):
     assert 64 * 4 <= work[0.999] <= 64 * 2 * 16
 
 
-def test_rows_with_an_entropy_gradient_are_not_filtered(monkeypatch):
+@pytest.mark.parametrize("name", ["entropy", "mean_logit"])
+def test_rows_whose_gradient_is_everywhere_are_not_filtered(monkeypatch, name):
     monkeypatch.setattr(tiling, "TILE", 16)
     data = peaked()
     mixed = torch.where(torch.arange(64) % 2 == 0, 0.3, 0.0)
     grads = []
     for f in (0.0, 0.5):
         ours = leaves(data)
-        found = fr.linear_logprobs(**{**data, **ours}, outputs=("entropy",), grad_filter=f, backend="chunked")
-        (found.logprobs.sum() + (found.entropy * mixed).sum()).backward()
+        found = fr.linear_logprobs(**{**data, **ours}, outputs=(name,), grad_filter=f, backend="chunked")
+        (found.logprobs.sum() + (getattr(found, name) * mixed).sum()).backward()
         grads.append(ours["hidden"].grad)
     assert relative(grads[1][::2], grads[0][::2]) < 1e-13
     assert relative(grads[1][1::2], grads[0][1::2]) > 1e-3

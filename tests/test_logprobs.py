@@ -201,8 +201,8 @@ def test_compiles_without_a_graph_break(device, options, masked):
         data["targets"][::3] = -100
 
     def f(hidden, weight, targets):
-        found = fr.linear_logprobs(torch.tanh(hidden), weight, targets, outputs=("entropy",))
-        return (found.logprobs - 0.1 * found.entropy).sum()
+        found = fr.linear_logprobs(torch.tanh(hidden), weight, targets, outputs=("entropy", "sum_sq", "max_logit"))
+        return (found.logprobs - 0.1 * found.entropy + found.sum_sq - found.max_logit).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, **options)
@@ -226,7 +226,7 @@ def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter, with
     data = placed(inputs(12, 16, 70, torch.float32, bias=True), device)
     data["targets"][2] = -100
     head = projection(data["weight"], data["bias"], logit_scale=0.7, softcap=5.0, grad_filter=grad_filter)
-    options = logprobs._Options.of(head, -100, ("entropy", "is_top1"), "auto")
+    options = logprobs._Options.of(head, -100, ("entropy", "max_logit", "argmax", "is_top1"), "auto")
     temperature, absent = torch.ones(12, device=device), torch.empty(0, device=device)
     free = [leaf(data["weight"]), leaf(data["bias"]), absent]
     ids = torch.arange(36, device=device).view(12, 3).index_fill(0, torch.tensor([4], device=device), -100)
@@ -238,7 +238,9 @@ def test_torch_finds_nothing_wrong_with_the_custom_ops(device, grad_filter, with
     kept = [found[name].detach() for name in logprobs.KEPT]
     operands = [t.detach() for t in free]
     by_ids = absent if ids is None else torch.linspace(-1, 1, 36, device=device).view(12, 3)
-    upstream = [torch.linspace(-1, 1, 12, device=device), torch.zeros(12, device=device), absent, by_ids]
+    of_rows = {"logprobs": torch.linspace(-1, 1, 12, device=device), "entropy": torch.zeros(12, device=device)}
+    of_rows |= {"max_logit": torch.ones(12, device=device), "id_logits": by_ids}
+    upstream = [of_rows.get(name, absent) for name in logprobs.UPSTREAM]
     backward = (
         upstream,
         data["hidden"],

@@ -79,7 +79,10 @@ TENSOR_CORES = {
 }
 KERNEL_FILES = (linear_logprobs, linear_kl, objectives, gathered, scaling, truncation)
 TWINS = ("SURROGATE", "KL", "LEVEL", "PREFERENCE", "TERMS", "PUSH")  # what picks a device function or a branch
-OPTIONAL = ("bias_ptr", "exps", "h_ptr", "raw_ptr", "floor_ptr", "lora_ptr", "table_ptr", "top_k_ptr", "top_p_ptr")
+OPTIONAL = (
+    *("bias_ptr", "exps", "h_ptr", "square_ptr", "flat_ptr", "raw_ptr", "floor_ptr", "lora_ptr", "table_ptr"),
+    *("top_k_ptr", "top_p_ptr"),
+)
 GEMM_KERNELS = ("stats_kernel", "dlogits_kernel")
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -175,6 +178,10 @@ def record(arch: str, how: str) -> list[Launch]:
             (plain, TokenGrads(ones)),
             (plain, TokenGrads(ones, ones)),
             (full, TokenGrads(ones, ones, ones)),
+            (plain, TokenGrads(None, sum_sq=ones)),
+            (plain, TokenGrads(None, mean_logit=ones)),
+            (plain, TokenGrads(ones, ones, ones, ones, ones)),
+            (full, TokenGrads(ones, ones, ones, ones, ones)),
         ):
             ops.gradients(rows, head, stats, grads, Needs(True, True, True))
         if how != "tf32":
@@ -227,9 +234,10 @@ def record_kept_sets(rows: Rows, how: str) -> None:
         none = Rows(entries.hidden[:0], zeros[:0], ones[:0])
         nothing = Stats(none.temperature, none.temperature)
         ops.gradients(none, head, nothing, TokenGrads(None), Needs(True, True, True, True), entries=grads)
-    bounded, stats = replace(rows, border=Border(ones, zeros)), Stats(ones, ones, {"entropy": ones}, normaliser=ones)
+    extra = {"entropy": ones, "sum_sq": ones}
+    bounded, stats = replace(rows, border=Border(ones, zeros)), Stats(ones, ones, extra, normaliser=ones)
     for head in (projection(weight), projection(weight, bias, logit_scale=0.5, softcap=30.0)):
-        for upstream in (TokenGrads(ones), TokenGrads(ones, ones, ones)):
+        for upstream in (TokenGrads(ones), TokenGrads(ones, ones, ones), TokenGrads(ones, ones, ones, ones)):
             ops.gradients(bounded, head, stats, upstream, Needs(True, True, True))
         if how != "half":
             continue
@@ -367,8 +375,12 @@ def test_products_use_tensor_cores(compiled: list[tuple[Launch, dict[str, Any]]]
 
 
 # Bytes of stack, of launches that are known to need some. This one writes as many once a tile of 128 x 256, and must take the
-# tile of the statistics without E, whose bits it has.
-KNOWN_SPILLS = {"stats_kernel-sm_90-half-ENTROPY-exps": 32}
+# tile of the statistics without E, whose bits it has. The others have every upstream and transform at once, in fp32 without
+# tensor cores.
+_ALL_AT_ONCE = "bias_ptr-h_ptr-square_ptr-flat_ptr-softcap_slope"
+KNOWN_SPILLS = {"stats_kernel-sm_90-half-ENTROPY-exps": 32} | {
+    f"dlogits_kernel-{arch}-ieee-{_ALL_AT_ONCE}": 8 for arch in ("sm_89", "sm_120")
+}
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ PROPERTY = settings(
 )
 SHARE = settings(PROPERTY, max_examples=max(PROPERTY.max_examples // 6, 1))
 BACKENDS = st.sampled_from(["chunked", "reference"])
-STATISTICS = ["entropy", "lse", "sum_sq", "mean_logit", "is_top1", "margin"]
+STATISTICS = ["entropy", "lse", "sum_sq", "mean_logit", "max_logit", "argmax", "is_top1", "margin"]
 DIVERGENCES: list[Any] = ["forward", "reverse", "jsd"]
 
 
@@ -161,6 +161,8 @@ def test_logprobs(data: st.DataObject) -> None:
         assert (found.sum_sq.reshape(-1)[live].double() - log_p.exp().square().sum(-1)[live]).abs().le(1e-4).all()
     if "is_top1" in outputs and batch.dtype == torch.float64:
         assert torch.equal(found.is_top1.reshape(-1)[live], (log_p.argmax(-1) == batch.targets.reshape(-1))[live])
+    if "argmax" in outputs and batch.dtype == torch.float64:
+        assert torch.equal(found.argmax.reshape(-1)[live], log_p.argmax(-1)[live])
     if "margin" in outputs and batch.V > 1:
         top = log_p.topk(2, -1).values
         assert (found.margin.reshape(-1)[live].double() - (top[:, 0] - top[:, 1])[live]).abs().le(1e-3).all()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import fused_rlhf as fr
 from fused_rlhf.kernels.statistics import OUTPUTS, STATISTICS, Partials, Tile, merge, parts_of, slots_of
 from fused_rlhf.op import logprobs
-from tests.helpers import dense, inputs, worst
+from tests.helpers import dense, inputs, relative, worst
 
 
 def test_what_follows_from_the_records():
@@ -19,7 +20,7 @@ def test_what_follows_from_the_records():
     assert len(returned) == len(logprobs.RESULTS)
     differentiable = [name for name, record in STATISTICS.items() if record.differentiable]
     assert ("logprobs", "id_logits", *differentiable) == logprobs.DIFFERENTIABLE
-    assert differentiable == ["entropy", "lse"]
+    assert differentiable == ["entropy", "lse", "sum_sq", "mean_logit", "max_logit"]
 
 
 def test_slots_are_dense_and_in_the_order_of_the_records():
@@ -113,6 +114,52 @@ def test_margin(backend):
     assert fr.linear_logprobs(hidden, weight, targets, outputs=("margin",), backend=backend).margin == 2
     only = fr.linear_logprobs(hidden, torch.ones(1, 2), torch.tensor([0]), outputs=("margin",), backend=backend)
     assert only.margin == math.inf
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_the_largest_logit(backend):
+    """Its gradient goes to the first of the largest, in another tile than the second; its column may be the id to ignore, of
+    a row that is not."""
+    weight = torch.zeros(9000, 2)
+    weight[[17, 8000]] = 1.0
+    hidden, targets = torch.ones(3, 2, requires_grad=True), torch.tensor([3, 17, 5])
+    weight.requires_grad_()
+    found = fr.linear_logprobs(
+        hidden, weight, targets, ignore_index=17, outputs=("max_logit", "argmax"), backend=backend
+    )
+    assert found.max_logit.tolist() == [2, 0, 2]
+    assert found.argmax.tolist() == [17, 0, 17]
+    assert found.argmax.dtype == torch.int64
+    assert not found.argmax.requires_grad
+    (found.max_logit * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert weight.grad[17].tolist() == [4, 4]
+    assert weight.grad.count_nonzero() == 2
+    assert hidden.grad.tolist() == [[1, 1], [0, 0], [3, 3]]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_each_gradient_by_itself_and_twice(backend):
+    """Of tokens in two dimensions, with a frozen operand, by autograd and once more with the graph kept."""
+    data = inputs(37, 8, 103, bias=True)
+    true: dict[str, Any] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    names = [name for name, record in STATISTICS.items() if record.differentiable]
+    for frozen in ("weight", "hidden"):
+        leaves = [name for name in ("hidden", "weight", "bias") if name != frozen]
+        for some in (data, true):
+            for name in ("hidden", "weight", "bias"):
+                some[name] = some[name].detach().requires_grad_(name != frozen)
+        found, exact = (
+            fr.linear_logprobs(**data, softcap=3.0, outputs=names, backend=backend),
+            dense(**true, softcap=3.0),
+        )
+        for name in names:
+            upstream = torch.linspace(-1, 2, 37, dtype=torch.float64).masked_fill(torch.arange(37) == 7, 0)
+            for _ in range(2):
+                ours, theirs = (
+                    torch.autograd.grad(value, [some[n] for n in leaves], upstream, retain_graph=True)
+                    for value, some in ((getattr(found, name), data), (exact[name], true))
+                )
+                assert all(relative(a, b) < 1e-11 for a, b in zip(ours, theirs)), (name, frozen)
 
 
 def test_margin_where_one_column_has_all_the_probability():

@@ -2,9 +2,10 @@
 
 Work is cut into blocks of ROWS rows by TILE columns, small enough that everything done to a tile of logits between two
 matrix products happens in cache. The statistics of a tile are those of
-`kernels/statistics.py`; back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy):
+`kernels/statistics.py`; back, with p = exp(z - lse) and upstream g (log-prob), k (lse), h (entropy), s (sum_sq, Q) and
+m (mean_logit):
 
-    dz = g onehot(y) + p (k - g - h (log p + H))
+    dz = g onehot(y) + p (k - g - h (log p + H) + 2 s (p - Q)) + m / V
 
 Operands are cast to the compute dtype and multiplied in fp32 (fp64 for fp64), so that the logits are never rounded.
 Where the device multiplies bf16 natively, the two products of the backward take bf16 operands, and so does that of the
@@ -142,9 +143,11 @@ class _BackwardBlock:
     temperature: Tensor
     targets: Tensor
     lse: Tensor
-    onehot: Tensor  # dz = onehot at the target + p (constant - slope log p)
+    onehot: Tensor  # dz = onehot at the target + p (constant - slope log p + square p) + flat
     constant: Tensor
     slope: Tensor | None
+    square: Tensor | None
+    flat: Tensor | None
     d_x: Tensor | None  # (n, H)
     head: Projection
     border: Border | None = None
@@ -157,13 +160,15 @@ class _BackwardBlock:
         targets = op.targets[index]
         temperature = op.temperature[index]
         zero = torch.zeros_like(stats.lse)
-        g, h, k = (zero if grad is None else grad.to(op.wide) for grad in grads)
-        if op.curved:  # else it is part of scale
-            g, h, k = g / temperature, h / temperature, k / temperature
+        upstream = [zero if grad is None else grad.to(op.wide) for grad in grads]
+        # Without a curve the temperature is part of scale.
+        g, h, k, s, m = (grad / temperature for grad in upstream) if op.curved else upstream
         constant = k - g
         if grads.entropy is not None:
             assert stats.entropy is not None
             constant = constant - h * stats.entropy
+        if grads.sum_sq is not None:
+            constant = constant - 2 * s * stats["sum_sq"]
         return _BackwardBlock(
             x=x,
             narrow_x=x.to(op.narrow),
@@ -174,6 +179,8 @@ class _BackwardBlock:
             onehot=g,
             constant=constant,
             slope=None if grads.entropy is None else h,
+            square=None if grads.sum_sq is None else 2 * s,
+            flat=None if grads.mean_logit is None else m / op.head.all_columns,
             d_x=torch.zeros_like(x) if needs.hidden else None,
             head=op.head,
             border=None if op.border is None else op.border.pick(index),
@@ -214,13 +221,16 @@ class _BackwardBlock:
         slope = self.head.transform.slope(z, self.temperature)
         if self.border is not None:
             z.masked_fill_(truncation.outside(z, columns, self.targets, self.border), -torch.inf)
-        log_p = z.sub_(self.lse[:, None])
-        if self.slope is None:
-            dz = log_p.exp_().mul_(self.constant[:, None])
-        else:
+        log_p, coefficient = z.sub_(self.lse[:, None]), self.constant[:, None]
+        if self.slope is not None:
             log_p.clamp_(min=FAR)
-            coefficient = torch.addcmul(self.constant[:, None], log_p, self.slope[:, None], value=-1)
-            dz = log_p.exp_().mul_(coefficient)
+            coefficient = torch.addcmul(coefficient, log_p, self.slope[:, None], value=-1)
+        p = log_p.exp_()
+        if self.square is not None:
+            coefficient = torch.addcmul(coefficient, p, self.square[:, None])
+        dz = p.mul_(coefficient)
+        if self.flat is not None:
+            dz += self.flat[:, None]
         self._add_onehot_(dz, columns)
         return dz if slope is None else dz.mul_(slope)
 

@@ -95,13 +95,15 @@ def gradients(
         log_p = log_p.masked_fill(outside(z, slice(0, z.shape[1]), rows.targets, rows.border), -torch.inf)
     p = log_p.exp()
     zero = torch.zeros_like(stats.lse)
-    g, h, k = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
-    dz = (k - g) * p
+    g, h, k, s, m = ((zero if grad is None else grad.to(z.dtype))[:, None] for grad in upstream)
+    dz = (k - g) * p + m / head.all_columns
     here = ((rows.targets >= 0) & (rows.targets < z.shape[1]))[:, None]  # of a shard's rows, some targets lie elsewhere
     dz.scatter_add_(1, rows.targets.clamp(0, z.shape[1] - 1)[:, None], torch.where(here, g, 0.0))
     if upstream.entropy is not None:
         assert stats.entropy is not None
         dz = dz - h * p * torch.where(p == 0, 0.0, log_p + stats.entropy[:, None])
+    if upstream.sum_sq is not None:
+        dz = dz + 2 * s * p * (p - stats["sum_sq"][:, None])
     return _through_head(dz, z, rows.hidden, temperature, head, needs, entries)
 
 

@@ -100,11 +100,11 @@ def _our_outputs(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _statistics(out: LogProbs, scored: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """The op's results as TRL's kernel returns them; `scored` marks the rows that hold any."""
-    sum_sq = out.sum_sq
+    """The op's results as TRL's kernel returns them, the first two differentiable; `scored` marks the rows that hold any."""
+    sum_sq, mean_logit = (None if value is None else value.detach() for value in (out.sum_sq, out.mean_logit))
     if sum_sq is not None:
         sum_sq = (sum_sq if scored is None else sum_sq.masked_fill(~scored, 1.0)).log()
-    return out.logprobs, out.entropy, sum_sq, out.mean_logit, out.is_top1
+    return out.logprobs, out.entropy, sum_sq, mean_logit, out.is_top1
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ frozen      statistics and dlogprob/dhidden, which under a frozen head is all th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -130,10 +130,11 @@ def _within_sets(
 
 
 def statistics(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
-    """For a loss of log-probs alone: those are differentiable, the other statistics maybe not."""
+    """For a loss of log-probs alone: those are differentiable, what `outputs` adds is not."""
     if rows.count > 0 and head.shard is None and not trains(head) and _pays(rows, head, backend):
         return _frozen_logprobs(rows, head, outputs, backend)
-    return linear_logprobs(rows, head, None, outputs, backend)
+    stats = linear_logprobs(rows, head, None, outputs, backend)
+    return replace(stats, extra={name: value.detach() for name, value in stats.extra.items()})
 
 
 def loss_of(stats: Stats, objective: Objective, backend: str) -> Tensor:

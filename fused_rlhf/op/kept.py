@@ -1,12 +1,12 @@
 """Log-probs of the distribution that a truncated sampler drew from: renormalised over the tokens it kept.
 
-    logprob = z_y - lse_S      lse_S = log sum_{v in S} exp z_v      H_S, sum_sq over S likewise
+    logprob = z_y - lse_S      lse_S = log sum_{v in S} exp z_v      H_S, Q_S = sum_{v in S} p_v^2 likewise
 
 S is given, or found from the logits. Sets of a few tokens are named one by one, and work on them never touches the rest of
 the vocabulary, forward or backward; rows whose sets are large go through the backend's products with a border. With
-upstream g, k, h of logprob, lse and entropy, for v in S
+upstream g, k, h, s of logprob, lse, entropy and sum_sq, for v in S
 
-    dz_v = g (1[v = y] - p_v) + k p_v - h p_v (log p_v + H)
+    dz_v = g (1[v = y] - p_v) + k p_v - h p_v (log p_v + H) + 2 s p_v (p_v - Q)
 
 The log-probs of the whole vocabulary, where they are wanted too, come from the same pass.
 """
@@ -89,17 +89,19 @@ class _Small:
         """(E,): dloss / dlogits."""
         row, stats = self.entries.rows, self.stats
         zero = torch.zeros_like(stats.lse)
-        g, h, k = (zero if grad is None else grad.to(zero.dtype) for grad in grads)
+        g, h, k, s = (zero if grad is None else grad.to(zero.dtype) for grad in grads[:4])
         log_p = self.logits - stats.lse[row]
         p = log_p.exp()
         by_all = (k - g)[row]
         # From the log-prob itself, so that 1 - p keeps its digits where p is near 1.
         by_target = k[row] * p - (g * stats.logprobs.expm1())[row]
         dz = torch.where(self.at_target, by_target, by_all * p)
-        if grads.entropy is None:
-            return dz
-        assert stats.entropy is not None
-        return dz - h[row] * torch.where(p > 0, p * (log_p + stats.entropy[row]), p)
+        if grads.entropy is not None:
+            assert stats.entropy is not None
+            dz = dz - h[row] * torch.where(p > 0, p * (log_p + stats.entropy[row]), p)
+        if grads.sum_sq is not None:
+            dz = dz + 2 * s[row] * p * (p - stats["sum_sq"][row])
+        return dz
 
 
 def _partials(z: Tensor, at_target: Tensor, of_rows: Sequences, like: Tensor, outputs: tuple[str, ...]) -> Partials:
@@ -149,8 +151,7 @@ class _Kept(torch.autograd.Function):
         ctx.backend, ctx.outputs = backend, outputs
         full = [] if of_all is None else [of_all.logprobs]
         added = [rows.targets.bool() if found is None else found.added] if adds else []
-        plain = [stats.extra[name] for name in outputs if name == "sum_sq"]
-        ctx.mark_non_differentiable(*plain, *added)
+        ctx.mark_non_differentiable(*added)
         ctx.set_materialize_grads(False)
         return (stats.logprobs, stats.lse, *(stats.extra[name] for name in outputs), *full, *added)
 
@@ -159,7 +160,7 @@ class _Kept(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # type: ignore[override]
         hidden, weight, bias, lora_b = ctx.saved_tensors
         given = dict(zip(("logprobs", "lse", *ctx.outputs, FULL), upstream))
-        grads = TokenGrads(given["logprobs"], given.get("entropy"), given["lse"])
+        grads = TokenGrads(given["logprobs"], given.get("entropy"), given["lse"], given.get("sum_sq"))
         full = given.get(FULL) if ctx.of_all is not None else None
         backend = backends.resolve(ctx.backend, hidden)
         needs = Needs(*ctx.needs_input_grad[:4])
@@ -229,6 +230,6 @@ def _dense(rows: Rows, of_all: Stats | None, full: Tensor | None, found: KeptSet
         return None if value is None else torch.cat([before, value.to(before.dtype)])
 
     g = torch.zeros_like(within.lse) if of_wide.logprobs is None else of_wide.logprobs
-    upstream = TokenGrads(after(g, full[every].to(lead.dtype)), after(of_wide.entropy), after(of_wide.lse))
+    upstream = TokenGrads(after(g, full[every].to(lead.dtype)), *map(after, of_wide[1:]))
     joined = Rows.joined([rows.pick(every), bounded]), Stats.joined([whole, within])
     return _Dense(*joined, upstream, [every, wide[live]])

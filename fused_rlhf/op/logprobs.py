@@ -10,6 +10,7 @@ results follow from the records of `kernels/statistics.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from fused_rlhf.kernels.interface import (
     pick,
     rows_of_blocks,
 )
-from fused_rlhf.kernels.statistics import STATISTICS
+from fused_rlhf.kernels.statistics import STATISTICS, with_places
 from fused_rlhf.kernels.transforms import Transform
 from fused_rlhf.op import parallel, streamed
 from fused_rlhf.op.adapter import no_autocast
@@ -40,7 +41,9 @@ from fused_rlhf.op.rows import check_ids, check_targets, check_temperature, scat
 
 # Mass and normaliser are for the backward alone.
 RESULTS = ("logprobs", "lse", *(name for name in STATISTICS if name != "lse"), "mass", "normaliser", "id_logits")
-KEPT = ("logprobs", "lse", "entropy", "mass", "normaliser", "id_logits")  # of these for the backward
+# Of these for the backward:
+KEPT = ("logprobs", "lse", "entropy", "sum_sq", "max_logit", "argmax", "mass", "normaliser", "id_logits")
+UPSTREAM = (*TokenGrads._fields, "max_logit", "id_logits")
 DIFFERENTIABLE = ("logprobs", "id_logits", *(name for name, record in STATISTICS.items() if record.differentiable))
 
 
@@ -121,7 +124,7 @@ def _computed(
 ) -> dict[str, Tensor]:
     absent = rows.hidden.new_empty(0)
     operands = [absent if t is None else t for t in (head.weight, head.bias, head.lora_b)]
-    options = _Options.of(head, ignore_index, outputs, backend)
+    options = _Options.of(head, ignore_index, with_places(outputs), backend)
     found = torch.ops.fused_rlhf.logprobs(rows.hidden, operands, rows.targets, rows.temperature, ids, *options)
     return dict(zip(RESULTS, found))
 
@@ -194,8 +197,8 @@ def _counts(ids: Tensor, targets: Tensor, ignore_index: int | None) -> Tensor:
 
 def _dtypes(temperature: Tensor) -> list[torch.dtype]:
     """Of RESULTS."""
-    boolean = {name for name, record in STATISTICS.items() if record.boolean}
-    return [torch.bool if name in boolean else temperature.dtype for name in RESULTS]
+    special = {name: record.dtype for name, record in STATISTICS.items() if record.dtype is not None}
+    return [special.get(name, temperature.dtype) for name in RESULTS]
 
 
 def _empty(
@@ -238,11 +241,9 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple:
     hidden, weight, bias, lora_b, targets, temperature, ids, *kept = ctx.saved_tensors
     absent = hidden.new_empty(0)
     given = dict(zip(RESULTS, upstream))
-    by_ids = None if ids is None else given["id_logits"]
-    wanted = [given["logprobs"], given["entropy"] if kept[2].numel() else None, given["lse"], by_ids]
     need_hidden, need_head = ctx.needs_input_grad[:2]
     grads = torch.ops.fused_rlhf.logprobs_backward(
-        [absent if g is None else g for g in wanted],
+        [absent if given[name] is None else given[name] for name in UPSTREAM],
         hidden,
         [weight, bias, lora_b],
         targets,
@@ -267,22 +268,17 @@ _logprobs.register_autograd(_backward, setup_context=_save)
 )
 def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, needs, *options):  # type: ignore[no-untyped-def]
     asked, wanted = _Options(*options), Needs(*needs)
-    *of_rows, by_ids = map(_or_none, upstream)
-    given = TokenGrads(*of_rows)
+    by_name = dict(zip(UPSTREAM, map(_or_none, upstream)))
+    given = TokenGrads(*(by_name[name] for name in TokenGrads._fields))
     backend, projection = backends.resolve(asked.backend, hidden), asked.head(*head)
-    logprobs, lse, entropy, mass, normaliser, id_logits = kept
+    found = {name: value for name, value in zip(KEPT, kept) if value.numel()}
     rows = Rows(hidden, targets, temperature)
-    entries = None
-    if ids is not None and by_ids is not None:
-        by_ids = torch.where(_counts(ids, targets, asked.ignore_index), by_ids, 0.0).reshape(-1)
-        of_ids = parallel.entries_of(rows, _named(ids, asked.ignore_index))
-        entries = live_entries(EntryGrads(of_ids, id_logits.reshape(-1), by_ids))
-        entries = entries if entries.entries.count else None
+    entries = _entry_grads(rows, ids, found, by_name, asked.ignore_index)
     live, keep = given.live(targets), None
     if asked.ignore_index is not None:
         live &= targets != asked.ignore_index
-    if mass.numel():
-        keep = _kept(mass, projection, targets, backend.filter_columns(hidden.device), given, live)
+    if "mass" in found:
+        keep = _kept(found["mass"], projection, targets, backend.filter_columns(hidden.device), given, live)
     # The one wait of the backward: how many rows are live, and how many each vocabulary block keeps of them.
     counts = live.sum()[None] if keep is None else torch.cat([live.sum()[None], keep.sum(0)])
     count, *of_blocks = counts.tolist()
@@ -290,8 +286,9 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
         return _materialise(Grads(None, None, None), (hidden, *head), wanted)
     some = None if count == targets.numel() else indices(live, count)
     filtered = None if keep is None else rows_of_blocks(pick(keep, some), of_blocks)
-    extra = {"entropy": entropy} if entropy.numel() else {}
-    stats = Stats(logprobs, lse, extra, normaliser=_or_none(normaliser)).pick(some)
+    extra = {name: value for name, value in found.items() if name in ("entropy", "sum_sq")}
+    logprobs, lse, *_ = kept
+    stats = Stats(logprobs, lse, extra, normaliser=found.get("normaliser")).pick(some)
     with no_autocast(hidden):
         some_rows, some_grads = rows.pick(some), given.pick(some)
         own = parallel.own_entry_grads(entries, projection)
@@ -306,9 +303,36 @@ def _logprobs_backward(upstream, hidden, head, targets, temperature, ids, kept, 
     return _materialise(grads._replace(hidden=d_hidden), (hidden, *head), wanted)
 
 
+def _entry_grads(
+    rows: Rows,
+    ids: Tensor | None,
+    found: Mapping[str, Tensor],
+    upstream: Mapping[str, Tensor | None],
+    ignore_index: int | None,
+) -> EntryGrads | None:
+    """Gradients of single logits that are not zero: of the ids, and of each row's largest logit; None where there are none."""
+    by_ids, by_max = upstream["id_logits"], upstream["max_logit"]
+    parts = []
+    if ids is not None and by_ids is not None:
+        by_ids = torch.where(_counts(ids, rows.targets, ignore_index), by_ids, 0.0)
+        parts.append((_named(ids, ignore_index), found["id_logits"], by_ids))
+    if by_max is not None:
+        if ignore_index is not None:
+            by_max = by_max.masked_fill(rows.targets == ignore_index, 0.0)
+        parts.append((found["argmax"][:, None], found["max_logit"][:, None], by_max[:, None]))
+    if not parts:
+        return None
+    columns, logits, grads = (torch.cat(some, 1) for some in zip(*parts))
+    entries = live_entries(EntryGrads(parallel.entries_of(rows, columns), logits.reshape(-1), grads.reshape(-1)))
+    return entries if entries.entries.count else None
+
+
 def _kept(mass: Tensor, head: Projection, targets: Tensor, columns: int, given: TokenGrads, live: Tensor) -> Tensor:
     """`kept_blocks` (N, blocks) of the live rows, none of the others. A rank may leave out its share of what all may."""
-    exact = None if given.entropy is None else given.entropy != 0
+    exact = None
+    for vector in (given.entropy, given.mean_logit):
+        if vector is not None:
+            exact = vector != 0 if exact is None else exact | (vector != 0)
     inside, share = targets.masked_fill(~live, 0), head.grad_filter
     if head.shard is not None:
         inside, share = (inside - head.shard.start).clamp(0, head.vocabulary - 1), share / head.shard.world

@@ -21,6 +21,7 @@ from fused_rlhf import backends
 from fused_rlhf.kernels.interface import (
     Backend,
     Comparison,
+    EntryGrads,
     Grads,
     Needs,
     Projection,
@@ -32,11 +33,12 @@ from fused_rlhf.kernels.interface import (
     TokenGrads,
     Work,
     indices,
+    pick,
 )
-from fused_rlhf.kernels.statistics import STATISTICS, Partials, merge
+from fused_rlhf.kernels.statistics import STATISTICS, Partials, merge, with_places
 from fused_rlhf.op.adapter import no_autocast
 from fused_rlhf.op.once import once_differentiable
-from fused_rlhf.op.parallel import LN2, whole_divergence
+from fused_rlhf.op.parallel import LN2, entries_of, whole_divergence
 from fused_rlhf.op.rows import scatter
 from fused_rlhf.op.streams import Block, Home, blocks, gathered, rows_of_block
 
@@ -50,6 +52,9 @@ def linear_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], back
 
 def _names(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("lse", *outputs)))
+
+
+_KEPT = ("entropy", "sum_sq", "max_logit", "argmax")  # of the statistics, for the backward
 
 
 class _LogProbs(torch.autograd.Function):
@@ -67,8 +72,8 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         names = _names(outputs)
         with no_autocast(hidden):
-            stats = statistics(backends.resolve(backend, hidden), rows, head, outputs)
-        kept = (stats.logprobs, stats.lse, stats.entropy, stats.normaliser)
+            stats = statistics(backends.resolve(backend, hidden), rows, head, with_places(outputs))
+        kept = (stats.logprobs, stats.lse, stats.normaliser, *map(stats.extra.get, _KEPT))
         ctx.save_for_backward(hidden, weight, bias, lora_b, rows.targets, rows.temperature, *kept)
         ctx.head, ctx.names, ctx.backend = head, names, backend
         ctx.mark_non_differentiable(*(stats[name] for name in names if not STATISTICS[name].differentiable))
@@ -78,18 +83,25 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple:  # type: ignore[override]
-        hidden, weight, bias, lora_b, targets, temperature, logprobs, lse, entropy, normaliser = ctx.saved_tensors
+        hidden, weight, bias, lora_b, targets, temperature, logprobs, lse, normaliser, *kept = ctx.saved_tensors
         head = replace(ctx.head, weight=weight, bias=bias, lora_b=lora_b)
         of_logprobs, *rest = upstream
         given = dict(zip(ctx.names, rest))
-        grads = TokenGrads(of_logprobs, given.get("entropy"), given["lse"])
-        live = grads.live(targets)
+        grads = TokenGrads(of_logprobs, *(given.get(name) for name in TokenGrads._fields[1:]))
+        by_max = given.get("max_logit")
+        live = grads.live(targets) if by_max is None else grads.live(targets) | (by_max != 0)
         count = int(live.sum())
         some = None if count == len(live) else indices(live, count)
-        stats = Stats(logprobs, lse, {} if entropy is None else {"entropy": entropy}, normaliser=normaliser).pick(some)
+        extra = {name: value for name, value in zip(_KEPT, kept) if value is not None}
+        stats = Stats(logprobs, lse, extra, normaliser=normaliser).pick(some)
         rows, needs = Rows(hidden, targets, temperature).pick(some), Needs(*ctx.needs_input_grad[:4])
+        largest = None
+        if by_max is not None:
+            entries = entries_of(replace(rows, hidden=rows.hidden.to(head.wide)), stats["argmax"][:, None])
+            largest = EntryGrads(entries, stats["max_logit"], pick(by_max, some))
         with no_autocast(hidden):
-            found = gradients(backends.resolve(ctx.backend, hidden), rows, head, stats, grads.pick(some), needs)
+            backend = backends.resolve(ctx.backend, hidden)
+            found = gradients(backend, rows, head, stats, grads.pick(some), needs, largest)
         return (scatter(found.hidden, some, len(hidden)), *found[1:], None, None, None, None)
 
 
@@ -111,16 +123,32 @@ def statistics(backend: Backend, rows: Rows, head: Projection, outputs: tuple[st
 
 
 def gradients(
-    backend: Backend, rows: Rows, head: Projection, stats: Stats, upstream: TokenGrads, needs: Needs
+    backend: Backend,
+    rows: Rows,
+    head: Projection,
+    stats: Stats,
+    upstream: TokenGrads,
+    needs: Needs,
+    entries: EntryGrads | None = None,
 ) -> Grads:
-    """As `Backend.gradients`: of the rows here, but of this rank's shard over the rows of all ranks."""
+    """As `Backend.gradients`: of the rows here, but of this rank's shard over the rows of all ranks.
+
+    entries: of these rows; they add to d_hidden, too.
+    """
     assert head.stream is not None
     wide = replace(rows, hidden=rows.hidden.to(head.wide))  # each block's d_hidden, too
     total = _Total(rows.hidden, head, needs)
     for block in blocks(head.weight, head.stream):
         found = None
         if rows.count:
-            found = backend.gradients(block.rows(wide), block.head(head), stats, upstream, needs)
+            of_columns, own = block.head(head), None if entries is None else block.entries(entries)
+            by_mean = upstream.mean_logit
+            if by_mean is not None:  # the backend divides by the columns of the block
+                by_mean = by_mean * (len(block.weight) / head.vocabulary)
+            some = upstream._replace(mean_logit=by_mean)
+            found = backend.gradients(block.rows(wide), of_columns, stats, some, needs, entries=own)
+            if found.hidden is not None and own is not None:
+                found = found._replace(hidden=found.hidden + backend.gathered_hidden(own, of_columns))
         total.add(block, found)
     return total.grads()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused_rlhf import private
-from fused_rlhf.kernels.interface import Projection, Rows, Stream
+from fused_rlhf.kernels.interface import EntryGrads, Projection, Rows, Stream
 from fused_rlhf.kernels.statistics import STATISTICS, Partials
 from fused_rlhf.op.once import once_differentiable
 
@@ -40,11 +40,15 @@ class Block:
     def column_of(self, place: Tensor) -> Tensor:
         return place // self.count * self.stream.rows + self.start + place % self.count
 
-    def rows(self, rows: Rows) -> Rows:
-        """With targets by their place in the block, -1 where they are not in it."""
-        owner, row = rows.targets // self.stream.rows, rows.targets % self.stream.rows - self.start
+    def place_of(self, column: Tensor) -> Tensor:
+        """-1 where it is not in the block."""
+        owner, row = column // self.stream.rows, column % self.stream.rows - self.start
         inside = (row >= 0) & (row < self.count)
-        return replace(rows, targets=torch.where(inside, owner * self.count + row, -1))
+        return torch.where(inside, owner * self.count + row, -1)
+
+    def rows(self, rows: Rows) -> Rows:
+        """With targets by their place in the block."""
+        return replace(rows, targets=self.place_of(rows.targets))
 
     def head(self, head: Projection) -> Projection:
         """Its columns; also of a head that is whole, beside the one that the block is of."""
@@ -52,6 +56,13 @@ class Block:
         weight = self.weight if head.stream is not None else head.weight[columns]
         bias, lora_b = (whole if whole is None else whole[columns] for whole in (head.bias, head.lora_b))
         return replace(head, weight=weight, bias=bias, lora_b=lora_b, stream=None)
+
+    def entries(self, grads: EntryGrads) -> EntryGrads | None:
+        """Those of its columns, by their place; None where there are none. Waits for the device."""
+        place = self.place_of(grads.entries.ids)
+        here = (place >= 0).nonzero().squeeze(1)
+        entries = replace(grads.entries, rows=grads.entries.rows[here], ids=place[here])
+        return EntryGrads(entries, grads.logits[here], grads.upstream[here]) if entries.count else None
 
     def placed(self, partials: Partials) -> Partials:
         """With columns of the whole."""
