@@ -59,9 +59,3 @@ def test_an_id_outside_of_the_vocabulary_is_refused() -> None:
 def test_largest(transform: Any, k: int) -> None:
     of, head, z = case(*transform)
     assert torch.equal(entries.largest(of["hidden"], head, of["temperature"], k), z.topk(k).indices)
-
-
-def test_of_equal_logits_the_first_is_the_largest() -> None:
-    hidden, weight = torch.ones(2, 3), torch.zeros(V, 3)
-    weight[[70, 4100, 9]] = 1.0
-    assert entries.largest(hidden, fr.Head(weight), 1.0, 1).tolist() == [[9], [9]]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fused_rlhf import notices, private
 from fused_rlhf.functional import linear_kl, linear_logprobs
-from fused_rlhf.kernels.statistics import STATISTICS
 from fused_rlhf.lm_head import tied_to
 from fused_rlhf.op.entries import entry_logits, largest
 from fused_rlhf.op.head import Head, LoRA
@@ -271,8 +270,6 @@ class Distribution:
 
     def statistics(self, *names: str) -> dict[str, Tensor]:
         """lse, entropy and what else is named, (n,) each; differentiable."""
-        for name in names:
-            self._check_statistic(name)
         found = self.found()
         if found is not None and all(name in found.values for name in names):
             return found.values
@@ -302,12 +299,6 @@ class Distribution:
         self.source.found[self.key, self.needs_grad] = Found(known, private.saved_tensor_hooks(), self.keeps)
         return {"logprobs": out.logprobs, **values}
 
-    def _check_statistic(self, name: str) -> None:
-        if self.needs_grad and not STATISTICS[name].differentiable:
-            raise NotImplementedError(
-                f"the gradient of {name} is not computed yet: ask for it of logits.detach() or under torch.no_grad()"
-            )
-
     def at(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) log-probability and logit of one token in each row: by the first pass, where there was none yet."""
         if self.found() is None and not (self.parent is not None and self.parent.covered):
@@ -318,8 +309,6 @@ class Distribution:
 
     def of_labels(self, labels: Tensor, ignore_index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """(n,) log-probs, and statistics by name, 0 at ignored labels: which cost nothing, and so the pass is not kept."""
-        for name in names:
-            self._check_statistic(name)
         found = self.found()
         if found is not None and all(name in found.values for name in names):
             live = labels != ignore_index
@@ -348,6 +337,9 @@ class Distribution:
 
     def largest(self, k: int) -> Tensor:
         """(n, k) ids of the largest logits."""
+        if k == 1:
+            with torch.no_grad():
+                return self.statistics("argmax")["argmax"][:, None]
         with self.computing():
             return largest(self.hidden(), self.head(), self.heat(), k)
 

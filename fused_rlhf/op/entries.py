@@ -97,11 +97,10 @@ def largest(hidden: Tensor, head: Head, temperature: float | Tensor, k: int) -> 
             for columns in slices(V, TILE):
                 z = op.new(len(some), columns.stop - columns.start)
                 op.logits(some, op.w(columns), rows, columns, z)
-                here, at = z.max(1, keepdim=True) if k == 1 else z.topk(min(k, z.shape[1]), 1)
+                here, at = z.topk(min(k, z.shape[1]), 1)
                 values, ids = torch.cat([values, here], 1), torch.cat([ids, at + columns.start], 1)
-                # A stable sort: of equal logits the first of the vocabulary stays first.
-                values, order = values.sort(dim=1, descending=True, stable=True)
-                values, ids = values[:, :k], ids.gather(1, order[:, :k])
+                values, order = values.topk(min(k, values.shape[1]), 1)
+                ids = ids.gather(1, order)
             found[rows] = ids
     return found
 
