@@ -596,7 +596,10 @@ def where(tmp_path, **options) -> gpu.Where:
 def test_gpu_stages_fit_the_time_and_the_suite(tmp_path, capsys):
     (tmp_path / "peer.whl").touch()
     planned = gpu.stages(where(tmp_path, wheels=tmp_path))
-    assert sum(stage.limit_s for stage in planned) == gpu.LIMIT_S == 9 * 60
+    in_time = gpu.shared(planned, gpu.LIMIT_S)
+    assert sum(stage.limit_s for stage in in_time) == pytest.approx(gpu.LIMIT_S) == 9 * 60
+    left_out = {stage.name for stage in planned} - {stage.name for stage in in_time}
+    assert left_out == {"precision", "memcheck", "racecheck"}
     assert [stage.name for stage in planned[:3]] == ["install", "main", "tests"]
     measured = [case for stage in planned for case in stage.cases]
     suite = SUITES["gpu"]()
@@ -647,6 +650,14 @@ def test_gpu_stages_can_be_run_one_by_one(tmp_path, capsys):
     ]
     assert chosen[0].command[chosen[0].command.index("--only") + 1 :][:3] == ["forward", "zero", "--out"]
     assert sum(stage.limit_s for stage in gpu.shared(chosen, 300.0)) == pytest.approx(300)
+    few = gpu.shared(chosen, 130.0)  # the tests no longer fit, what is shorter does
+    assert [stage.name for stage in few] == ["main", "precision"]
+    assert sum(stage.limit_s for stage in few) == pytest.approx(130)
+    assert gpu.main([str(tmp_path), "--only", "main", "small", "--limit", "50", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("main: left out, it needs 90 s of the 50 s")
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path), "--only", "small", "--limit", "10"])
+    assert "--limit must be at least 40 (s), got 10" in capsys.readouterr().err
     assert gpu.main([str(tmp_path), "--only", "small", "--limit", "50", "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("small (at least 50 s): ")
     with pytest.raises(SystemExit):
