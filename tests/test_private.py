@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fused_rlhf import private
@@ -67,3 +68,33 @@ def test_is_fake_knows_a_tensor_without_numbers():
     with FakeTensorMode():
         assert private.is_fake(torch.ones(2))
     assert not private.is_fake(torch.ones(2))
+
+
+def test_what_is_asked_of_fsdp2():
+    """Else a head under FSDP2 is made whole by its own hooks, or its gradients differ from those of the other groups."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+        model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 5), nn.Linear(5, 5))
+        fully_shard([model[0], model[2]])
+        head = fully_shard(model[1], mp_policy=policy)
+        head.set_gradient_divide_factor(3.0)
+        fully_shard(model)
+        found = private.fsdp_group(head)
+        assert found == (torch.bfloat16, torch.float32, 3.0, True, torch.device("cpu"))
+        assert private.fsdp_group(model[0]) is None
+        seen: list[bool] = []
+        head.register_forward_hook(lambda module, *_: seen.append(isinstance(module.weight, DTensor)))
+        before = [*head._forward_pre_hooks.values()], [*head._forward_hooks.values()]
+        head.forward = lambda x: x
+        with private.fsdp_asleep(head):
+            head(torch.ones(2, 3))
+        assert ([*head._forward_pre_hooks.values()], [*head._forward_hooks.values()]) == before
+        del head.forward
+        model(torch.ones(2, 3))
+        assert seen == [True, False]
+    finally:
+        dist.destroy_process_group()
