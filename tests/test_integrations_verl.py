@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_rlhf.integrations.verl import linear_cross_entropy, patch_verl
+from fused_rlhf.integrations.verl import (
+    FusedLinearForPPO,
+    linear_cross_entropy,
+    patch_verl,
+    patched_verl,
+    sum_pi_squared,
+    unpatch_verl,
+)
 from tests.helpers import dense, inputs, relative, worst
 
 N, H, V = 37, 24, 1003
@@ -139,6 +147,52 @@ def test_megatrons_layout() -> None:
         linear_cross_entropy(torch.ones(2, 3, 4), torch.ones(5, 4), torch.zeros(3, 2, dtype=torch.int64))
 
 
+# As verl calls it, read from its source of 2026.
+OF_MODULE = ("hidden_states", "vocab_weights", "input_ids", "temperature")
+
+
+class Theirs(torch.nn.Module):
+    """Stands in for verl's FusedLinearForPPO."""
+
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):  # type: ignore[no-untyped-def]
+        raise AssertionError("verl's own")
+
+
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    yield
+    unpatch_verl()
+
+
+def test_the_module_of_the_torch_backend() -> None:
+    assert tuple(inspect.signature(FusedLinearForPPO().forward).parameters) == OF_MODULE
+    data = inputs(12, H, V)
+    leaves = [data[name].requires_grad_() for name in ("hidden", "weight")]
+    found = FusedLinearForPPO(chunk_size=5)(
+        leaves[0].view(3, 4, H), leaves[1], data["targets"].view(3, 4).int(), temperature=0.7
+    )
+    truth = dense(leaves[0], leaves[1], data["targets"], temperature=0.7)
+    upstream = torch.linspace(-1, 2, 12, dtype=torch.float64)
+    for value, name in zip(found, ("logprobs", "entropy")):
+        torch.testing.assert_close(value, truth[name].view(3, 4))
+        ours, theirs = (
+            torch.autograd.grad(v.reshape(-1), leaves, upstream, retain_graph=True) for v in (value, truth[name])
+        )
+        assert all(relative(a, b) < 1e-10 for a, b in zip(ours, theirs))
+
+
+def test_sum_of_squared_probabilities() -> None:
+    """By verl's own formula of the logits."""
+    data = inputs(12, H, V)
+    hidden = data["hidden"].requires_grad_()
+    z = (hidden @ data["weight"].T / 0.7).view(3, 4, V)
+    truth = torch.exp(torch.logsumexp(2 * z, -1) - 2 * torch.logsumexp(z, -1))
+    found = sum_pi_squared(hidden.view(3, 4, H), data["weight"], 0.7)
+    torch.testing.assert_close(found, truth)
+    ours, theirs = (torch.autograd.grad((v * v).sum(), hidden, retain_graph=True)[0] for v in (found, truth))
+    assert relative(ours, theirs) < 1e-10
+
+
 def modules(forward: Any) -> dict[str, ModuleType]:
     """verl as far as it is looked at: where the function is, a module that imported it by name, and one that did not."""
 
@@ -151,6 +205,8 @@ def modules(forward: Any) -> dict[str, ModuleType]:
         "verl.utils",
         "verl.utils.kernel",
         "verl.utils.kernel.linear_cross_entropy",
+        "verl.utils.experimental",
+        "verl.utils.experimental.torch_functional",
         "verl.models.fused",
         "verl.x",
     ]
@@ -158,6 +214,8 @@ def modules(forward: Any) -> dict[str, ModuleType]:
     home: Any = made["verl.utils.kernel.linear_cross_entropy"]
     home.LinearCrossEntropy = LinearCrossEntropy
     home.linear_cross_entropy = LinearCrossEntropy.apply
+    made["verl.utils.experimental.torch_functional"].FusedLinearForPPO = Theirs  # type: ignore[attr-defined]
+    made["verl.models.fused"].fused = Theirs  # type: ignore[attr-defined]
     made["verl.models.fused"].linear_cross_entropy = home.linear_cross_entropy  # type: ignore[attr-defined]
     made["verl.x"].linear_cross_entropy = "its own"  # type: ignore[attr-defined]
     return made
@@ -172,9 +230,37 @@ def test_patch_verl_reaches_modules_that_hold_the_function_already(monkeypatch: 
         monkeypatch.setitem(sys.modules, name, module)
     patch_verl()
     patch_verl()
-    for name in ("verl.utils.kernel.linear_cross_entropy", "verl.models.fused"):
+    holders = ("verl.utils.kernel.linear_cross_entropy", "verl.models.fused")
+    for name in holders:
         assert made[name].linear_cross_entropy is linear_cross_entropy
+    assert made["verl.models.fused"].fused is FusedLinearForPPO
     assert made["verl.x"].linear_cross_entropy == "its own"
+    # A module that is imported after the patch holds ours, and is to have verl's own again as well.
+    late: Any = ModuleType("verl.late")
+    monkeypatch.setitem(sys.modules, "verl.late", late)
+    late.linear_cross_entropy = made["verl.models.fused"].linear_cross_entropy
+    own = vars(made["verl.utils.kernel.linear_cross_entropy"])["LinearCrossEntropy"].apply
+    for _ in range(2):
+        unpatch_verl()
+        assert all(made[name].linear_cross_entropy == own for name in holders)
+        assert late.linear_cross_entropy == own
+        assert made["verl.models.fused"].fused is Theirs
+    with patched_verl():
+        assert late.linear_cross_entropy is linear_cross_entropy
+    assert late.linear_cross_entropy == own
+
+
+def test_nothing_is_replaced_where_one_of_the_two_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(ctx, hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("verl's own")
+
+    made = modules(forward)
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    del made["verl.utils.experimental.torch_functional"].FusedLinearForPPO
+    with pytest.raises(ImportError, match="FusedLinearForPPO takes None, expected"):
+        patch_verl()
+    assert made["verl.models.fused"].linear_cross_entropy is not linear_cross_entropy
 
 
 def test_a_verl_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
