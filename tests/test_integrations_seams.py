@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fused_rlhf as fr
-from fused_rlhf.integrations import megatron, nemo_rl, prime_rl, skyrl
+from fused_rlhf.integrations import megatron, nemo_rl, prime_rl, skyrl, torchtitan
 
 S, B, H, V = 5, 2, 8, 30
 
@@ -30,6 +32,7 @@ OF_SKYRL = (
     *("backend", "hidden", "weight", "target", "vocab_start_index", "vocab_end_index", "chunk_size", "tp_group"),
     "inference_only",
 )
+OF_TORCHTITAN = ("pred", "labels", "global_valid_tokens", "loss_inputs")
 OF_PRIME_RL = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
 
 
@@ -51,6 +54,7 @@ def test_the_names_are_those_of_the_frameworks() -> None:
     inspect.signature(megatron.output_processor).bind(**dict.fromkeys(OF_MEGATRON))
     assert tuple(inspect.signature(nemo_rl.from_parallel_hidden_states_to_logprobs).parameters) == OF_NEMO_RL
     assert tuple(inspect.signature(skyrl.fused_lm_head_logprob_apply).parameters) == OF_SKYRL
+    assert tuple(inspect.signature(torchtitan.FusedLoss().__call__).parameters) == OF_TORCHTITAN
     assert tuple(inspect.signature(prime_rl.SequenceLogProbEntropy.apply).parameters) == OF_PRIME_RL
 
 
@@ -108,3 +112,49 @@ def test_what_it_cannot_serve_is_refused(group: Any, changes: dict[str, Any], er
     arguments: dict[str, Any] = {"hidden_states": hidden, "output_layer": layer, "labels": ids}
     with pytest.raises(error, match=words):
         megatron.output_processor(**arguments | changes)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torchtitan(group: Any, sharded: bool) -> None:
+    """Its loss and log-probs against dense ones, of a head that is whole and of one that FSDP2 holds; two backwards."""
+    hidden, weight, ids, _ = inputs()
+    flat, labels = hidden.flatten(0, 1).requires_grad_(), ids.T.reshape(-1).index_fill(0, torch.tensor([3]), -100)
+    model = torch.nn.Linear(H, V)
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    plain = [model.weight.detach().clone().requires_grad_(), model.bias.detach().clone().requires_grad_()]
+    if sharded:
+        mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    loss_fn = torchtitan.FusedLoss()
+    with pytest.raises(RuntimeError, match="set_lm_head must be called"):
+        loss_fn(flat, labels)
+    loss_fn.set_lm_head(model)
+    count = torch.tensor(9.0)
+    loss, metrics = loss_fn(pred=flat, labels=labels, global_valid_tokens=count)
+    z = torch.nn.functional.linear(flat, *plain)
+    expected = torch.nn.functional.cross_entropy(z, labels, reduction="sum", ignore_index=-100) / count
+    assert metrics == {}
+    torch.testing.assert_close(loss, expected)
+    for _ in range(2):
+        ours = torch.autograd.grad(3.7 * loss, [flat, model.weight, model.bias], retain_graph=True)
+        theirs = torch.autograd.grad(3.7 * expected, [flat, *plain], retain_graph=True)
+        for mine, true in zip(ours, theirs):
+            whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
+            torch.testing.assert_close(whole, true, rtol=1e-5, atol=1e-6)
+    found = torchtitan.compute_logprobs(flat, labels, model, return_entropy=True)
+    log_p = z.log_softmax(-1)
+    live = labels != -100
+    torch.testing.assert_close(found[0][live], log_p.gather(1, labels.clamp(min=0)[:, None])[live, 0])
+    torch.testing.assert_close(found[1][live], -(log_p.exp() * log_p).sum(-1)[live])
+    assert not found[1].requires_grad
+    with pytest.raises(TypeError, match=r"loss_inputs must be empty .* got .'advantages'."):
+        loss_fn(flat, labels, advantages=count)
+
+
+def test_torchtitans_tensor_parallel_head_is_refused(group: Any) -> None:
+    hidden, weight, ids, _ = inputs()
+    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+    layer = SimpleNamespace(weight=distribute_tensor(weight, mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="weight must not be sharded over 'tp'"):
+        torchtitan.compute_logprobs(hidden.flatten(0, 1), ids.T.reshape(-1), layer)  # type: ignore[arg-type]

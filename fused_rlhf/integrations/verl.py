@@ -8,8 +8,8 @@ and which the modules for Megatron have imported by then; `FusedLinearForPPO` is
     patch_verl()
 
 in every worker, e.g. as a module of yours named by `actor_rollout_ref.model.external_lib`. Only `patch_verl` imports verl;
-`unpatch_verl` takes it back, `patched_verl` is a context manager of both. In spite of its name the function's first result is the
-log-probability itself, not its negative.
+`unpatch_verl` takes it back, `patched_verl` is a context manager of both. In spite of its name the first result of the function
+is the log-probability itself, not its negative.
 """
 
 from __future__ import annotations
