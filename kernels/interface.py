@@ -706,7 +706,7 @@ class Backend(Protocol):
         ...
 
     def scaled(self, gradient: Tensor, factor: Tensor) -> Tensor:
-        """A gradient of one_pass times (), in place, rounded once; nothing is written where that is 1."""
+        """A gradient of one_pass times (), in place and rounded once."""
         ...
 
     def has_normaliser(self) -> bool:

@@ -211,6 +211,8 @@ def case_truncation() -> None:
         for narrow in (512, 3):
             with mock.patch.object(sharded_sets, "NARROW", narrow):
                 for number, cut in enumerate(cuts):
+                    if backend == "triton" and number < 3:  # of which the next two are all; an interpreter is slow
+                        continue
                     outputs = everything if number % 2 else everything[: number % 4]
                     for data in (curved, exact):
                         with blocks():

@@ -426,8 +426,7 @@ def one_pass_block(rows: Rows, head: Projection, needs: Needs) -> int:
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    on_cpu = factor.device.type == "cpu"  # elsewhere to look would be to wait
-    return gradient if on_cpu and factor == 1 else gradient.mul_(factor)
+    return gradient.mul_(factor)
 
 
 def has_normaliser() -> bool:
