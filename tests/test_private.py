@@ -87,7 +87,7 @@ def test_what_is_asked_of_fsdp2():
         assert found == (torch.bfloat16, torch.float32, 3.0, True, torch.device("cpu"))
         assert private.fsdp_group(model[0]) is None
         seen: list[bool] = []
-        head.register_forward_hook(lambda module, *_: seen.append(isinstance(module.weight, DTensor)))
+        head.register_forward_pre_hook(lambda module, *_: seen.append(isinstance(module.weight, DTensor)))
         before = [*head._forward_pre_hooks.values()], [*head._forward_hooks.values()]
         head.forward = lambda x: x
         with private.fsdp_asleep(head):
