@@ -202,6 +202,8 @@ def compared(kind: Kind, backend: str = "chunked", **more: Any) -> Callable[[], 
     ).sum()
 
 
+IN_THE_PASS = tuple(name for name in ALL_OUTPUTS if name != "max_logit")
+
 POLICIES = {
     name: make(**({"max_completion_length": 5} if name == "dr_grpo" else {}))
     for name, make in fr.objectives.PRESETS.items()
@@ -231,7 +233,7 @@ CALLS: dict[str, Callable[[], Callable[[], Tensor]]] = {
     **{f"preference: {name}": partial(preference, loss, "a mask of bool") for name, loss in PREFERENCES.items()},
     **{f"preference: {option}": partial(preference, fr.DPO(), option) for option in OF_LOSSES},
     **{f"log-probs: {option}": partial(scored, option, backend="chunked") for option in OPTIONS},
-    "log-probs: all outputs": partial(scored, "ignored targets", outputs=ALL_OUTPUTS, backend="chunked"),
+    "log-probs: all outputs": partial(scored, "ignored targets", outputs=IN_THE_PASS, backend="chunked"),
     "log-probs: a filter": partial(scored, "ignored targets", grad_filter=0.01, backend="chunked"),
     "log-probs: an entropy under a filter": partial(
         scored, "plain", grad_filter=0.01, outputs=("entropy",), backend="chunked"
@@ -250,6 +252,13 @@ def test_a_call_waits_once_at_the_door_and_once_for_what_is_live_backwards(name)
     forward, waits = waits_of(CALLS[name]())
     assert forward <= 2
     assert len(waits.reads) <= 2, waits.reads
+
+
+def test_the_largest_logit_waits_for_the_tokens_that_it_is_of():
+    """Its gradient is one row of the head a token, summed by token."""
+    forward, waits = waits_of(scored("ignored targets", outputs=("max_logit",), backend="chunked"))
+    assert forward <= 2
+    assert len(waits.reads) <= 6, waits.reads
 
 
 @pytest.mark.parametrize("rows", [40, 1100])
