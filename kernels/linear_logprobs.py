@@ -334,14 +334,14 @@ def finish_kernel(
     tl.store(logprobs_ptr + n, logprob)
     tl.store(lse_ptr + n, ((shift + base) + lift) * LN2 + log_s)
     tl.store(normaliser_ptr + n, shift + tl.log2(total_s))
+    if max_logit_ptr is not None:
+        tl.store(max_logit_ptr + n, tl.where(total_s == total_s, (top + base) * LN2, total_s))  # a NaN stays one
     if ENTROPY:
         tl.store(entropy_ptr + n, log_s - tl.sum(t, 0) * LN2 / total_s)
     if SUM_SQ:
         tl.store(sum_sq_ptr + n, tl.sum(q, 0) / (total_s * total_s))
     if MEAN_LOGIT:
         tl.store(mean_logit_ptr + n, tl.sum(total, 0) * LN2 / V)
-    if max_logit_ptr is not None:
-        tl.store(max_logit_ptr + n, tl.where(total_s == total_s, (top + base) * LN2, total_s))  # a NaN stays one
     if argmax_ptr is not None:
         column = tl.min(first, 0)
         tl.store(argmax_ptr + n, tl.where(column < V, column, 0.0).to(tl.int64))  # a row of NaN has none
