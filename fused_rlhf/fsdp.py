@@ -6,7 +6,7 @@ graph, `DTensor.to_local`, arrives in their gradients as FSDP2 leaves them: aver
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,15 +72,21 @@ class Shards:
                 raise RuntimeError("the head was called while another thread streams it")
             return hidden.new_zeros((*hidden.shape[:-1], self.vocabulary)) + hidden.sum()
 
-        own = vars(self.head).get("forward")
-        self.head.forward = no_logits
-        try:
-            with private.fsdp_asleep(self.head):
-                yield
-        finally:
-            del self.head.forward
-            if own is not None:
-                self.head.forward = own
+        with forward_replaced(self.head, no_logits), private.fsdp_asleep(self.head):
+            yield
+
+
+@contextmanager
+def forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls of the module run another function, between the module's own hooks."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _in_rows(value: Any) -> bool:

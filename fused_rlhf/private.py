@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +86,23 @@ def fsdp_group(module: Any) -> FSDPGroup | None:
     return FSDPGroup(policy.param_dtype, policy.reduce_dtype, divisor, policy.cast_forward_inputs, state._device)
 
 
-@contextmanager
-def fsdp_asleep(module: Any) -> Iterator[None]:
+def fsdp_asleep(module: Any) -> AbstractContextManager[None]:
     """Calls of the module do not make its parameters whole: FSDP2's hooks on it, which nothing public turns off, do nothing."""
+    return _silenced(module, of_fsdp=True)
+
+
+def fsdp_alone(module: Any) -> AbstractContextManager[None]:
+    """The opposite: of the hooks on the module FSDP2's alone do anything. Others, such as ColwiseParallel's, take logits."""
+    return _silenced(module, of_fsdp=False)
+
+
+@contextmanager
+def _silenced(module: Any, of_fsdp: bool) -> Iterator[None]:
     state, held = module._get_fsdp_state(), []
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in hooks.items():
-            if getattr(hook, "__self__", None) is state:
+            method = inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__"))  # a group's hooks wrap its state's
+            if (getattr(method, "__self__", None) is state) is of_fsdp:
                 held.append((hooks, key, hook))
     for hooks, key, _ in held:
         hooks[key] = _nothing  # in its place: the order of the hooks stays

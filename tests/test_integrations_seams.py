@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fused_rlhf as fr
 from fused_rlhf.integrations import megatron, nemo_rl, prime_rl, skyrl, torchtitan
+from tests import launch
 
 S, B, H, V = 5, 2, 8, 30
 
@@ -152,9 +154,33 @@ def test_torchtitan(group: Any, sharded: bool) -> None:
         loss_fn(flat, labels, advantages=count)
 
 
-def test_torchtitans_tensor_parallel_head_is_refused(group: Any) -> None:
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_torchtitans_sharded_heads(processes: int, tmp_path: Path) -> None:
+    """Streamed, in a group with other modules, and tensor-parallel; what each rank checks is in titan_cases.py."""
+    launch.together("from tests import titan_cases; titan_cases.main()", tmp_path, processes)
+
+
+@pytest.mark.parametrize(
+    ("names", "placements", "words"),
+    [
+        (("tp",), [Shard(1)], "by rows over one mesh dimension named 'tp', got .*dim=1"),
+        (("dp",), [Shard(0)], "must be whole now"),
+        (("dp", "tp"), [Shard(0), Shard(0)], r"got .* over \('dp', 'tp'\)"),
+    ],
+)
+def test_torchtitans_heads_that_are_sharded_otherwise_are_refused(
+    group: Any, names: tuple[str, ...], placements: list[Shard], words: str
+) -> None:
     hidden, weight, ids, _ = inputs()
-    mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    layer = SimpleNamespace(weight=distribute_tensor(weight, mesh, [Shard(0)]))
-    with pytest.raises(ValueError, match="weight must not be sharded over 'tp'"):
-        torchtitan.compute_logprobs(hidden.flatten(0, 1), ids.T.reshape(-1), layer)  # type: ignore[arg-type]
+    mesh = dist.init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
+    layer: Any = SimpleNamespace(weight=distribute_tensor(weight, mesh, placements))
+    with pytest.raises(ValueError, match=words):
+        torchtitan.compute_logprobs(hidden.flatten(0, 1), ids.T.reshape(-1), layer)
+
+
+def test_torchtitans_plain_shards_are_refused(group: Any) -> None:
+    hidden, weight, ids, _ = inputs()
+    layer = torch.nn.Linear(H, V, bias=False)
+    layer.weight = torch.nn.Parameter(weight[: V // 2])
+    with pytest.raises(ValueError, match="must have all 30 rows or be a DTensor, got a plain tensor of 15"):
+        torchtitan.compute_logprobs(hidden.flatten(0, 1), ids.T.reshape(-1), layer)

@@ -96,5 +96,11 @@ def test_what_is_asked_of_fsdp2():
         del head.forward
         model(torch.ones(2, 3))
         assert seen == [True, False]
+        last = model[2]  # whose hooks are a group's
+        last.register_forward_hook(lambda *_: seen.append(False))
+        last.forward = lambda x: x.new_tensor(isinstance(last.weight, DTensor))
+        with private.fsdp_alone(last):
+            assert not last(torch.ones(2, 5))
+        assert seen == [True, False]
     finally:
         dist.destroy_process_group()

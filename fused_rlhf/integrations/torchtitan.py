@@ -8,7 +8,8 @@
 
     loss, metrics = loss_fn(model(tokens), labels, global_valid_tokens)
 
-There is one call instead of one per chunk, and its gradient is an ordinary one. Nothing here imports torchtitan.
+There is one call instead of one per chunk, and its gradient is an ordinary one. A head that FSDP2 or tensor parallelism has
+sharded is taken as it is. Nothing here imports torchtitan.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fused_rlhf import notices
+from fused_rlhf.fsdp import Shards, forward_replaced
 from fused_rlhf.functional import linear_logprobs
 from fused_rlhf.op.head import Head
+from fused_rlhf.private import fsdp_alone
+from fused_rlhf.tensor_parallel import shard_of
 
 IGNORE_INDEX = -100
 
@@ -67,36 +72,68 @@ def compute_logprobs(
 
     Args:
         hidden: (T, H) or (B, T, H). labels: of its rows, int64; -100 is left out, and gives 0.
-        lm_head: a linear layer. Its weight may be a DTensor of FSDP2, which is gathered whole for the call as torchtitan's own
-            head is; not of a tensor-parallel plan.
+        lm_head: a linear layer. In an FSDP2 group of its own and sharded now, it is streamed; in a group with other modules it
+            is whole for the call, as FSDP2 makes it. Rows over a mesh dimension named "tp" stay where they are, of a module
+            that `fully_shard` was called for as well. Every rank must call. Gradients are FSDP2's own, averages or sums.
         return_entropy: the entropies, too, without a gradient as in torchtitan.
 
     Returns:
         Log-probs, or log-probs and entropies, of the shape of labels; fp32.
 
     Raises:
-        ValueError, TypeError: as `linear_logprobs`; a head that is sharded over a mesh dimension named "tp"; sharded rows.
+        ValueError, TypeError: as `linear_logprobs`; a head that is sharded otherwise; sharded rows.
     """
-    head = Head(_whole("weight", lm_head.weight), _whole("bias", getattr(lm_head, "bias", None)))  # type: ignore[arg-type]
-    notices.runs("torchtitan's log-probs", hidden, head, "auto", "labels of -100 are skipped")
-    outputs = ("entropy",) if return_entropy else ()
-    found = linear_logprobs(_local(hidden), head, _local(labels), ignore_index=IGNORE_INDEX, outputs=outputs)
-    if found.entropy is None:
-        return found.logprobs
-    return found.logprobs, found.entropy.detach()
+    module: Any = lm_head
+    rows, targets = _local(hidden), _local(labels)
+
+    def of(rows: Tensor, head: Head) -> tuple[Tensor, ...]:
+        notices.runs("torchtitan's log-probs", rows, head, "auto", "labels of -100 are skipped")
+        outputs = ("entropy",) if return_entropy else ()
+        found = linear_logprobs(rows, head, targets, ignore_index=IGNORE_INDEX, outputs=outputs)
+        return (found.logprobs,) if found.entropy is None else (found.logprobs, found.entropy.detach())
+
+    if not isinstance(lm_head, FSDPModule):
+        found = of(rows, _head(module))
+    elif (shards := _shards(module)) is not None:
+        weight, bias = module.weight, shards.whole(getattr(module, "bias", None))
+        found = of(shards.cast(rows), Head(weight.to_local(), bias, stream=shards.stream(weight)))
+    else:
+
+        def forward(rows: Tensor) -> tuple[Tensor, ...]:
+            return tuple(value.clone() for value in of(rows, _head(module)))  # of a view FSDP2 warns
+
+        with fsdp_alone(module), forward_replaced(module, forward):
+            found = module(rows)  # between FSDP2's hooks, which make the weight whole and take its gradient
+    return (found[0], found[1]) if return_entropy else found[0]
 
 
-def _whole(name: str, value: Any) -> Tensor | None:
-    if not isinstance(value, DTensor):
-        return value
-    names = value.device_mesh.mesh_dim_names or ()
-    parallel = [p for dim, p in zip(names, value.placements) if dim == "tp"]
-    if any(not isinstance(p, Replicate) for p in parallel):
+def _shards(module: Any) -> Shards | None:
+    """Of a head to stream: ranks of a "tp" dimension have the same rows of hidden states, and nothing to average."""
+    weight = module.weight
+    parallel = isinstance(weight, DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ())
+    return None if parallel else Shards.of(module, weight)
+
+
+def _head(module: Any) -> Head:
+    """What the module holds now: a whole head, or its rows over "tp"."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not isinstance(weight, DTensor):
+        if isinstance(module, nn.Linear) and len(weight) != module.out_features:
+            raise ValueError(
+                f"lm_head.weight must have all {module.out_features} rows or be a DTensor, got a plain tensor of {len(weight)}"
+                "; give the tensor-parallel group to linear_logprobs(process_group=)"
+            )
+        return Head(weight, bias)
+    names, placements = weight.device_mesh.mesh_dim_names, weight.placements
+    if all(type(p) is Replicate for p in placements):
+        return Head(weight.to_local(), None if bias is None else bias.to_local())
+    if names != ("tp",) or type(placements[0]) is not Shard or placements[0].dim != 0:
         raise ValueError(
-            f"lm_head.{name} must not be sharded over 'tp', got {value.placements}; give its to_local() and the mesh's group "
-            "to linear_logprobs(process_group=)"
+            "lm_head.weight must be sharded by fully_shard(lm_head), or by rows over one mesh dimension named 'tp', got "
+            f"{placements} over {names}; a head in the root's group must be whole now (reshard_after_forward=False)"
         )
-    return value.full_tensor()
+    weight, bias, over = shard_of(module)
+    return Head(weight, bias, vocab_size=over.vocabulary, process_group=over.process_group)
 
 
 def _local(value: Tensor) -> Tensor:
