@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -149,10 +149,35 @@ def tensor_parallel() -> None:
             check(decoder, data, mesh.get_local_rank("dp"))
 
 
+def mixed_precision() -> None:
+    """In bf16, gradients reduced in fp32: against the same model with the head's own call."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    tokens, labels = (of_all[dist.get_rank(), 0] for of_all in batch(dist.get_world_size()))
+    for together in (True, False):
+        grads = []
+        for fused in (True, False):
+            decoder: Any = model()
+            fully_shard([decoder.norm, decoder.lm_head] if together else decoder.lm_head, mp_policy=policy)
+            fully_shard(decoder, mp_policy=policy)
+            hidden = decoder(tokens)
+            if fused:
+                logprobs = compute_logprobs(hidden, labels, decoder.lm_head)
+                assert isinstance(logprobs, Tensor)
+                assert logprobs.dtype == torch.float32
+                loss = -logprobs.sum()
+            else:
+                loss = nn.functional.cross_entropy(decoder.lm_head(hidden).float(), labels, reduction="sum")
+            loss.backward()
+            assert decoder.lm_head.weight.grad.dtype == torch.float32
+            grads.append([parameter.grad.full_tensor() for parameter in decoder.parameters()])
+        for own, theirs in zip(*grads):
+            assert (own - theirs).abs().max() <= 2**-6 * theirs.abs().max()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for case in (streamed, in_a_group, tensor_parallel):
+    for case in (streamed, in_a_group, tensor_parallel, mixed_precision):
         case()
     dist.barrier()
     dist.destroy_process_group()
