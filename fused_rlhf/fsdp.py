@@ -37,6 +37,11 @@ class Shards:
         local = weight.to_local()  # type: ignore[attr-defined]
         if group is None or local.device != group.device or type(local.detach()) is not Tensor:
             return None
+        mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+        if (
+            mesh.get_group(mesh.ndim - 1).group_name != group.ranks
+        ):  # rows of a tensor-parallel head, which replicas share
+            return None
         return Shards(head, len(weight), group)
 
     def cast(self, hidden: Tensor) -> Tensor:

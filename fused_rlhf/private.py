@@ -73,6 +73,7 @@ class FSDPGroup(NamedTuple):
     divisor: float | None  # of gradients; None: the number of ranks
     casts_inputs: bool
     device: torch.device  # that it computes on
+    ranks: str | None  # the name of the process group it shards over; None: it does not
 
 
 def fsdp_group(module: Any) -> FSDPGroup | None:
@@ -82,8 +83,12 @@ def fsdp_group(module: Any) -> FSDPGroup | None:
     state = module._get_fsdp_state()
     if len(state._modules) != 1 or len(getattr(state, "_fsdp_param_groups", [None])) != 1:
         return None
-    policy, divisor = state._mp_policy, state._fsdp_param_group.gradient_divide_factor
-    return FSDPGroup(policy.param_dtype, policy.reduce_dtype, divisor, policy.cast_forward_inputs, state._device)
+    policy, group = state._mp_policy, state._fsdp_param_group
+    ranks = getattr(group.mesh_info, "shard_process_group", None)
+    return FSDPGroup(
+        policy.param_dtype, policy.reduce_dtype, group.gradient_divide_factor, policy.cast_forward_inputs, state._device,
+        None if ranks is None else ranks.group_name,
+    )  # fmt: skip
 
 
 def fsdp_asleep(module: Any) -> AbstractContextManager[None]:

@@ -84,7 +84,8 @@ def test_what_is_asked_of_fsdp2():
         head.set_gradient_divide_factor(3.0)
         fully_shard(model)
         found = private.fsdp_group(head)
-        assert found == (torch.bfloat16, torch.float32, 3.0, True, torch.device("cpu"))
+        ranks = head.weight.device_mesh.get_group(0).group_name
+        assert found == (torch.bfloat16, torch.float32, 3.0, True, torch.device("cpu"), ranks)
         assert private.fsdp_group(model[0]) is None
         seen: list[bool] = []
         head.register_forward_pre_hook(lambda module, *_: seen.append(isinstance(module.weight, DTensor)))
