@@ -423,6 +423,31 @@ def case_divisor() -> None:
     same(grads[1], grads[0] * dist.get_world_size())
 
 
+def case_accumulation() -> None:
+    """Two backwards add up as those of FSDP2's own head do, whether it is told to reduce after the first or not."""
+    data = case(transform=TRANSFORMS[1])
+    targets = mine(data["targets"])
+
+    def its_own(linear: Any, hidden: Tensor) -> Tensor:
+        return -nn.functional.cross_entropy(linear(hidden), targets, reduction="none")
+
+    def ours(linear: Any, hidden: Tensor) -> Tensor:
+        return fr.linear_logprobs(hidden, streamed(linear), targets).logprobs
+
+    def twice(of: Callable[[Any, Tensor], Tensor], sync: bool) -> list[Tensor]:
+        linear: Any = sharded(data["weight"], data["bias"])
+        for scale, now in ((1.0, sync), (-0.5, True)):
+            linear.set_requires_gradient_sync(now)
+            of(linear, mine(data["hidden"]) * scale).sum().backward()
+        return [parameter.grad.full_tensor() for parameter in (linear.weight, linear.bias)]
+
+    truth = twice(its_own, True)
+    for sync in (True, False):
+        for of in (its_own, ours):
+            for found, want in zip(twice(of, sync), truth, strict=True):
+                same(found, want, 2e-6)
+
+
 CASES = {name.removeprefix("case_"): function for name, function in globals().items() if name.startswith("case_")}
 
 

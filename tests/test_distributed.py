@@ -60,7 +60,9 @@ def test_grpo_in_two_processes_equals_one(tmp_path, single, launcher):
     script.write_text(SHARES)
     program = [str(script)] if launcher == "fsdp" else MODULE
     got = run(flags, tmp_path / "run", processes=2, launcher=launcher, program=program)
-    held = re.findall(r"holds (\d+) of (\d+)", log_of(tmp_path / "run").read_text())
+    log = log_of(tmp_path / "run").read_text()
+    assert ("streamed from 2 shards" in log) == (launcher == "fsdp")
+    held = re.findall(r"holds (\d+) of (\d+)", log)
     assert len(held) == (2 * (5 + 3 * 4) if launcher == "fsdp" else 0)
     assert all(0.45 < int(some) / int(whole) < 0.55 for some, whole in held)
     found = worst(got, want)
@@ -96,8 +98,9 @@ def test_balanced_tokens_in_two_processes_equal_one_row_at_a_time(tmp_path, sing
 
 
 @pytest.mark.slow
-def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
-    text = " ".join([*of_model(tmp_path / "base"), "--lora-r 2"])
+@pytest.mark.parametrize(("tied", "adapters"), [(True, "--lora-r 2"), (False, "--lora-r 2"), (False, "")])
+def test_a_sharded_run_is_resumed(tmp_path, tied, adapters):
+    text = " ".join([*of_model(tmp_path / "base", tied), adapters])
     flags = text.replace("--warmup-steps 5 --warmup-batch-size 16", "--gradient-checkpointing").split()
     want = run(flags, tmp_path / "one")
     run([*flags, "--fsdp", "--steps", "2"], tmp_path / "two", processes=2)
@@ -105,7 +108,9 @@ def test_a_sharded_run_with_adapters_is_resumed(tmp_path):
     losses = [[row["loss"] for row in found if "loss" in row] for found in (got, want)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 3
-    mine, its = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("two", "one"))
+    assert log_of(tmp_path / "two").read_text().count("streamed from 2 shards") == (0 if tied else 2)
+    file = "adapter_model.safetensors" if adapters else "model.safetensors"
+    mine, its = (load_file(tmp_path / name / "model" / file) for name in ("two", "one"))
     assert mine.keys() == its.keys()
     for name in mine:
         torch.testing.assert_close(mine[name], its[name], atol=1e-4, rtol=0)

@@ -1,5 +1,8 @@
 import copy
 import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,8 @@ from fused_rlhf.objectives.reductions import Side
 from fused_rlhf.trainers import engine
 from fused_rlhf.trainers import model as models
 from fused_rlhf.trainers.engine import Engine, NonFiniteLoss
-from tests import tiny
+from tests import launch, tiny
+from tests.streamed_cases import counted
 from tests.tiny import COUNT, IDS, pieces
 
 
@@ -192,6 +196,61 @@ def test_embedding_and_head_are_whole_only_while_they_are_used(tmp_path, tied):
     with own.whole():
         assert not any(isinstance(p, DTensor) for p in model.parameters())
     assert sharded(model.parameters())
+
+
+def gradients_of(way: str, folder: Path, model: str, **options: Any) -> tuple[list[torch.Tensor], Counter[str]]:
+    """Of updates by two micro-batches of this process's rows, each update's in one vector; collectives of a streamed head.
+
+    way: "replicated", by DDP in fp32; "whole" or "streamed", the head under FSDP2.
+    """
+    if way == "replicated":
+        options.pop("mixed_precision", None)
+    torch.manual_seed(0)
+    own, _ = tiny.build(folder, fsdp=way != "replicated", model=model, learning_rate=1e-3, **options)
+    found = tiny.gradients_of_updates(SimpleNamespace(engine=own))
+    rows = IDS.tensor_split(own.world)[own.rank]
+    with counted() as (calls, _), pytest.MonkeyPatch.context() as patch:
+        if way == "whole":
+            patch.setattr(fr.lm_head, "shards_of", lambda *_: None)
+        for _ in range(3):
+            own.update(tiny.logprob_loss, [(ids, COUNT) for ids in rows.split([1, 2])])
+    whole = [[g.full_tensor() if isinstance(g, DTensor) else g for g in update] for update in found]
+    return [torch.cat([g.flatten() for g in update]) for update in whole], calls
+
+
+def compare_ways(folder: str, model: str, **options: Any) -> None:
+    """A streamed head is no worse than one that FSDP2 makes whole."""
+    truth, _ = gradients_of("replicated", Path(folder), model, **options)
+    errors = {}
+    for way in ("whole", "streamed"):
+        found, calls = gradients_of(way, Path(folder), model, **options)
+        errors[way] = [((g - t).norm() / t.norm()).item() for g, t in zip(found, truth, strict=True)]
+        in_head = 2 if "lm_head" in options.get("lora_target_modules", ()) else 0  # A and B
+        trained = 0 if "lora_r" in options else 1
+        once = 3 * 2 * (way == "streamed")  # updates by micro-batches
+        assert calls["reduce_scatter"] == once * (trained + in_head)
+        assert calls["all_gather"] == once * (2 + in_head)  # forward and backward
+    for streamed, whole in zip(errors["streamed"], errors["whole"], strict=True):
+        assert streamed <= 2 * whole + 1e-5, errors
+    assert max(errors["streamed"]) < (0.1 if "mixed_precision" in options else 1e-3), errors
+    engine.leave()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mixed_precision": "bf16"},
+        {"lora_r": 2},
+        {"lora_r": 2, "lora_target_modules": ("q_proj", "lm_head"), "mixed_precision": "bf16"},
+    ],
+)
+def test_gradients_of_a_streamed_head_over_micro_batches(tmp_path, options):
+    options = {"hidden_size": 128, "num_layers": 4} | options
+    model = tiny.saved_model(tmp_path / "base", tied=False)
+    code = f"from tests import test_engine as t; t.compare_ways({str(tmp_path)!r}, {model!r}, **{options!r})"
+    launch.together(code, tmp_path)
 
 
 @pytest.mark.usefixtures("group")
