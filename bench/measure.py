@@ -44,6 +44,11 @@ def _status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
+def resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    return _status_bytes("VmRSS")
+
+
 def release() -> None:
     """Give freed heap back: while it is still resident it hides what comes next, and other processes lack it."""
     gc.collect()

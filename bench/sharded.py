@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -86,22 +87,27 @@ def rank(sizes: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--hidden-size", type=int, default=896)
-    parser.add_argument("--tokens", type=int, default=256)
-    sizes = parser.parse_args()
+def in_two(module: str, parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> int:
+    """`work(arguments)` in two processes, which are this `python -m module` again; -> the exit code."""
+    arguments = parser.parse_args()
     if "RANK" in os.environ:
-        rank(sizes)
+        work(arguments)
         return 0
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "fused_rlhf.bench.sharded", *sys.argv[1:]]
+    command = [sys.executable, "-m", module, *sys.argv[1:]]
     started = [subprocess.Popen(command, cwd=checkout.HOME, env={**shared, "RANK": str(i)}) for i in range(2)]
     return max(process.wait() for process in started)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--hidden-size", type=int, default=896)
+    parser.add_argument("--tokens", type=int, default=256)
+    return in_two("fused_rlhf.bench.sharded", parser, rank)
 
 
 if __name__ == "__main__":
