@@ -98,7 +98,9 @@ def compare(call: Call, data: dict[str, Any], **more: Any) -> None:
     part.backward()
     total = part.detach().clone()
     dist.all_reduce(total)
-    same(total, loss.detach())
+    same(
+        total, loss.detach(), 1e-6 * max(len(values), 1)
+    )  # a sum over the values, each of which is as near as they must be
     for value, truth in zip(found, values, strict=True):
         same(value, mine(truth))
     same(own.grad, mine(hidden.grad))
