@@ -388,6 +388,21 @@ class Stats:
     normaliser: Tensor | None = None
 
     @staticmethod
+    def names(outputs: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the values behind the log-probs in `flat`."""
+        return tuple(dict.fromkeys(("lse", *outputs)))
+
+    def flat(self, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """As an autograd function returns them."""
+        return (self.logprobs, *(self[name] for name in Stats.names(outputs)))
+
+    @staticmethod
+    def named(values: Sequence[Tensor], outputs: tuple[str, ...]) -> Stats:
+        """The inverse of `flat`."""
+        logprobs, *found = values
+        return Stats.of(logprobs, dict(zip(Stats.names(outputs), found)))
+
+    @staticmethod
     def of(logprobs: Tensor, statistics: Mapping[str, Tensor], mass: Tensor | None = None) -> Stats:
         """`statistics` holds lse."""
         extra = {name: value for name, value in statistics.items() if name != "lse"}

@@ -71,6 +71,22 @@ def together(code: str, folder: Path, processes: int = 2) -> None:
     assert not any(codes), log.read_text()[-6000:]
 
 
+def in_the_interpreter(code: str, folder: Path, processes: int = 2) -> None:
+    """As `together`, in Triton's interpreter, which must be chosen before triton is imported: not in a fork."""
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(processes)}
+    log = folder / "log"
+    with log.open("w") as said:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                cwd=ROOT, env=environment(**shared, RANK=str(rank), TRITON_INTERPRET="1"), stdout=said, stderr=said,
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+        codes = [rank.wait() for rank in ranks]
+    assert codes == [0] * processes, log.read_text()[-5000:]
+
+
 def log_of(output: Path) -> Path:
     return output.parent / f"{output.name}.log"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,19 +31,10 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    """Of Triton, which must be chosen before triton is imported: not in a fork."""
     pytest.importorskip("triton")
     names = ("statistics", "ids", "kept", "truncation", "losses", "one_pass", "divergence", "adapter", "filter")
     code = f"from tests import parallel_cases as p; p.main(*{names})"
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": launch.free_port(), "WORLD_SIZE": "2", "TRITON_INTERPRET": "1"}
-    ranks = [launch.environment(**shared, RANK=str(rank)) for rank in range(2)]
-    with (tmp_path / "log").open("w") as log:
-        started = [
-            subprocess.Popen([sys.executable, "-c", code], cwd=launch.ROOT, env=env, stdout=log, stderr=log)
-            for env in ranks
-        ]
-        codes = [process.wait() for process in started]
-    assert codes == [0, 0], (tmp_path / "log").read_text()[-5000:]
+    launch.in_the_interpreter(code, tmp_path)
 
 
 def test_a_group_of_one(tmp_path: Path) -> None:

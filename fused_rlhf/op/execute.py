@@ -225,7 +225,7 @@ class _OnePassLoss(torch.autograd.Function):
         with no_autocast(hidden):
             stats, loss, grads = parallel.one_pass(ctx.backend, rows, head, outputs, objective, needs)
         ctx.grads, ctx.shard = grads, head.shard
-        values = _flat(stats, outputs)
+        values = stats.flat(outputs)
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
         return (loss.sum(), *values)
@@ -253,22 +253,7 @@ def _one_pass_loss(
     total, *values = _OnePassLoss.apply(
         rows.hidden, head.weight, head.bias, head.lora_b, rows, head, outputs, objective, backend
     )
-    return total, _named(tuple(values), outputs)
-
-
-def _names(outputs: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("lse", *outputs)))
-
-
-def _flat(stats: Stats, outputs: tuple[str, ...]) -> list[Tensor]:
-    """As an autograd function returns them."""
-    return [stats.logprobs, *(stats[name] for name in _names(outputs))]
-
-
-def _named(values: tuple[Tensor, ...], outputs: tuple[str, ...]) -> Stats:
-    """The inverse of `_flat`."""
-    logprobs, *found = values
-    return Stats.of(logprobs, dict(zip(_names(outputs), found)))
+    return total, Stats.named(tuple(values), outputs)
 
 
 @dataclass(kw_only=True)
@@ -312,7 +297,7 @@ class _FrozenLogprobs(torch.autograd.Function):
             stats, _, grads = parallel.one_pass(backends.resolve(backend, hidden), rows, head, outputs, unit, needs)
         ctx.save_for_backward(grads.hidden)
         ctx.shard = head.shard
-        values = _flat(stats, outputs)
+        values = stats.flat(outputs)
         ctx.mark_non_differentiable(*values[1:])
         ctx.set_materialize_grads(False)
         return tuple(values)
@@ -327,4 +312,4 @@ class _FrozenLogprobs(torch.autograd.Function):
 
 def _frozen_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
     """Only the log-probs are differentiable, and only in hidden."""
-    return _named(_FrozenLogprobs.apply(rows.hidden, rows, head, outputs, backend), outputs)
+    return Stats.named(_FrozenLogprobs.apply(rows.hidden, rows, head, outputs, backend), outputs)

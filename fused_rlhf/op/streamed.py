@@ -46,12 +46,7 @@ from fused_rlhf.op.streams import Block, Home, blocks, gathered, rows_of_block
 def linear_logprobs(rows: Rows, head: Projection, outputs: tuple[str, ...], backend: str) -> Stats:
     """As `op.logprobs.linear_logprobs` of rows that a `Door` has let in; every rank must call, and go back."""
     operands = (rows.hidden, head.weight, head.bias, head.lora_b)
-    logprobs, *found = _LogProbs.apply(*operands, rows, head, outputs, backend)
-    return Stats.of(logprobs, dict(zip(_names(outputs), found)))
-
-
-def _names(outputs: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("lse", *outputs)))
+    return Stats.named(_LogProbs.apply(*operands, rows, head, outputs, backend), outputs)
 
 
 _KEPT = ("entropy", "sum_sq", "max_logit", "argmax")  # of the statistics, for the backward
@@ -70,7 +65,7 @@ class _LogProbs(torch.autograd.Function):
         outputs: tuple[str, ...],
         backend: str,
     ) -> tuple[Tensor, ...]:
-        names = _names(outputs)
+        names = Stats.names(outputs)
         with no_autocast(hidden):
             stats = statistics(backends.resolve(backend, hidden), rows, head, with_places(outputs))
         kept = (stats.logprobs, stats.lse, stats.normaliser, *map(stats.extra.get, _KEPT))
@@ -78,7 +73,7 @@ class _LogProbs(torch.autograd.Function):
         ctx.head, ctx.names, ctx.backend = head, names, backend
         ctx.mark_non_differentiable(*(stats[name] for name in names if not STATISTICS[name].differentiable))
         ctx.set_materialize_grads(False)
-        return (stats.logprobs, *(stats[name] for name in names))
+        return stats.flat(outputs)
 
     @staticmethod
     @once_differentiable
